@@ -1,0 +1,1 @@
+"""Measurements over the same stack as the tests."""

@@ -1,0 +1,1 @@
+"""The parts a test, a benchmark or the demo is run against."""

@@ -1,0 +1,131 @@
+"""`make demo`: Open WebUI with the conversation installed, ready to type into.
+
+With `OPENAI_API_BASE_URL` and `OPENAI_API_KEY` set, the models are theirs; otherwise
+three scripted ones. Everything runs on this machine only and ends with Ctrl-C.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+from tests.stack.host import OpenWebUI, free_port
+from tests.stack.models import ModelServer
+
+ROOT = Path(__file__).parent.parent.parent
+FUNCTION_ID = "multi_model_conversation"
+FUNCTION_NAME = "Multi-Model Conversation"
+MODEL = f"{FUNCTION_ID}.round_robin"
+PORT = 8080
+SPEAKERS = ("ada", "grace", "alan", "moderator")
+TOOL_ID = "almanac"
+TOOL = '''"""
+title: Almanac
+description: A few facts to look up
+"""
+
+
+class Tools:
+    def look_up(self, topic: str) -> str:
+        """
+        Look up a fact about a topic.
+
+        :param topic: What to look up, in one or two words.
+        """
+        facts = (
+            "three of four teams that wrote their first attempt down kept it",
+            "the median first version took nine days, and the second took four",
+            "most of the cost came after the second month, not before it",
+            "one in five of those asked had changed their mind within a year",
+        )
+        return facts[sum(map(ord, topic)) % len(facts)]
+'''
+
+
+def preferred_port() -> int:
+    """The usual port if nobody has it, any free one otherwise."""
+    with socket.socket() as probe, suppress(OSError):
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", PORT))
+        return PORT
+    return free_port()
+
+
+@contextmanager
+def data_directory() -> Iterator[Path]:
+    """A fresh directory under `.demo`, removed at the end."""
+    parent = ROOT / ".demo"
+    parent.mkdir(exist_ok=True)
+    path = Path(tempfile.mkdtemp(dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def provider(stack: ExitStack) -> tuple[str, str]:
+    """URL and key of the models: the user's own, or a scripted server's."""
+    url = os.environ.get("OPENAI_API_BASE_URL", "")
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if url and key:
+        return url, key
+    server = stack.enter_context(ModelServer(models=SPEAKERS))
+    return server.openai_url, "not-a-key"
+
+
+def start_host(stack: ExitStack) -> OpenWebUI:
+    """Open WebUI without a login, on its own data."""
+    url, key = provider(stack)
+    environment = {
+        "PORT": str(preferred_port()),
+        "WEBUI_AUTH": "False",
+        "OPENAI_API_KEY": key,
+        "RAG_OPENAI_API_KEY": key,
+        "DEFAULT_MODELS": MODEL,
+    }
+    data_dir = stack.enter_context(data_directory())
+    return stack.enter_context(
+        OpenWebUI.start(data_dir, url, extra_env=environment, probe=False)
+    )
+
+
+def furnish(host: OpenWebUI) -> None:
+    """Install the function, and a tool that is switched on for it."""
+    host.sign_in_without_login()
+    source = (ROOT / f"{FUNCTION_ID}.py").read_text("utf-8")
+    host.install_function(FUNCTION_ID, FUNCTION_NAME, source)
+    host.create_tool(TOOL_ID, TOOL, "Almanac")
+    for model in host.models():
+        if model["id"].startswith(f"{FUNCTION_ID}."):
+            meta = {"toolIds": [TOOL_ID], "capabilities": {"builtin_tools": False}}
+            host.create_model({"id": model["id"], "name": model["name"], "meta": meta})
+
+
+def interrupt(number: int, frame: object) -> NoReturn:
+    """End once, however often the signal comes."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Start everything, say where, and wait until told to end or the server has."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    with suppress(KeyboardInterrupt), ExitStack() as stack:
+        print("Starting Open WebUI ...", flush=True)
+        host = start_host(stack)
+        furnish(host)
+        print(f"\n  {host.url}\n\nCtrl-C ends it.", flush=True)
+        host.server.process.wait()
+        print(host.log_tail())
+    print("\nStopped.")
+
+
+if __name__ == "__main__":
+    main()
