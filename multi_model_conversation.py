@@ -43,7 +43,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
@@ -1660,12 +1660,14 @@ def plan_chunk(block: Block, shown: Shown | None) -> Json | None:
 NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
 )
-BUILTINS_OF_FEATURES = ("memory", "web_search", "image_generation", "code_interpreter")
+BUILTINS_OF_FEATURES = ("web_search", "image_generation", "code_interpreter")
 BUILTIN_CATEGORIES = (
+    *BUILTINS_OF_FEATURES,
     "time",
     "user_input",
     "files",
     "knowledge",
+    "memory",
     "chats",
     "subagents",
     "notes",
@@ -1881,9 +1883,11 @@ class Host:
                 bypass_system_prompt=True,
             )
         items = reply_items(response)
+        reader = guarded(items)
         try:
-            yield guarded(items)
+            yield reader
         finally:
+            await reader.aclose()
             await close_reply(response, items)
 
     async def show_status(self, text: str, done: bool) -> None:
@@ -2084,8 +2088,9 @@ def builtins_model(
     """The model as `get_builtin_tools` should see it; None if it would give nothing.
 
     Every built-in tool costs tokens in every prompt of every turn, so by default a
-    participant gets only those somebody asked for: of a feature that is switched on
-    in the chat and that the model is capable of, and of its attached knowledge.
+    participant gets only those somebody asked for: of a feature that was switched on
+    in the chat (memory is on by itself, so it does not count) and that the model is
+    capable of, and of its attached knowledge.
     """
     own = meta.get("builtinTools") or {}
     if settings.builtin_tools == "none":
@@ -2140,7 +2145,7 @@ async def guarded(items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
 async def close_reply(response: Any, items: AsyncIterator[Any]) -> None:
     """Free the upstream connection, also of a reply that was not read to its end."""
     close = getattr(items, "aclose", None)
-    with foreign_code(ModelFailure):
+    with suppress(ModelFailure), foreign_code(ModelFailure):
         if close:
             await close()
         background = getattr(response, "background", None)
@@ -2172,7 +2177,7 @@ class Emitter:
         self._interval = interval
         self._clock = clock
         self._shown: dict[str, Shown] = {}
-        self._noted: dict[int, Block] = {}
+        self._noted: set[Block] = set()
         self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._flushed_at = clock() - interval
@@ -2182,7 +2187,7 @@ class Emitter:
         """This block now reads `text`: its own growing text, or any other."""
         if text is not block.text:
             block.text.replace(str(text))
-        self._noted[block.index] = block
+        self._noted.add(block)
         if self._timer is None and not self._due.is_set():
             self._schedule(block)
         elif block.id not in self._shown:
@@ -2195,10 +2200,9 @@ class Emitter:
 
     def flush(self) -> list[Json]:
         """The events that bring the client up to date now."""
-        noted, self._noted = self._noted, {}
+        noted, self._noted = self._noted, set()
         events = []
-        for index in sorted(noted):
-            block = noted[index]
+        for block in sorted(noted, key=lambda block: block.index):
             event = self._plan(block, self._shown.get(block.id))
             self._shown[block.id] = show(block)
             if event is not None:
@@ -2263,6 +2267,7 @@ class Run:
 
         The host joins the first block of a continued reply to the text before it.
         """
+        fields["status"] = "completed"
         block = self.transcript.add("message", speaker, **fields)
         gap = "\n\n" if self.continued and not block.index else ""
         self.emitter.emit_replace(block, gap + line)
@@ -2643,7 +2648,7 @@ async def take_turn(run: Run, participant: Participant) -> Turn:
     except TimeoutError:
         section.fail(f"its turn took longer than {limit:g} s")
     except asyncio.CancelledError:
-        section.fail("stopped")
+        section.fail("it was stopped")
         raise
     run.turns += 1
     return section.turn()
@@ -2762,6 +2767,8 @@ def describe_end(run: Run, reason: str) -> str:
     parts = [reason, f"{run.turns} turn{plural}", f"{seconds:.1f} s"]
     if run.usage:
         parts.append(f"{run.usage['total_tokens']:,} tokens")
+    if run.cast.by_default:
+        parts.append("choose who talks with the Valves button beside the input")
     return " · ".join(parts)
 
 
@@ -2775,8 +2782,8 @@ async def converse(run: Run, mode: Mode) -> None:
         if cast.by_default:
             names = ", ".join(cast.aliases)
             await host.show_status(
-                f"{names} talk, because nobody was chosen: choose your participants "
-                "under Valves, beside the input",
+                f"Nobody was chosen, so {names} talk: choose others in the valves, "
+                "with the Valves button beside the input",
                 done=False,
             )
         reason = await run_mode(run, mode)
