@@ -90,8 +90,8 @@ NUMBER: Json = {"type": "number"}  # the page draws a text box only for a plain 
 PARTICIPANTS: Any = Field(
     default=[],
     title="Participants",
-    description="The models that talk to each other, in this order. "
-    "Nothing chosen: up to three models you may use.",
+    description="The models that talk to each other, in the order in which you tick "
+    "them. Nothing chosen: up to three models you may use.",
     json_schema_extra=MODEL_MULTISELECT,
 )
 TEAM = Field(
@@ -270,14 +270,19 @@ V2_NAMES = {
 
 def read_v2(stored: Mapping[str, Any]) -> Json:
     """Valves of "Multi Model Conversations v2" -> our names, as far as they are set."""
-    found = {ours: stored[v2] for v2, ours in V2_NAMES.items() if stored.get(v2)}
+    found = {
+        ours: stored[v2]
+        for v2, ours in V2_NAMES.items()
+        if stored.get(v2) not in (None, "")
+    }
     lines = []
     for number in range(1, 6):
         model = stored.get(f"Participant{number}Model")
         if model:
             alias = stored.get(f"Participant{number}Alias") or f"Participant {number}"
             persona = str(stored.get(f"Participant{number}SystemMessage") or "")
-            lines.append(f"{alias} | {model} | {persona}".replace("\n", "\\n"))
+            persona = "\\n".join(persona.splitlines())
+            lines.append(f"{alias} | {model} | {persona}")
     seats = stored.get("NUM_PARTICIPANTS")
     if lines:
         found["team"] = "\n".join(lines[: int(seats)] if seats else lines)
@@ -544,20 +549,49 @@ THINK_TAGS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("◁think▷", "◁/think▷"),
 )  # Open WebUI's DEFAULT_REASONING_TAGS
-SSE_FIELDS = ("event:", "id:", "retry:")
+TAG_ATTRIBUTES = r"[ \t][^<>\n]{0,200}"
+SSE_FIELDS = (":", "event:", "id:", "retry:")
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads`, for which text that is nested too deeply is no JSON either.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def parse_json_at(text: str, at: int = 0) -> tuple[Any, int]:
+    """The JSON value that begins at a place of a text, and where it ends.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return json.JSONDecoder().raw_decode(text, at)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 class SSEDecoder:
     """Server-sent events or JSON lines, cut anywhere -> the JSON values they carry.
 
     A value is given out as soon as its line is complete, without waiting for the blank
-    line that ends an event; several `data:` lines of one event are joined.
+    line that ends an event; several `data:` lines of one event are joined, and so are
+    the lines of a JSON body that was printed over several.
     """
+
+    LONGEST_EVENT = 1_000_000  # characters that are kept to be joined with later lines
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._line = ""
         self._event = ""
+        self.used = False  # whether something looked like an event or JSON
 
     def feed(self, piece: bytes | str) -> Iterator[Any]:
         """Take the next piece of the stream; yields the values it completes."""
@@ -579,23 +613,26 @@ class SSEDecoder:
             yield from self._read_data(line[5:].strip())
         elif not line.strip():
             self._end_event()
-        elif line.startswith("{"):
+        elif line.startswith("{") or (self._event and not line.startswith(SSE_FIELDS)):
             yield from self._read_data(line)
-        elif not line.startswith((":", *SSE_FIELDS)):
+        elif not line.startswith(SSE_FIELDS):
             log.debug("skipped a line that is neither an event nor JSON")
 
     def _read_data(self, data: str) -> Iterator[Any]:
+        self.used = True
         if data == "[DONE]" or not data:
             return
-        for candidate in (data, f"{self._event}\n{data}") if self._event else (data,):
+        joined = f"{self._event}\n{data}" if self._event else data
+        whole = joined if self._event and data.endswith("}") else data
+        for candidate in dict.fromkeys((data, whole)):
             try:
-                value = json.loads(candidate)
+                value = parse_json(candidate)
             except ValueError:
                 continue
             self._event = ""
             yield value
             return
-        self._event = f"{self._event}\n{data}" if self._event else data
+        self._event = joined if len(joined) < self.LONGEST_EVENT else ""
 
     def _end_event(self) -> None:
         if self._event:
@@ -641,7 +678,7 @@ class ThinkSplitter:
         alternatives = []
         for start, _ in self._tags:
             if start.startswith("<") and start.endswith(">"):
-                alternatives.append(rf"<{re.escape(start[1:-1])}(?:\s[^>\n]*)?>")
+                alternatives.append(rf"<{re.escape(start[1:-1])}(?:{TAG_ATTRIBUTES})?>")
             else:
                 alternatives.append(re.escape(start))
         return re.compile("|".join(f"({each})" for each in alternatives))
@@ -658,7 +695,7 @@ class ThinkSplitter:
             self._give(events, TextDelta, self._undecided())
             return False
         before, self._held = self._held[: found.start()], self._held[found.end() :]
-        if before.strip():
+        if before:
             events.append(TextDelta(before))
         self._end = self._tags[(found.lastindex or 1) - 1][1]
         return True
@@ -676,15 +713,15 @@ class ThinkSplitter:
 
     def _undecided(self) -> int:
         """How many characters at the end of the text could become a start tag."""
-        at = max(map(self._held.rfind, self._first), default=-1)
-        tail = self._held[at:]
-        if at < 0 or "\n" in tail or len(tail) > 200:
-            return 0
+        longest = 0
         for start, _ in self._tags:
-            name = start[:-1] if start.startswith("<") else start
-            if start.startswith(tail) or re.match(re.escape(name) + r"\s[^>]*\Z", tail):
-                return len(tail)
-        return 0
+            at = self._held.rfind(start[0])
+            tail = self._held[at:] if at >= 0 else ""
+            name = re.escape(start[:-1]) if start.startswith("<") else None
+            begun = name and re.fullmatch(name + TAG_ATTRIBUTES, tail)
+            if tail and (begun or (start.startswith(tail) and tail != start)):
+                longest = max(longest, len(tail))
+        return longest
 
     def _give(
         self,
@@ -726,6 +763,16 @@ def error_text(error: Any) -> str:
     return plain_line(error) or "an error without a message"
 
 
+NONSENSE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)  # what reading a value of an unexpected shape raises
+
+
 class ReplyDecoder:
     """Everything a model call can send -> events; `feed` and `close`.
 
@@ -737,12 +784,17 @@ class ReplyDecoder:
     def __init__(self, think_tags: Sequence[tuple[str, str]] | None = None) -> None:
         self._sse = SSEDecoder()
         self._think = ThinkSplitter(THINK_TAGS if think_tags is None else think_tags)
-        self._streamed_text = False
-        self._streamed_calls: set[int] = set()
+        self._has_text = False
+        self._has_deltas = False
+        self._has_calls = False
+        self._streamed_calls: set[Any] = set()
 
     def feed(self, item: Any) -> Iterator[ReplyEvent]:
         """Take the next item of the reply's body, of any type."""
-        if isinstance(item, (bytes, str)):
+        plain = isinstance(item, str) and not self._sse.used
+        if plain and not item.lstrip().startswith(("{", "data:", *SSE_FIELDS)):
+            yield from self._read_text(item)
+        elif isinstance(item, (bytes, str)):
             for value in self._sse.feed(item):
                 yield from self.read(value)
         else:
@@ -758,7 +810,7 @@ class ReplyDecoder:
         """Read one decoded value; a value that makes no sense gives nothing."""
         try:
             yield from self._read_value(value)
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        except NONSENSE as error:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
 
     def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
@@ -774,49 +826,53 @@ class ReplyDecoder:
 
     def _read_text(self, text: str) -> Iterator[ReplyEvent]:
         if text:
-            self._streamed_text = True
+            self._has_text = True
             yield from self._think.feed(text)
 
     def _read_chunk(self, chunk: Json) -> Iterator[ReplyEvent]:
-        usage = {**(chunk.get("usage") or {}), **(chunk.get("timings") or {})}
-        if chunk.get("eval_count") is not None:  # Ollama counts beside the message
-            usage = chunk
-        if usage:
-            yield from read_usage(usage)
+        yield from read_chunk_usage(chunk)
         if chunk.get("error"):
             yield StreamError(error_text(chunk["error"]))
+        elif chunk.get("object") == "error":
+            yield StreamError(error_text(chunk))
         choice = (chunk.get("choices") or [{}])[0]
-        message = choice.get("delta") or choice.get("message") or chunk.get("message")
-        if isinstance(message, dict):
-            yield from self._read_message(message, whole=not choice.get("delta"))
+        if choice.get("delta"):
+            self._has_deltas = True
+            yield from self._read_message(choice["delta"])
+        elif choice.get("message"):
+            yield from self._read_message(choice["message"], copy=self._has_deltas)
+        elif isinstance(chunk.get("message"), dict):
+            yield from self._read_message(chunk["message"])
         elif "content" in chunk:
             yield from self._read_text(text_of(chunk["content"]))
-        for source in chunk.get("sources") or ():
-            yield SourceFound(source)
+        yield from map(SourceFound, chunk.get("sources") or ())
 
-    def _read_message(self, message: Json, whole: bool) -> Iterator[ReplyEvent]:
-        if whole and self._streamed_text and "tool_calls" not in message:
-            return  # a last, whole copy of what was already streamed
-        for key in ("reasoning_content", "reasoning", "thinking"):
-            if message.get(key):
-                yield ReasoningDelta(text_of(message[key]))
-                break
-        yield from self._read_text(text_of(message.get("content")))
-        yield from read_tool_calls(message)
+    def _read_message(self, message: Json, copy: bool = False) -> Iterator[ReplyEvent]:
+        """A delta, or a whole message: a `copy` repeats what was already streamed."""
+        if not copy:
+            for key in ("reasoning_content", "reasoning", "thinking"):
+                if message.get(key):
+                    yield from read_reasoning(message[key])
+                    break
+            yield from self._read_text(text_of(message.get("content")))
+        if not (copy and self._has_calls):
+            for call in read_tool_calls(message):
+                self._has_calls = True
+                yield call
         for annotation in message.get("annotations") or ():
             yield from read_annotation(annotation)
 
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         if kind in ("response.output_text.delta", "response.refusal.delta"):
-            yield from self._read_text(event["delta"])
+            yield from self._read_text(text_of(event["delta"]))
         elif kind in (
             "response.reasoning_text.delta",
             "response.reasoning_summary_text.delta",
         ):
-            yield ReasoningDelta(event["delta"])
+            yield from read_reasoning(event["delta"])
         elif kind == "response.function_call_arguments.delta":
             self._streamed_calls.add(event["output_index"])
-            yield ToolCallDelta(event["output_index"], "", "", event["delta"])
+            yield tool_call_delta(event["output_index"], "", "", event["delta"])
         elif kind in ("response.output_item.added", "response.output_item.done"):
             yield from self._read_output_item(kind, event)
         elif kind in ("response.failed", "error"):
@@ -830,10 +886,10 @@ class ReplyDecoder:
     def _read_output_item(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         item, index = event["item"], event.get("output_index")
         if item.get("type") == "function_call" and kind.endswith("added"):
-            call_id = item.get("call_id") or item.get("id") or ""
-            yield ToolCallDelta(index, call_id, item.get("name") or "", "")
+            call_id = item.get("call_id") or item.get("id")
+            yield tool_call_delta(index, call_id, item.get("name"), "")
         elif item.get("type") == "function_call" and index not in self._streamed_calls:
-            yield ToolCallDelta(index, "", "", item.get("arguments") or "")
+            yield tool_call_delta(index, "", "", item.get("arguments"))
         elif item.get("type") == "message" and kind.endswith("done"):
             for part in item.get("content") or ():
                 for annotation in part.get("annotations") or ():
@@ -842,28 +898,46 @@ class ReplyDecoder:
     def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
         if response.get("usage"):
             yield from read_usage(response["usage"])
-        if not self._streamed_text:
+        if not self._has_text:
             for item in response.get("output") or ():
                 if item.get("type") == "message":
                     yield from self._read_text(text_of(item.get("content")))
 
 
-def read_tool_calls(message: Json) -> Iterator[ReplyEvent]:
+def read_reasoning(content: Any) -> Iterator[ReplyEvent]:
+    """Reasoning, as text or as parts."""
+    text = text_of(content)
+    if text:
+        yield ReasoningDelta(text)
+
+
+def read_tool_calls(message: Json) -> Iterator[ToolCallDelta]:
     """The pieces of tool calls in a delta or a message."""
     calls = message.get("tool_calls") or ()
     if message.get("function_call"):
         calls = ({"index": 0, "function": message["function_call"]},)
     for call in calls:
         function = call.get("function") or {}
-        arguments = function.get("arguments")
-        if arguments is not None and not isinstance(arguments, str):
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        yield ToolCallDelta(
+        yield tool_call_delta(
             call.get("index"),
-            call.get("id") or "",
-            function.get("name") or "",
-            arguments or "",
+            call.get("id"),
+            function.get("name"),
+            function.get("arguments"),
         )
+
+
+def tool_call_delta(
+    index: Any, call_id: Any, name: Any, arguments: Any
+) -> ToolCallDelta:
+    """A piece of a tool call from parts of any type; an object becomes JSON text."""
+    if arguments is not None and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return ToolCallDelta(
+        index if isinstance(index, int) else None,
+        call_id if isinstance(call_id, str) else "",
+        name if isinstance(name, str) else "",
+        arguments or "",
+    )
 
 
 def read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
@@ -890,6 +964,15 @@ USAGE_NAMES = {
 }
 
 
+def read_chunk_usage(chunk: Json) -> Iterator[ReplyEvent]:
+    """The usage of a chunk, wherever its provider puts it."""
+    usage = {**(chunk.get("usage") or {}), **(chunk.get("timings") or {})}
+    if chunk.get("eval_count") is not None:  # Ollama counts beside the message
+        usage = chunk
+    if usage:
+        yield from read_usage(usage)
+
+
 def read_usage(usage: Json) -> Iterator[ReplyEvent]:
     """Usage of any provider -> canonical counts, with its details and costs."""
     counts: Json = {}
@@ -907,11 +990,17 @@ def add_usage(total: Mapping[str, Any], more: Mapping[str, Any]) -> Json:
     """The sum of two usages: every number added, in details too."""
     result: Json = dict(total)
     for name, value in more.items():
-        if isinstance(value, dict):
-            result[name] = add_usage(result.get(name) or {}, value)
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            result[name] = (result.get(name) or 0) + value
+        before = result.get(name)
+        if isinstance(value, dict) and isinstance(before, (dict, type(None))):
+            result[name] = add_usage(before or {}, value)
+        elif is_number(value) and (before is None or is_number(before)):
+            result[name] = (before or 0) + value
     return result
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that can be added up."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class GrowingText:
@@ -943,6 +1032,7 @@ class OpenCall:
     """A tool call whose pieces are still arriving."""
 
     id: str
+    index: int | None
     name: str = ""
     arguments: GrowingText = field(default_factory=GrowingText)
 
@@ -956,21 +1046,20 @@ class ToolCallAccumulator:
     """
 
     def __init__(self) -> None:
-        self._by_index: dict[int, OpenCall] = {}
-        self._by_id: dict[str, OpenCall] = {}
+        self._latest: dict[int | None, OpenCall] = {}
+        self._known: dict[tuple[int | None, str], OpenCall] = {}
         self._order: list[OpenCall] = []
 
     def feed(self, delta: ToolCallDelta) -> OpenCall:
         """Add a piece; gives the call it belongs to."""
         call = self._find(delta)
         if call is None:
-            call = OpenCall(delta.id)
+            call = OpenCall(delta.id, delta.index)
             self._order.append(call)
-        if delta.index is not None:
-            self._by_index[delta.index] = call
+        self._latest[delta.index] = call
         if delta.id:
             call.id = call.id or delta.id
-            self._by_id[delta.id] = call
+            self._known[delta.index, delta.id] = call
         call.name = delta.name or call.name
         if delta.arguments:
             call.arguments.append(delta.arguments)
@@ -982,33 +1071,34 @@ class ToolCallAccumulator:
         There is more than one text where a provider wrote several JSON objects in one
         call: each of them is a call of its own.
         """
-        place = {id(call): index for index, call in self._by_index.items()}
-        last = len(place)
-        ordered = sorted(self._order, key=lambda call: place.get(id(call), last))
+        last = len(self._order)
+        ordered = sorted(
+            self._order, key=lambda call: last if call.index is None else call.index
+        )
         return [(call, split_objects(str(call.arguments))) for call in ordered]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
-        if delta.id in self._by_id:
-            return self._by_id[delta.id]
+        if delta.id and (delta.index, delta.id) in self._known:
+            return self._known[delta.index, delta.id]
         if delta.index is not None:
-            call = self._by_index.get(delta.index)
+            call = self._latest.get(delta.index)
         else:
-            call = self._order[-1] if self._order else None
-        if call and delta.id and call.id and call.id != delta.id:
+            same = (call for call in self._order if delta.id and call.id == delta.id)
+            call = next(same, self._order[-1] if self._order else None)
+        if call is None or (delta.id and call.id and call.id != delta.id):
             return None
-        if call and delta.index is None and delta.name and call.name:
+        if delta.index is None and delta.name and call.name and call.id != delta.id:
             return None
         return call
 
 
 def split_objects(text: str) -> list[str]:
     """`{"a":1}{"b":2}` -> both objects; any other text stays whole."""
-    decoder = json.JSONDecoder()
     found: list[str] = []
     rest = text.strip()
     while rest.startswith("{"):
         try:
-            _, end = decoder.raw_decode(rest)
+            _, end = parse_json_at(rest)
         except ValueError:
             return [text]
         found.append(rest[:end])
@@ -1016,9 +1106,13 @@ def split_objects(text: str) -> list[str]:
     return [text] if rest or not found else found
 
 
-FORGED_HEADING = re.compile(rf"(?m)^( {{0,3}})(?=#{{1,6}}[ \t]*[{COLOURS}])")
+FORGED_HEADING = re.compile(
+    rf"(?:\A|(?<=[\r\n]))([^\S\r\n]*)(?=#{{1,6}}[^\S\r\n]*[{COLOURS}])"
+)
 FORGED_DETAILS = re.compile(r"<(?=details\s)")
-MAYBE_HEADING = re.compile(r" {0,3}#{0,6}[ \t]{0,8}")
+LINE_END = re.compile(r"[\r\n]")
+LINE_END_OR_TAG = re.compile(r"[\r\n<]")
+MAYBE_HEADING = re.compile(r"[^\S\r\n]*#{0,6}[^\S\r\n]*")
 MAYBE_DETAILS = re.compile(r"<(?:d(?:e(?:t(?:a(?:i(?:ls?)?)?)?)?)?)?\Z")
 
 
@@ -1036,19 +1130,18 @@ class ForgeryGuard:
 
     def feed(self, text: str) -> str:
         """Take more text; gives what is safe to show."""
-        if not self._fresh and not self._held and "\n" not in text and "<" not in text:
+        if not self._fresh and not self._held and not LINE_END_OR_TAG.search(text):
             return text
         text = self._held + text
-        line = text.rfind("\n") + 1
-        whole_line = self._fresh or line > 0
+        line = line_start(text)
         cut = len(text)
-        if whole_line and MAYBE_HEADING.fullmatch(text, line):
+        if (self._fresh or line) and MAYBE_HEADING.fullmatch(text, line):
             cut = line
         elif details := MAYBE_DETAILS.search(text, max(line, cut - 8)):
             cut = details.start()
         safe = self._escape(text[:cut])
         if cut:
-            self._fresh = text[cut - 1] == "\n"
+            self._fresh = text[cut - 1] in "\r\n"
         self._held = text[cut:]
         return safe
 
@@ -1058,9 +1151,15 @@ class ForgeryGuard:
         return self._escape(rest)
 
     def _escape(self, text: str) -> str:
-        begin = 0 if self._fresh else text.find("\n") + 1 or len(text)
+        end = LINE_END.search(text)
+        begin = 0 if self._fresh else end.end() if end else len(text)
         lines = FORGED_HEADING.sub(r"\1\\", text[begin:])
         return FORGED_DETAILS.sub(r"\\<", text[:begin] + lines)
+
+
+def line_start(text: str) -> int:
+    """Where the last line of a text begins; to Markdown a lone CR ends one too."""
+    return max(text.rfind("\n"), text.rfind("\r")) + 1
 
 
 # ======================================================================================
@@ -1069,7 +1168,8 @@ class ForgeryGuard:
 
 NOTICE = "> ⚠️ "
 CONTINUE = "(Go on.)"
-HEADING = re.compile(rf"(?m)^### ([{COLOURS}]) (.+)$")
+RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
+HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 
 
@@ -1146,7 +1246,7 @@ def choose_seats(
         The seats, a sentence for each that could not be taken, and whether nobody
         had been chosen.
     """
-    lines = [(n, t) for n, t in enumerate(settings.team.splitlines(), 1) if t.strip()]
+    lines = [(n, t) for n, t in enumerate(settings.team.split("\n"), 1) if t.strip()]
     wanted = [(f"Team line {number} ({plain_line(t, 60)})", t) for number, t in lines]
     if not wanted:
         chosen = settings.participants
@@ -1239,7 +1339,7 @@ def managed(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
         if not able:
             break
         candidates = [alias for alias in able if alias != last] or able
-        choice = yield from choose_speaker(candidates, last)
+        choice = yield from choose_speaker(candidates, last, aliases)
         if choice.done:
             return f"The manager ended it: {choice.reason or 'no reason given'}"
         last = choice.alias
@@ -1253,7 +1353,7 @@ def managed(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
 
 
 def choose_speaker(
-    candidates: Sequence[str], last: str | None
+    candidates: Sequence[str], last: str | None, aliases: Sequence[str]
 ) -> Generator[Step, Any, Choice]:
     """Ask the manager, once more if it is wrong; else the next in order."""
     if len(candidates) == 1:
@@ -1263,25 +1363,31 @@ def choose_speaker(
         answer: str | None = yield step
         if answer is None:
             return Choice(candidates[0], False, "next in order, the manager failed")
-        found = read_choice(answer, candidates, may_end=last is not None)
+        found = read_choice(answer, candidates, aliases, may_end=last is not None)
         if isinstance(found, Choice):
             return found
         step = AskManager(tuple(candidates), last, found, answer)
     return Choice(candidates[0], False, "next in order, the manager named nobody")
 
 
-def read_choice(answer: str, candidates: Sequence[str], may_end: bool) -> Choice | str:
-    """The manager's answer, JSON or a bare name -> a choice, or what is wrong."""
+def read_choice(
+    answer: str, candidates: Sequence[str], aliases: Sequence[str], may_end: bool
+) -> Choice | str:
+    """The manager's answer, JSON or a bare name -> a choice, or what is wrong.
+
+    Names are looked for among all `aliases`, so that "Ann Lee", who may not speak
+    now, is not taken for "Ann", who may.
+    """
     verdict = find_object(answer)
-    reason = plain_line(verdict.get("reason") or "", 200)
+    reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
     if verdict.get("done") is True or verdict.get("finished") is True:
         if may_end:
             return Choice("", True, reason)
         return "Nobody has spoken yet, so it cannot be done."
     named = verdict.get("next") or verdict.get("speaker") or verdict.get("name")
     wanted = str(named) if named else "" if verdict else answer
-    found = find_names(wanted, candidates)
-    if len(found) == 1:
+    found = find_names(wanted, aliases)
+    if len(found) == 1 and found[0] in candidates:
         return Choice(found[0], False, reason)
     listed = json.dumps(list(candidates), ensure_ascii=False)
     return f"Your answer must name exactly one of {listed}."
@@ -1289,10 +1395,9 @@ def read_choice(answer: str, candidates: Sequence[str], may_end: bool) -> Choice
 
 def find_object(text: str) -> Json:
     """The first JSON object in a text, fenced or not; {} if there is none."""
-    decoder = json.JSONDecoder()
     for found in re.finditer(r"\{", text):
         try:
-            value, _ = decoder.raw_decode(text, found.start())
+            value, _ = parse_json_at(text, found.start())
         except ValueError:
             continue
         if isinstance(value, dict):
@@ -1481,7 +1586,7 @@ def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
         ToolFailure: they are no JSON object, or one is missing or of a wrong type.
     """
     try:
-        arguments = json.loads(call.arguments) if call.arguments.strip() else {}
+        arguments = parse_json(call.arguments) if call.arguments.strip() else {}
     except ValueError:
         arguments = read_python_literal(call.arguments)
     if not isinstance(arguments, dict):
@@ -1493,7 +1598,8 @@ def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
     if missing:
         raise ToolFailure(f"`{call.name}` needs {', '.join(missing)}.")
     for name, value in arguments.items():
-        wanted = properties.get(name, {}).get("type")
+        schema = properties.get(name)
+        wanted = schema.get("type") if isinstance(schema, dict) else None
         if value is None and name not in required:
             continue
         if isinstance(wanted, str) and not has_type(value, wanted):
@@ -1505,7 +1611,7 @@ def read_python_literal(text: str) -> Any:
     """Arguments some models write as a Python dict; None if they are no dict."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
 
 
@@ -2064,7 +2170,7 @@ def may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
 
 def read_think_tags(tags: Any) -> tuple[tuple[str, str], ...] | None:
     """A model's `reasoning_tags`: its own pair, False for none, else the usual ones."""
-    if isinstance(tags, list) and len(tags) == 2:
+    if isinstance(tags, list) and len(tags) == 2 and all(tags):
         return ((str(tags[0]), str(tags[1])),)
     return () if tags is False else None
 
@@ -2263,7 +2369,7 @@ class Run:
         return f"call_{self.transcript.prefix}_{self.calls}"
 
     def show_line(self, speaker: str, line: str, **fields: Any) -> None:
-        """A line of ours in the message: a heading or a notice.
+        """A line of ours in the message.
 
         The host joins the first block of a continued reply to the text before it.
         """
@@ -2271,6 +2377,13 @@ class Run:
         block = self.transcript.add("message", speaker, **fields)
         gap = "\n\n" if self.continued and not block.index else ""
         self.emitter.emit_replace(block, gap + line)
+
+    def show_heading(self, participant: Participant) -> None:
+        """Who speaks from here on, set off from who spoke before."""
+        alias, model_id = participant.alias, participant.voice.model_id
+        rule = RULE if self.continued or self.transcript.blocks else ""
+        line = f"{rule}### {participant.colour} {alias}"
+        self.show_line(alias, line, model=model_id)
 
 
 class Section:
@@ -2288,8 +2401,7 @@ class Section:
         self._cards: dict[OpenCall, Block] = {}
         self._unanswered: dict[str, Block] = {}
         self._unrecorded = ""
-        alias, model_id = participant.alias, participant.voice.model_id
-        run.show_line(alias, f"### {participant.colour} {alias}", model=model_id)
+        run.show_heading(participant)
         self.begin_reply()
 
     def begin_reply(self) -> None:
@@ -2311,9 +2423,11 @@ class Section:
                 self._add_text(self._guard.feed(text))
             case ReasoningDelta(text):
                 self.spoke = True
+                self._leave_text()
                 self._grow("reasoning", text)
             case ToolCallDelta():
                 self.spoke = True
+                self._leave_text()
                 self._add_call_piece(event)
             case UsageReport(usage):
                 self.run.count_usage(self.participant.alias, usage)
@@ -2324,7 +2438,7 @@ class Section:
 
     def end_reply(self) -> tuple[str, list[ToolCall]]:
         """The reply is complete: its text, and its tool calls with ids of our own."""
-        self._add_text(self._guard.close())
+        self._leave_text()
         self._close_open()
         text = "".join(self._text).strip()
         if text:
@@ -2428,6 +2542,11 @@ class Section:
         self.spoke = True
         self._text.append(text)
         self._grow("message", text)
+
+    def _leave_text(self) -> None:
+        """The text pauses here: what comes later begins a block, and so a line."""
+        self._add_text(self._guard.close())
+        self._guard = ForgeryGuard()
 
     def _grow(self, kind: BlockKind, text: str) -> None:
         block = self._open
