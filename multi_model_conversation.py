@@ -335,6 +335,10 @@ class ModelFailure(Exception):
     """A model did not answer; the reason is shown in its section."""
 
 
+class ModelSilent(ModelFailure):
+    """A model took longer than it may; asking again would only take as long."""
+
+
 class ToolFailure(Exception):
     """A tool did not work; the reason is given to the model and shown in the card."""
 
@@ -2608,7 +2612,7 @@ class Patience:
             if not self._deadline.expired():
                 raise ModelFailure("its connection timed out") from error
             silent = self._silence if self._heard_at else self._first
-            raise ModelFailure(f"it said nothing for {silent:g} s") from error
+            raise ModelSilent(f"it said nothing for {silent:g} s") from error
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
@@ -2674,6 +2678,8 @@ async def ask(
     for attempt in (1, 2):
         try:
             await read_into(run, section, payload)
+        except ModelSilent:
+            raise
         except ModelFailure:
             if section.spoke or attempt == 2:
                 raise
