@@ -614,7 +614,7 @@ class SSEDecoder:
     def _read_line(self, line: str) -> Iterator[Any]:
         line = line.rstrip("\r")
         if line.startswith("data:"):
-            yield from self._read_data(line[5:].strip())
+            yield from self._read_data(line[5:].removeprefix(" ").rstrip())
         elif not line.strip():
             self._end_event()
         elif line.startswith("{") or (self._event and not line.startswith(SSE_FIELDS)):
@@ -627,8 +627,10 @@ class SSEDecoder:
         if data == "[DONE]" or not data:
             return
         joined = f"{self._event}\n{data}" if self._event else data
-        whole = joined if self._event and data.endswith("}") else data
-        for candidate in dict.fromkeys((data, whole)):
+        candidates = [data] if not self._event or data.startswith("{") else []
+        if self._event and data.endswith("}"):
+            candidates.append(joined)
+        for candidate in candidates:
             try:
                 value = parse_json(candidate)
             except ValueError:
@@ -823,6 +825,8 @@ class ReplyDecoder:
         elif not isinstance(value, dict):
             content = getattr(value, "content", None)
             yield from self._read_text(text_of(content))
+        elif value.get("object") == "error":  # older vLLM
+            yield StreamError(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
             yield from self._read_responses_event(value["type"], value)
         else:
@@ -837,19 +841,18 @@ class ReplyDecoder:
         yield from read_chunk_usage(chunk)
         if chunk.get("error"):
             yield StreamError(error_text(chunk["error"]))
-        elif chunk.get("object") == "error":
-            yield StreamError(error_text(chunk))
         choice = (chunk.get("choices") or [{}])[0]
         if choice.get("delta"):
-            self._has_deltas = True
-            yield from self._read_message(choice["delta"])
+            for event in self._read_message(choice["delta"]):
+                self._has_deltas = True
+                yield event
         elif choice.get("message"):
             yield from self._read_message(choice["message"], copy=self._has_deltas)
         elif isinstance(chunk.get("message"), dict):
             yield from self._read_message(chunk["message"])
         elif "content" in chunk:
             yield from self._read_text(text_of(chunk["content"]))
-        yield from map(SourceFound, chunk.get("sources") or ())
+        yield from read_sources(chunk.get("sources"))
 
     def _read_message(self, message: Json, copy: bool = False) -> Iterator[ReplyEvent]:
         """A delta, or a whole message: a `copy` repeats what was already streamed."""
@@ -942,6 +945,13 @@ def tool_call_delta(
         name if isinstance(name, str) else "",
         arguments or "",
     )
+
+
+def read_sources(sources: Any) -> Iterator[ReplyEvent]:
+    """The sources a pipe or the host adds to a stream."""
+    for source in sources if isinstance(sources, list) else ():
+        if isinstance(source, dict):
+            yield SourceFound(source)
 
 
 def read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
@@ -1222,23 +1232,30 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     return card
 
 
+def seat_model(wanted: str, cards: Mapping[str, ModelCard]) -> Seat:
+    """A seat for a model, under the model's own name.
+
+    Raises:
+        ConversationError: there is no such model, or it cannot be seated.
+    """
+    card = find_model(wanted, cards)
+    return Seat(clean_alias(card.name) or "Participant", card.id)
+
+
 def parse_team_line(line: str, cards: Mapping[str, ModelCard]) -> Seat:
     """`Alias | model id | persona`, or just a model id -> a seat.
-
-    Without an alias the model's own name is taken.
 
     Raises:
         ConversationError: the line names no model, or one that cannot be seated.
     """
     alias, *rest = (part.strip() for part in line.split("|", 2))
-    wanted = rest[0] if rest else alias
-    if not wanted:
+    if not rest:
+        return seat_model(alias, cards)
+    if not rest[0]:
         raise ConversationError("it names no model: write `Alias | model id | persona`")
-    card = find_model(wanted, cards)
-    persona = rest[1].replace("\\n", "\n") if len(rest) > 1 else ""
-    alias = clean_alias(alias) if rest else ""
-    alias = alias or clean_alias(card.name) or "Participant"
-    return Seat(alias, card.id, persona)
+    seat = seat_model(rest[0], cards)
+    persona = rest[1].replace("\\n", "\n") if rest[1:] else ""
+    return Seat(clean_alias(alias) or seat.alias, seat.model_id, persona)
 
 
 def choose_seats(
@@ -1251,21 +1268,25 @@ def choose_seats(
         had been chosen.
     """
     lines = [(n, t) for n, t in enumerate(settings.team.split("\n"), 1) if t.strip()]
-    wanted = [(f"Team line {number} ({plain_line(t, 60)})", t) for number, t in lines]
-    if not wanted:
-        chosen = settings.participants
-        wanted = [(f"Participant {plain_line(i, 60)}", f"| {i}") for i in chosen]
-    by_default = not wanted
+    wanted = [(f"Team line {n} ({plain_line(t, 60)})", t) for n, t in lines]
+    read: Callable[[str, Mapping[str, ModelCard]], Seat] = parse_team_line
+    by_default = not wanted and not settings.participants
     if by_default:
         usual = [
             card for card in cards.values() if card.by_default and not card.is_self
         ]
-        wanted = [("", f"| {card.id}") for card in usual[:3]]
+        wanted, read = [("", card.id) for card in usual[:3]], seat_model
+    elif not wanted:
+        chosen = settings.participants
+        wanted, read = (
+            [(f"Participant {plain_line(i, 60)}", i) for i in chosen],
+            seat_model,
+        )
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, line in wanted:
+    for where, what in wanted:
         try:
-            seats.append(parse_team_line(line, cards))
+            seats.append(read(what, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
     seats = unique_aliases(seats)
@@ -1501,7 +1522,8 @@ def drop_notices(text: str) -> str:
 
 def render_turn(turn: Turn) -> str:
     """A turn as the others read it, labelled; its text cannot end or fake a label."""
-    text = re.sub(r"<(?=/?message\b)", "&lt;", turn.text) or "(could not answer)"
+    text = re.sub(r"(?i)<(?=\s*/?\s*message\b)", "&lt;", turn.text)
+    text = text or "(could not answer)"
     return f'<message from="{turn.alias}">\n{text}\n</message>'
 
 
@@ -1584,7 +1606,7 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
-    """The arguments of a call as its tool takes them; unknown ones are left out.
+    """The arguments of a call, of the types its tool declares.
 
     Raises:
         ToolFailure: they are no JSON object, or one is missing or of a wrong type.
@@ -1738,10 +1760,10 @@ def plan_items(block: Block, shown: Shown | None) -> Json | None:
             "item": render_item(block),
         }
     suffix = new_text(block, shown)
-    if suffix is None or shown.fields != block.fields:
-        return event | {"type": "response.output_item.done", "item": render_item(block)}
-    if not suffix:
+    if not suffix and suffix is not None and shown.fields == block.fields:
         return None
+    if not suffix or shown.fields != block.fields or block.kind not in DELTA_TYPES:
+        return event | {"type": "response.output_item.done", "item": render_item(block)}
     event |= {"type": DELTA_TYPES[block.kind], "item_id": block.id, "delta": suffix}
     if block.kind != "function_call":
         event["content_index"] = 0

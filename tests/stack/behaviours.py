@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import cycle, islice
 from typing import Any
 
-from tests.stack.demo_models import DEMO_BEHAVIOURS
+from tests.stack.demo_models import DEMO_BEHAVIOURS, demo_topic
 from tests.stack.prompts import (
     Prompt,
     asked_arguments,
@@ -55,8 +55,8 @@ def task_answer(task: str, topic: list[str]) -> str:
         "title": " ".join(words[:4]),
         "tags": words[:3],
         "follow_ups": [
-            f"What speaks against {about}?",
-            f"Give me an example of {about}.",
+            f"What has been left out about {about}?",
+            f"Can you give me an example with {about}?",
             "Which of you changed your mind, and why?",
         ],
         "queries": [],
@@ -66,14 +66,16 @@ def task_answer(task: str, topic: list[str]) -> str:
     return json.dumps({task: answers[task]}, ensure_ascii=False)
 
 
-def with_tasks(behaviour: Behaviour) -> Behaviour:
+def with_tasks(
+    behaviour: Behaviour, topic: Callable[[Body], list[str]] = task_topic
+) -> Behaviour:
     """Let a model answer background tasks properly and all else as it does."""
 
     def behave(body: Body) -> Script:
         task = task_of(body)
         if task is None:
             return behaviour(body)
-        return Script([Text(task_answer(task, task_topic(body)))])
+        return Script([Text(task_answer(task, topic(body)))])
 
     return behave
 
@@ -382,7 +384,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
     **_FAILURES,
     "manager": with_tasks(manager),
     **{name: made for name in _FAMILIES if (made := of_family(name))},
-    **{name: with_tasks(one) for name, one in DEMO_BEHAVIOURS.items()},
+    **{name: with_tasks(one, demo_topic) for name, one in DEMO_BEHAVIOURS.items()},
 }
 
 OLLAMA_BEHAVIOURS: dict[str, Behaviour] = {

@@ -9,6 +9,7 @@ with Browser() as browser:
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,9 @@ INPUT = "#chat-input"
 REPLY = "#response-content-container"
 STOP = "button[aria-label='Stop']"
 COPY = ".copy-response-button"
+STATUS = ".status-description"
+STATUS_HISTORY = "button[aria-label='Toggle status history']"
+DIALOG = "[role='dialog']"
 
 
 def require(*names: str) -> str:
@@ -81,6 +85,18 @@ class OpenPage:
         last = self.tab.locator(REPLY).last
         playwright.expect(last).to_contain_text(text, timeout=timeout * 1000)
 
+    def wait_status(self, text: str, timeout: float = TIMEOUT) -> None:
+        """Return when the status line above the last answer contains this text."""
+        last = self.tab.locator(STATUS).last
+        playwright.expect(last).to_contain_text(text, timeout=timeout * 1000)
+
+    def status_history(self) -> list[str]:
+        """All status lines of the last answer, oldest first; folds them out."""
+        self.tab.locator(STATUS_HISTORY).last.click()
+        shown = self.tab.locator(STATUS)
+        playwright.expect(shown.nth(1)).to_be_visible()
+        return shown.all_inner_texts()[1:]
+
     def wait_finished(self, timeout: float = TIMEOUT) -> None:
         """Return when the answer is done: its buttons are there and Stop is gone."""
         deadline = timeout * 1000
@@ -108,14 +124,60 @@ class OpenPage:
         return self.tab.locator("body").inner_text()
 
     def screenshot(self, path: Path) -> Path:
-        """Save what the window shows as a PNG."""
+        """Save what the window shows as a PNG, with everything faded in."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.tab.screenshot(path=path)
+        self.tab.screenshot(path=path, animations="disabled")
         return path
+
+    def open_valves(self) -> "ValvesPanel":
+        """Open one's own valves, with the button beside the input."""
+        self.tab.get_by_label("Valves", exact=True).click()
+        return ValvesPanel(self.tab)
 
     def close(self) -> None:
         """Close the tab and forget its session."""
         self.tab.context.close()
+
+
+class ValvesPanel:
+    """The dialog in which somebody sets valves, their own or the administrator's."""
+
+    def __init__(self, tab: playwright.Page):
+        self.tab = tab
+        self._form = tab.locator(f"{DIALOG} form")
+        self._form.get_by_role(
+            "button", name=re.compile("Default|Custom")
+        ).first.wait_for()
+
+    def field(self, title: str) -> playwright.Locator:
+        """A field's part of the form, by its title."""
+        named = self.tab.get_by_text(title, exact=True)
+        return self._form.locator("div.w-full.py-0\\.5").filter(has=named)
+
+    def change(self, title: str) -> playwright.Locator:
+        """Switch a field from its default to a value of its own; gives the field."""
+        field = self.field(title)
+        field.get_by_role("button", name="Default").click()
+        return field
+
+    def fill(self, title: str, value: str) -> None:
+        """Type a value."""
+        self.change(title).get_by_placeholder(title).fill(value)
+
+    def tick(self, title: str, *options: str) -> None:
+        """Tick options of a multi-select, in this order."""
+        opener = self.change(title).get_by_label("Select options")
+        opener.click()
+        for option in options:
+            self.tab.get_by_role("button", name=option, exact=True).click()
+        opener.click()
+
+    def save(self) -> None:
+        """Save, see that it was, and close."""
+        self._form.get_by_role("button", name="Save", exact=True).click()
+        self.tab.get_by_text("Valves updated successfully").last.wait_for()
+        self.tab.locator(DIALOG).get_by_label("Close", exact=True).click()
+        self._form.wait_for(state="hidden")
 
 
 class Browser:

@@ -1,7 +1,8 @@
 """`make demo`: Open WebUI with the conversation installed, ready to type into.
 
 With `OPENAI_API_BASE_URL` and `OPENAI_API_KEY` set, the models are theirs; otherwise
-three scripted ones. Everything runs on this machine only and ends with Ctrl-C.
+three scripted ones. Everything runs on this machine only, on `PORT` or 8080 if it is
+free, and ends with Ctrl-C.
 """
 
 import os
@@ -14,6 +15,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+import httpx
+
 from tests.stack.host import OpenWebUI, free_port
 from tests.stack.models import ModelServer
 
@@ -21,8 +24,9 @@ ROOT = Path(__file__).parent.parent.parent
 FUNCTION_ID = "multi_model_conversation"
 FUNCTION_NAME = "Multi-Model Conversation"
 MODEL = f"{FUNCTION_ID}.round_robin"
-PORT = 8080
-SPEAKERS = ("ada", "grace", "alan", "moderator")
+SPEAKERS = ("ada", "grace", "alan")
+MODERATOR = "moderator"
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TOOL_ID = "almanac"
 TOOL = '''"""
 title: Almanac
@@ -48,11 +52,12 @@ class Tools:
 
 
 def preferred_port() -> int:
-    """The usual port if nobody has it, any free one otherwise."""
+    """`PORT`, or the usual one; any free one if somebody has it."""
+    port = int(os.environ.get("PORT") or 8080)
     with socket.socket() as probe, suppress(OSError):
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", PORT))
-        return PORT
+        probe.bind(("127.0.0.1", port))
+        return port
     return free_port()
 
 
@@ -74,7 +79,7 @@ def provider(stack: ExitStack) -> tuple[str, str]:
     key = os.environ.get("OPENAI_API_KEY", "")
     if url and key:
         return url, key
-    server = stack.enter_context(ModelServer(models=SPEAKERS))
+    server = stack.enter_context(ModelServer(models=(*SPEAKERS, MODERATOR)))
     return server.openai_url, "not-a-key"
 
 
@@ -104,23 +109,31 @@ def furnish(host: OpenWebUI) -> None:
         if model["id"].startswith(f"{FUNCTION_ID}."):
             meta = {"toolIds": [TOOL_ID], "capabilities": {"builtin_tools": False}}
             host.create_model({"id": model["id"], "name": model["name"], "meta": meta})
+    listed = {model["id"] for model in host.models()}
+    if listed.issuperset((*SPEAKERS, MODERATOR)):
+        valves = {"participants": list(SPEAKERS), "manager_model": MODERATOR}
+        host.set_valves(FUNCTION_ID, valves)
 
 
 def interrupt(number: int, frame: object) -> NoReturn:
     """End once, however often the signal comes."""
-    for ignored in (signal.SIGINT, signal.SIGTERM):
+    for ignored in ENDINGS:
         signal.signal(ignored, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Start everything, say where, and wait until told to end or the server has."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDINGS:
         signal.signal(number, interrupt)
     with suppress(KeyboardInterrupt), ExitStack() as stack:
         print("Starting Open WebUI ...", flush=True)
         host = start_host(stack)
-        furnish(host)
+        try:
+            furnish(host)
+        except httpx.HTTPStatusError:
+            print(host.log_tail())
+            raise
         print(f"\n  {host.url}\n\nCtrl-C ends it.", flush=True)
         host.server.process.wait()
         print(host.log_tail())

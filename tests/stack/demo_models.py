@@ -26,15 +26,22 @@ from tests.stack.prompts import (
     read_candidates,
     read_prompt,
     sensible_arguments,
+    task_question,
+    task_topic,
     turns_seen,
 )
-from tests.stack.scripts import Behaviour, Body, Reasoning, Script, Text, ToolCall
+from tests.stack.scripts import (
+    Behaviour,
+    Body,
+    Pause,
+    Reasoning,
+    Script,
+    Text,
+    ToolCall,
+)
 
 PACE = 60.0
 """Tokens per second of the demo's speakers."""
-
-ROUNDS = 2
-"""How often the moderator lets everybody speak."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -471,7 +478,7 @@ create deal decide design different early easy end fast feel few find fix good g
 handle hard high hire important improve introduce keep large late learn leave live
 long look lot low make makes move new old open organise organize own pay pick plan
 possible prefer put rather read real replace right run send set short slow small
-spend split start stay stop switch teach try turn wait work worth
+spend split start stay step stop switch teach try turn wait work worth
 """
 _NOT_THINGS = frozenset(_ACTS.split())
 _ARTICLES = frozenset(
@@ -549,6 +556,12 @@ def _named(chunk: Sequence[str], after: str) -> str:
     return " ".join(filter(None, [article, *words]))
 
 
+def demo_topic(body: Body) -> list[str]:
+    """Name what a chat is about, for its title and for further questions."""
+    found = named_things(task_question(body))
+    return max(found, key=len).split() if found else task_topic(body)
+
+
 def quoted(question: str) -> str:
     """Shorten a question so that it can be quoted in a sentence."""
     line = " ".join(question.split())
@@ -619,7 +632,8 @@ def grace(body: Body) -> Script:
     """Reason about what was said, then speak."""
     prompt = read_prompt(body)
     thought = Reasoning(_thought(prompt))
-    return Script([thought, Text(write_turn(GRACE, prompt))], pace=PACE)
+    said = Text(write_turn(GRACE, prompt))
+    return Script([thought, Pause(0.8), said], pace=PACE)
 
 
 def _thought(prompt: Prompt) -> str:
@@ -696,13 +710,13 @@ def result_in_words(result: str) -> str:
 
 
 def moderator(body: Body) -> Script:
-    """Let everybody speak twice, those who were heard least first."""
+    """Hear everybody, those who were heard least first, and end it soon after."""
     candidates = read_candidates(body)
     turns = turns_seen(body, [*candidates, *DEMO_NAMES.values()])
     if not candidates:
         chosen = {"next": "", "done": True, "reason": "There is nobody to choose from."}
-    elif min(turns.count(name) for name in candidates) >= ROUNDS:
-        reason = "Everybody has spoken twice, and they agree on a next step."
+    elif all(name in turns for name in candidates) and len(turns) > len(set(turns)):
+        reason = "Everybody has been heard, and they agree on a next step."
         chosen = {"next": "", "done": True, "reason": reason}
     else:
         name = min(candidates, key=turns.count)

@@ -296,9 +296,15 @@ class Api:
 
     # -- models and what hangs on them ---------------------------------------------
 
-    def models(self, account: Account | None = None) -> list[Json]:
-        """The models this account may choose from."""
-        found: list[Json] = self.request("GET", "/api/models", account=account)["data"]
+    def models(
+        self, account: Account | None = None, refresh: bool = False
+    ) -> list[Json]:
+        """The models this account may choose from.
+
+        The host remembers for a second what connections list; `refresh` asks them.
+        """
+        path = f"/api/models{'?refresh=true' if refresh else ''}"
+        found: list[Json] = self.request("GET", path, account=account)["data"]
         return found
 
     def create_model(self, model: Json) -> Json:

@@ -719,6 +719,12 @@ class Page:
             reply.chat.messages[sibling]["done"] = True
         reply.notice()
 
+    async def stop_all(self) -> None:
+        """Press Stop wherever a run of this page still goes on."""
+        for reply in list(self._replies.values()):
+            if reply.chat.active and reply.chat.id:
+                await self.stop(reply)
+
     def _user_message(self, model: str, text: str) -> Json:
         return {
             "id": str(uuid4()),

@@ -256,12 +256,17 @@ def task_of(body: Body) -> str | None:
     return min(found, key=lambda key: found[key]) if found else None
 
 
-def task_topic(body: Body) -> list[str]:
-    """Take the keywords of the chat history that a task prompt carries."""
+def task_question(body: Body) -> str:
+    """Read the first question of the chat history that a task prompt carries."""
     text = last_user_text(body)
     history = text.split("<chat_history>")[-1].split("</chat_history>")[0]
     first = re.sub(r"^\W*(?:USER|user):?\W*", "", history.strip())
-    return keywords(first.split("ASSISTANT:")[0]) or ["General"]
+    return first.split("ASSISTANT:")[0]
+
+
+def task_topic(body: Body) -> list[str]:
+    """Take the keywords of the question that a task prompt is about."""
+    return keywords(task_question(body)) or ["General"]
 
 
 # --- choosing a speaker ----------------------------------------------------------
