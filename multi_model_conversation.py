@@ -1760,9 +1760,10 @@ def plan_items(block: Block, shown: Shown | None) -> Json | None:
             "item": render_item(block),
         }
     suffix = new_text(block, shown)
-    if not suffix and suffix is not None and shown.fields == block.fields:
+    changed = shown.fields != block.fields
+    if suffix == "" and not changed:
         return None
-    if not suffix or shown.fields != block.fields or block.kind not in DELTA_TYPES:
+    if not suffix or changed or block.kind not in DELTA_TYPES:
         return event | {"type": "response.output_item.done", "item": render_item(block)}
     event |= {"type": DELTA_TYPES[block.kind], "item_id": block.id, "delta": suffix}
     if block.kind != "function_call":
