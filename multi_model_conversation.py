@@ -2985,7 +2985,7 @@ class Pipe:
         __metadata__: Json,
         __event_emitter__: Callable[[Json], Awaitable[Any]] | None = None,
         __event_call__: Callable[[Json], Awaitable[Any]] | None = None,
-    ) -> AsyncGenerator[Json, None] | Json | str:
+    ) -> AsyncGenerator[Json, None] | StreamingResponse | Json | str:
         """Answer one request of a chat, of an API client, or of a background task.
 
         Returns:
@@ -3004,7 +3004,12 @@ class Pipe:
         if __metadata__.get("task"):
             return await answer_task(host, settings, body)
         mode_id = body["model"].partition(".")[2] or default_mode(user_settings)
-        run, mode = await begin(host, settings, body, mode_id)
+        try:
+            run, mode = await begin(host, settings, body, mode_id)
+        except ConversationError as error:
+            if host.in_chat:
+                raise
+            return refuse(error, bool(body.get("stream")))
         if not body.get("stream"):
             return await reply_whole(run, mode, body["model"])
         if host.in_chat:
@@ -3016,6 +3021,20 @@ def default_mode(user_settings: UserSettings | None) -> str:
     """The mode where the model names none: as v2's switch was set, else in turns."""
     extra = (user_settings.model_extra if user_settings else None) or {}
     return "manager" if extra.get("UseGroupChatManager") else "round_robin"
+
+
+def refuse(
+    error: ConversationError, stream: bool
+) -> AsyncGenerator[Json, None] | StreamingResponse:
+    """An error as an API client reads it: a chunk of a stream, or an HTTP response.
+
+    The host would answer an exception with status 200 and a shape of its own.
+    """
+    body = {"error": {"message": str(error), "type": "invalid_request_error"}}
+    if stream:
+        return one_item(body)
+    text = iter([json.dumps(body, ensure_ascii=False)])
+    return StreamingResponse(text, status_code=400, media_type="application/json")
 
 
 async def begin(
