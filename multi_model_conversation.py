@@ -83,6 +83,7 @@ Answer with one JSON object and nothing else:
 {"next": "<one of these names>", "done": <true if nothing useful is left to say>, \
 "reason": "<one short sentence>"}"""
 
+MOST_SEATS = 8  # there is a colour for each
 MODEL_SELECT: Json = {"input": {"type": "select", "options": "model_options"}}
 MODEL_MULTISELECT: Json = {"input": {"type": "multiselect", "options": "model_options"}}
 NUMBER: Json = {"type": "number"}  # the page draws a text box only for a plain type
@@ -303,7 +304,7 @@ def merge_settings(admin: Settings, user: UserSettings | None) -> Settings:
         chosen["team"] = ""
     fields = {**admin.model_dump(), **v2, **chosen}
     settings = Settings.model_validate(fields)
-    settings.max_participants = min(max(settings.max_participants, 1), len(COLOURS))
+    settings.max_participants = min(max(settings.max_participants, 1), MOST_SEATS)
     settings.rounds = min(max(settings.rounds, 1), max(settings.max_rounds, 1))
     settings.max_tool_rounds = max(settings.max_tool_rounds, 0)
     settings.max_tool_calls = max(settings.max_tool_calls, 1)
@@ -337,6 +338,10 @@ class ModelFailure(Exception):
 
 class ModelSilent(ModelFailure):
     """A model took longer than it may; asking again would only take as long."""
+
+
+class HostFailure(Exception):
+    """The host could not do something that the conversation can do without."""
 
 
 class ToolFailure(Exception):
@@ -1490,28 +1495,36 @@ def is_tool_images(message: Json) -> bool:
 
 def read_reply(messages: Sequence[Json]) -> Iterator[Turn]:
     """The messages of one reply -> the turns of its speakers."""
-    alias, own, said = "Assistant", list[Json](), list[str]()
+    sections = [("Assistant", list[Json]())]
     for message in messages:
         if message.get("role") != "assistant":
-            own.append(message)
+            sections[-1][1].append(message)
             continue
-        text = text_of(message.get("content"))
-        pieces = HEADING.split(text)  # text, (colour, alias, text)...
-        calls = (
-            {"tool_calls": message["tool_calls"]} if message.get("tool_calls") else {}
-        )
-        for at in range(0, len(pieces), 3):
-            if at:
-                if own:
-                    yield Turn(alias, "\n\n".join(said), tuple(own))
-                alias, own, said = pieces[at - 1].strip(), [], []
-            words = drop_notices(pieces[at])
-            kept = calls if at + 3 > len(pieces) else {}
-            if words or kept:
-                own.append({"role": "assistant", "content": words, **kept})
-                said += [words] if words else []
-    if own:
-        yield Turn(alias, "\n\n".join(said), tuple(own))
+        first, *rest = HEADING.split(text_of(message.get("content")))
+        add_words(sections[-1][1], first)
+        for alias, text in zip(rest[1::3], rest[2::3], strict=True):
+            sections.append((alias.strip(), []))
+            add_words(sections[-1][1], text)
+        if message.get("tool_calls"):
+            add_tool_calls(sections[-1][1], message["tool_calls"])
+    for alias, own in sections:
+        if own:
+            said = (text_of(m["content"]) for m in own if m["role"] == "assistant")
+            yield Turn(alias, "\n\n".join(filter(None, said)), tuple(own))
+
+
+def add_words(messages: list[Json], text: str) -> None:
+    """Add what was said in a section, if anything was."""
+    words = drop_notices(text)
+    if words:
+        messages.append({"role": "assistant", "content": words})
+
+
+def add_tool_calls(messages: list[Json], calls: Sequence[Json]) -> None:
+    """Put tool calls on the assistant message that stands last, or on a new one."""
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    messages[-1]["tool_calls"] = list(calls)
 
 
 def drop_notices(text: str) -> str:
@@ -1631,6 +1644,15 @@ def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
         if isinstance(wanted, str) and not has_type(value, wanted):
             raise ToolFailure(f"`{name}` of `{call.name}` must be of type {wanted}.")
     return arguments
+
+
+def echo_arguments(text: str) -> str:
+    """Arguments as a provider takes them back: a JSON object, else an empty one."""
+    try:
+        value = parse_json(text)
+    except ValueError:
+        value = read_python_literal(text)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else "{}"
 
 
 def read_python_literal(text: str) -> Any:
@@ -1816,7 +1838,7 @@ INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running 
 
 
 @contextmanager
-def foreign_code(failure: type[ModelFailure] | type[ToolFailure]) -> Iterator[None]:
+def foreign_code(failure: type[Exception]) -> Iterator[None]:
     """Run somebody else's code, which may raise anything: it becomes a `failure`.
 
     The host's completion raises bare exceptions, and so do tools and other pipes; this
@@ -2031,7 +2053,8 @@ class Host:
     async def emit(self, event: Json) -> None:
         """Send an event to the page, if there is one."""
         if self.emitter:
-            await self.emitter(event)
+            with suppress(HostFailure), foreign_code(HostFailure):
+                await self.emitter(event)
 
     async def approve(self, call: ToolCall, arguments: Json) -> bool:
         """Whether the user lets a tool run, where the chat is set to ask."""
@@ -2042,8 +2065,9 @@ class Host:
         asked = {"id": call.id, "name": call.name, "arguments": arguments}
         request = {"type": "confirmation", "data": {"tool_call": asked}}
         try:
-            async with asyncio.timeout(APPROVAL_TIMEOUT):
-                return await self.caller(request) is True
+            with foreign_code(ToolFailure):
+                async with asyncio.timeout(APPROVAL_TIMEOUT):
+                    return await self.caller(request) is True
         except TimeoutError:
             return False
 
@@ -2097,18 +2121,22 @@ class Host:
             await middleware.terminal_event_handler(
                 call.name, arguments, text, self.emitter
             )
-            store = getattr(middleware, "store_tool_result_image", None)  # from 0.12
-            images = []
-            for file in files:
-                if file.get("type") == "image" and file.get("url"):
-                    if store:
-                        file["url"] = await store(
-                            self.request, file["url"], self.metadata, self.user
-                        )
-                    images.append(file["url"])
+            images = [f for f in files if f.get("type") == "image" and f.get("url")]
+            for image in images:
+                image["url"] = await self._store_image(image["url"])
         text = "" if text is None else str(text)
         failed = isinstance(value, dict) and bool(value.get("error"))
-        return ToolResult(text, failed, tuple(files), tuple(embeds), tuple(images))
+        urls = tuple(image["url"] for image in images)
+        return ToolResult(text, failed, tuple(files), tuple(embeds), urls)
+
+    async def _store_image(self, url: str) -> str:
+        """Keep an image out of the chat's JSON, where the host can (from 0.12)."""
+        from open_webui.utils import middleware
+
+        store = getattr(middleware, "store_tool_result_image", None)
+        if store is None:
+            return url
+        return str(await store(self.request, url, self.metadata, self.user))
 
     async def cite(
         self, tool: Json, call: ToolCall, arguments: Json, text: str
@@ -2119,9 +2147,13 @@ class Host:
         names = getattr(middleware, "CITATION_TOOL_NAMES", CITING_TOOLS)
         if not self.emitter or call.name not in names or not text:
             return
-        for source in middleware.get_citation_source_from_tool_result(
-            call.name, arguments, text, tool.get("tool_id", "")
-        ):
+        tool_id = tool.get("tool_id", "")
+        sources: list[Json] = []
+        with suppress(HostFailure), foreign_code(HostFailure):
+            sources = middleware.get_citation_source_from_tool_result(
+                call.name, arguments, text, tool_id
+            )
+        for source in sources:
             await self.emit({"type": "source", "data": source})
 
     async def use_legacy_tools(
@@ -2278,7 +2310,7 @@ async def guarded(items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
 async def close_reply(response: Any, items: AsyncIterator[Any]) -> None:
     """Free the upstream connection, also of a reply that was not read to its end."""
     close = getattr(items, "aclose", None)
-    with suppress(ModelFailure), foreign_code(ModelFailure):
+    with suppress(HostFailure), foreign_code(HostFailure):
         if close:
             await close()
         background = getattr(response, "background", None)
@@ -2502,7 +2534,7 @@ class Section:
                     "type": "function",
                     "function": {
                         "name": call.name,
-                        "arguments": call.arguments or "{}",
+                        "arguments": echo_arguments(call.arguments),
                     },
                 }
                 for call in calls
@@ -2730,12 +2762,8 @@ async def answer(run: Run, section: Section) -> None:
             await run.host.emit({"type": "source", "data": source})
     for left in range(run.settings.max_tool_rounds, -1, -1):
         text, calls = await ask(run, section, messages, specs if left else ())
-        if not left:
-            for call in calls:
-                section.show_result(
-                    call, ToolResult("Error: no more tool calls.", True)
-                )
-            calls = []
+        if calls and not left:
+            raise ModelFailure("it called tools even when it was given none")
         results = await run_tools(run, section, calls, messages)
         messages = [*messages, *section.record(text, calls, results)]
         if not calls:
