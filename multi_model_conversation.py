@@ -409,13 +409,17 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a tool call gave: text for the model, files and embeds for the page."""
+    """What a tool call gave: text for the model, files and embeds for the page.
+
+    `images` are the images as a model can read them, `image_urls` as they are stored.
+    """
 
     text: str
     failed: bool = False
     files: tuple[Json, ...] = ()
     embeds: tuple[Any, ...] = ()
     images: tuple[str, ...] = ()
+    image_urls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -1051,7 +1055,6 @@ class OpenCall:
     """A tool call whose pieces are still arriving."""
 
     id: str
-    index: int | None
     name: str = ""
     arguments: GrowingText = field(default_factory=GrowingText)
 
@@ -1073,7 +1076,7 @@ class ToolCallAccumulator:
         """Add a piece; gives the call it belongs to."""
         call = self._find(delta)
         if call is None:
-            call = OpenCall(delta.id, delta.index)
+            call = OpenCall(delta.id)
             self._order.append(call)
         self._latest[delta.index] = call
         if delta.id:
@@ -1085,16 +1088,12 @@ class ToolCallAccumulator:
         return call
 
     def close(self) -> list[tuple[OpenCall, list[str]]]:
-        """All calls in order of index, then arrival, each with its argument texts.
+        """All calls in the order in which they began, each with its argument texts.
 
         There is more than one text where a provider wrote several JSON objects in one
         call: each of them is a call of its own.
         """
-        last = len(self._order)
-        ordered = sorted(
-            self._order, key=lambda call: last if call.index is None else call.index
-        )
-        return [(call, split_objects(str(call.arguments))) for call in ordered]
+        return [(call, split_objects(str(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
         if delta.id and (delta.index, delta.id) in self._known:
@@ -1125,13 +1124,13 @@ def split_objects(text: str) -> list[str]:
     return [text] if rest or not found else found
 
 
-FORGED_HEADING = re.compile(
-    rf"(?:\A|(?<=[\r\n]))([^\S\r\n]*)(?=#{{1,6}}[^\S\r\n]*[{COLOURS}])"
+FORGED_LINE = re.compile(
+    r"(?:\A|(?<=[\r\n]))([^\S\r\n]*)" rf"(?=#{{1,6}}[^\S\r\n]*[{COLOURS}]|>[^\S\r\n]*⚠)"
 )
 FORGED_DETAILS = re.compile(r"<(?=details\s)")
 LINE_END = re.compile(r"[\r\n]")
 LINE_END_OR_TAG = re.compile(r"[\r\n<]")
-MAYBE_HEADING = re.compile(r"[^\S\r\n]*#{0,6}[^\S\r\n]*")
+MAYBE_LINE = re.compile(r"[^\S\r\n]*(?:#{0,6}|>)[^\S\r\n]*")
 MAYBE_DETAILS = re.compile(r"<(?:d(?:e(?:t(?:a(?:i(?:ls?)?)?)?)?)?)?\Z")
 
 
@@ -1139,8 +1138,9 @@ class ForgeryGuard:
     """Escapes what a model writes in the form of our own markup, cut anywhere.
 
     A line like our headings ("### 🔴 Bob") could pose as another speaker, on the page
-    and in the next turn; `<details type=...>` could pose as the host's reasoning and
-    tool blocks. A backslash shows both as the plain text they are.
+    and in the next turn, and one like our notices ("> ⚠️") as us; `<details type=...>`
+    could pose as the host's reasoning and tool blocks. A backslash shows them as the
+    plain text they are.
     """
 
     def __init__(self) -> None:
@@ -1154,7 +1154,7 @@ class ForgeryGuard:
         text = self._held + text
         line = line_start(text)
         cut = len(text)
-        if (self._fresh or line) and MAYBE_HEADING.fullmatch(text, line):
+        if (self._fresh or line) and MAYBE_LINE.fullmatch(text, line):
             cut = line
         elif details := MAYBE_DETAILS.search(text, max(line, cut - 8)):
             cut = details.start()
@@ -1172,7 +1172,7 @@ class ForgeryGuard:
     def _escape(self, text: str) -> str:
         end = LINE_END.search(text)
         begin = 0 if self._fresh else end.end() if end else len(text)
-        lines = FORGED_HEADING.sub(r"\1\\", text[begin:])
+        lines = FORGED_LINE.sub(r"\1\\", text[begin:])
         return FORGED_DETAILS.sub(r"\\<", text[:begin] + lines)
 
 
@@ -1187,6 +1187,9 @@ def line_start(text: str) -> int:
 
 NOTICE = "> ⚠️ "
 CONTINUE = "(Go on.)"
+TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
+    "Here are the images from the tool results above. Please analyze them."
+)
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
@@ -1490,7 +1493,7 @@ def is_tool_images(message: Json) -> bool:
     content = message.get("content")
     if not isinstance(content, list):
         return False
-    return text_of(content).startswith("Here are the images from the tool results")
+    return text_of(content) == TOOL_IMAGES
 
 
 def read_reply(messages: Sequence[Json]) -> Iterator[Turn]:
@@ -1732,8 +1735,12 @@ def render_item(block: Block) -> Json:
     elif block.kind == "function_call":
         item |= {"status": "in_progress", "arguments": text}
     else:
-        item["output"] = [{"type": "input_text", "text": text}]
-    return item | block.fields
+        images = [
+            {"type": "input_image", "image_url": url}
+            for url in block.fields.get("images", ())
+        ]
+        item["output"] = [{"type": "input_text", "text": text}, *images]
+    return item | {name: v for name, v in block.fields.items() if name != "images"}
 
 
 def render_items(transcript: Transcript) -> list[Json]:
@@ -2122,12 +2129,24 @@ class Host:
                 call.name, arguments, text, self.emitter
             )
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
+            readable = await self._readable_images([image["url"] for image in images])
             for image in images:
                 image["url"] = await self._store_image(image["url"])
         text = "" if text is None else str(text)
         failed = isinstance(value, dict) and bool(value.get("error"))
-        urls = tuple(image["url"] for image in images)
-        return ToolResult(text, failed, tuple(files), tuple(embeds), urls)
+        stored = tuple(image["url"] for image in images)
+        return ToolResult(
+            text, failed, tuple(files), tuple(embeds), tuple(readable), stored
+        )
+
+    async def _readable_images(self, urls: list[str]) -> list[str]:
+        """Images as data URLs: a provider cannot open a path of the host."""
+        from open_webui.utils import middleware
+
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        body: Json = {"messages": [{"role": "user", "content": parts}]}
+        body = await middleware.convert_url_images_to_base64(body, user=self.user)
+        return [part["image_url"]["url"] for part in body["messages"][0]["content"]]
 
     async def _store_image(self, url: str) -> str:
         """Keep an image out of the chat's JSON, where the host can (from 0.12)."""
@@ -2285,7 +2304,7 @@ def reply_items(response: Any) -> AsyncIterator[Any]:
     if isinstance(response, Response):
         body = bytes(response.body).decode("utf-8", "replace")
         try:
-            value = json.loads(body)
+            value = parse_json(body)
         except ValueError:
             value = body
         if response.status_code >= 400:
@@ -2547,10 +2566,7 @@ class Section:
             for url in result.images:
                 images.append({"type": "image_url", "image_url": {"url": url}})
         if images:
-            note = {
-                "type": "text",
-                "text": "Here are the images from the tool results.",
-            }
+            note = {"type": "text", "text": TOOL_IMAGES}
             messages.append({"role": "user", "content": [note, *images]})
         self.messages += messages
         self._unrecorded = ""
@@ -2567,6 +2583,8 @@ class Section:
             fields["files"] = list(result.files)
         if result.embeds:
             fields["embeds"] = list(result.embeds)
+        if result.image_urls:
+            fields["images"] = result.image_urls
         alias = self.participant.alias
         block = self.run.transcript.add("function_call_output", alias, **fields)
         self.run.emitter.emit_replace(block, result.text)
@@ -2598,6 +2616,8 @@ class Section:
             text = text.lstrip()
             if not text:
                 return
+        elif self._open is None or self._open.kind != "message":
+            self._text.append("\n")  # as the host joins the blocks of a message
         self.spoke = True
         self._text.append(text)
         self._grow("message", text)
