@@ -1127,7 +1127,7 @@ def split_objects(text: str) -> list[str]:
 FORGED_LINE = re.compile(
     r"(?:\A|(?<=[\r\n]))([^\S\r\n]*)" rf"(?=#{{1,6}}[^\S\r\n]*[{COLOURS}]|>[^\S\r\n]*⚠)"
 )
-FORGED_DETAILS = re.compile(r"<(?=details\s)")
+FORGED_DETAILS = re.compile(r"<(?=details\s)")  # gets a zero-width space behind it
 LINE_END = re.compile(r"[\r\n]")
 LINE_END_OR_TAG = re.compile(r"[\r\n<]")
 MAYBE_LINE = re.compile(r"[^\S\r\n]*(?:#{0,6}|>)[^\S\r\n]*")
@@ -1139,8 +1139,8 @@ class ForgeryGuard:
 
     A line like our headings ("### 🔴 Bob") could pose as another speaker, on the page
     and in the next turn, and one like our notices ("> ⚠️") as us; `<details type=...>`
-    could pose as the host's reasoning and tool blocks. A backslash shows them as the
-    plain text they are.
+    could pose as the host's reasoning and tool blocks. Escaped, they show as the plain
+    text they are.
     """
 
     def __init__(self) -> None:
@@ -1173,7 +1173,7 @@ class ForgeryGuard:
         end = LINE_END.search(text)
         begin = 0 if self._fresh else end.end() if end else len(text)
         lines = FORGED_LINE.sub(r"\1\\", text[begin:])
-        return FORGED_DETAILS.sub(r"\\<", text[:begin] + lines)
+        return FORGED_DETAILS.sub("<\u200b", text[:begin] + lines)
 
 
 def line_start(text: str) -> int:
@@ -1498,7 +1498,7 @@ def is_tool_images(message: Json) -> bool:
 
 def read_reply(messages: Sequence[Json]) -> Iterator[Turn]:
     """The messages of one reply -> the turns of its speakers."""
-    sections = [("Assistant", list[Json]())]
+    sections = [("", list[Json]())]
     for message in messages:
         if message.get("role") != "assistant":
             sections[-1][1].append(message)
@@ -1511,9 +1511,10 @@ def read_reply(messages: Sequence[Json]) -> Iterator[Turn]:
         if message.get("tool_calls"):
             add_tool_calls(sections[-1][1], message["tool_calls"])
     for alias, own in sections:
-        if own:
+        if own or alias:  # who failed without a word has a heading only
             said = (text_of(m["content"]) for m in own if m["role"] == "assistant")
-            yield Turn(alias, "\n\n".join(filter(None, said)), tuple(own))
+            text = "\n\n".join(filter(None, said))
+            yield Turn(alias or "Assistant", text, tuple(own))
 
 
 def add_words(messages: list[Json], text: str) -> None:

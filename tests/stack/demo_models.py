@@ -478,7 +478,7 @@ create deal decide design different early easy end fast feel few find fix good g
 handle hard high hire important improve introduce keep large late learn leave live
 long look lot low make makes move new old open organise organize own pay pick plan
 possible prefer put rather read real replace right run send set short slow small
-spend split start stay step stop switch teach try turn wait work worth
+spend split start stay step stop switch teach try turn wait works worth
 """
 _NOT_THINGS = frozenset(_ACTS.split())
 _ARTICLES = frozenset(
