@@ -546,6 +546,8 @@ def _is_content(word: str) -> bool:
 def _named(chunk: Sequence[str], after: str) -> str:
     words = [word for word in chunk if word.lower() not in _ARTICLES]
     article = chunk[0].lower() if len(words) < len(chunk) else ""
+    if len(words) > 2 and words[-1] == "work":
+        words.pop()  # "a four-day week work" does; "remote work" is a thing.
     if after.lower() in _ARTICLES and len(words) > 1:
         words.pop()  # "the team rewrite | the app": the last word is what it does.
     elif after.lower() in _ARTICLES and not article and words[0].islower():
