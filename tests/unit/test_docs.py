@@ -1,0 +1,99 @@
+"""What the documents say is what the code does."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from tests.unit.plugin import SOURCE, mmc
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+
+
+def default_text(value: object) -> str:
+    """A default as the table shows it."""
+    if value is None:
+        return "unset"
+    if value in ("", []):
+        return "none"
+    return "a text" if len(str(value)) > 40 else f"`{value}`"
+
+
+def row(name: str, field: FieldInfo) -> str:
+    """A setting's row in the table."""
+    description = str(field.description).replace("|", r"\|")
+    default = default_text(field.default)
+    return f"| {field.title} | `{name}` | {default} | {description} |"
+
+
+def between(start: str, end: str) -> list[str]:
+    """The table rows between two lines that stand in the README."""
+    part = README.split(start)[1].split(end)[0]
+    return [line for line in part.splitlines() if re.match(r"\| .* \| `", line)]
+
+
+def test_the_readme_lists_every_setting_of_a_user() -> None:
+    fields = mmc.Pipe.UserValves.model_fields
+    listed = between("## All settings", "Only the administrator sets these")
+    assert listed == [row(name, field) for name, field in fields.items()]
+
+
+def test_the_readme_lists_every_other_setting_of_the_administrator() -> None:
+    users = mmc.Pipe.UserValves.model_fields
+    fields = mmc.Pipe.Valves.model_fields
+    listed = between("Only the administrator sets these", "## What participants see")
+    assert listed == [row(n, field) for n, field in fields.items() if n not in users]
+
+
+def test_the_readme_names_every_mode() -> None:
+    for mode in mmc.MODES.values():
+        assert f"**Conversation · {mode.name}**" in README
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_command_shown_is_a_target_of_the_makefile(document: str) -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"(?m)^([a-z][\w-]*):", makefile))
+    text = (ROOT / document).read_text("utf-8")
+    commands = [
+        c for b in re.findall(r"```sh\n(.*?)```", text, re.S) for c in b.split("\n")
+    ]
+    assert any(commands)
+    for command in filter(None, commands):
+        words = [word for word in command.split() if "=" not in word]
+        assert words[0] == "make" and set(words[1:]) <= targets, command
+
+
+def test_the_versions_agree() -> None:
+    front = re.search(r"(?m)^version: (.+)$", SOURCE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    newest = re.search(r"(?m)^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", changes)
+    assert front and newest
+    assert front[1] == project["version"] == newest[1]
+
+
+def test_the_readme_names_the_versions_it_needs() -> None:
+    needed = re.search(r"(?m)^required_open_webui_version: (\d+\.\d+)", SOURCE)
+    tested = re.search(
+        r"(?m)^open-webui==(.+)$", (ROOT / "constraints.txt").read_text("utf-8")
+    )
+    assert needed and f"Open WebUI {needed[1]} or later" in README
+    assert tested and f"tested with {tested[1]}" in README
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_is_linked_exists(document: str) -> None:
+    text = (ROOT / document).read_text("utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_pictures_are_small_enough_to_load_at_once() -> None:
+    pictures = list((ROOT / "docs").glob("*.png"))
+    assert pictures
+    assert all(picture.stat().st_size <= 300_000 for picture in pictures)
