@@ -1,0 +1,102 @@
+"""`make demo`, as a person starts, uses and ends it."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.stack.browser import Browser
+from tests.stack.demo import ROOT
+from tests.stack.host import Api, free_port
+
+QUESTION = "Should our small team rewrite the old billing system?"
+
+
+def processes() -> dict[int, tuple[int, int]]:
+    """Every process of this machine: its parent and its session."""
+    found: dict[int, tuple[int, int]] = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            stat = (entry / "stat").read_text().rpartition(")")[2].split()
+            if stat[0] != "Z":
+                found[int(entry.name)] = (int(stat[1]), int(stat[3]))
+    return found
+
+
+def family(ancestor: int) -> set[int]:
+    """A process and everything that descends from it."""
+    running = processes()
+    found = {ancestor}
+    while more := {p for p, (parent, _) in running.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+@pytest.fixture
+def demo() -> Iterator[subprocess.Popen[str]]:
+    """The demo as a process, with scripted models, on a port of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("OPENAI_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.stack.demo"],
+        cwd=ROOT,
+        env={**kept, "PORT": str(free_port())},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        for pid in family(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def read_url(demo: subprocess.Popen[str]) -> str:
+    """The address it prints when it is ready."""
+    assert demo.stdout is not None
+    for line in demo.stdout:
+        if found := re.search(r"http://127\.0\.0\.1:(\d+)", line):
+            return found[0]
+    raise AssertionError("the demo ended without printing an address")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_the_demo_opens_ready_to_type_and_leaves_nothing_behind(
+    demo: subprocess.Popen[str], browser: Browser
+) -> None:
+    url = read_url(demo)
+    page = browser.open_as(Api(url), None)
+    try:
+        page.ask(QUESTION)
+        page.wait_finished()
+        page.wait_status("Finished after 2 rounds · 6 turns")
+        shown = page.visible_reply_text()
+    finally:
+        page.close()
+    speakers = re.findall(r"[🔵🔴🟢] (\w+)", shown)
+    assert speakers == ["Ada", "Grace", "Alan"] * 2
+    assert shown.count("Thought for") == 2
+    assert shown.count("View Result from look_up") == 1
+
+    of_the_demo = family(demo.pid)
+    running = processes()
+    sessions = {running[pid][1] for pid in of_the_demo} - {os.getsid(0)}
+    data = {Path(os.readlink(f"/proc/{pid}/cwd")) for pid in of_the_demo} - {ROOT}
+    assert sessions and data, "the server has a session and a directory of its own"
+    demo.send_signal(signal.SIGINT)
+    rest, _ = demo.communicate(timeout=30)
+    assert (demo.returncode, rest.split()[-1]) == (0, "Stopped.")
+    left = processes()
+    assert not of_the_demo & left.keys()
+    assert not sessions & {session for _, session in left.values()}
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(url.rpartition(":")[2]))) != 0
+    assert not any(directory.exists() for directory in data)
