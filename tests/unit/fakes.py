@@ -1,0 +1,172 @@
+"""Stand-ins for the host, each named for its trick."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from tests.unit.plugin import mmc
+
+Json = dict[str, Any]
+
+
+class HandTurnedClock:
+    """A clock that stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(frozen=True)
+class ScriptedHost(mmc.Host):
+    """A host whose models say what a script says, one reply after another.
+
+    An item of a reply is given out as it is; an exception is raised; an event is
+    waited for. Tools are plain functions of their arguments.
+    """
+
+    replies: list[Sequence[Any]] = field(default_factory=list)
+    payloads: list[Json] = field(default_factory=list)
+    events: list[Json] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
+        self.payloads.append(payload)
+        yield self._items(self.replies.pop(0))
+
+    async def _items(self, reply: Sequence[Any]) -> AsyncIterator[Any]:
+        for item in reply:
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, asyncio.Event):
+                await item.wait()
+            else:
+                yield item
+
+    async def emit(self, event: Json) -> None:
+        self.events.append(event)
+
+    async def run_tool(
+        self, tool: Json, call: mmc.ToolCall, arguments: Json, messages: list[Json]
+    ) -> Any:
+        with mmc.foreign_code(mmc.ToolFailure):
+            return await tool["callable"](**arguments)
+
+    async def read_tool_result(
+        self, tool: Json, call: mmc.ToolCall, arguments: Json, value: Any
+    ) -> mmc.ToolResult:
+        found: mmc.ToolResult = (
+            value if isinstance(value, mmc.ToolResult) else mmc.ToolResult(str(value))
+        )
+        return found
+
+    async def cite(
+        self, tool: Json, call: mmc.ToolCall, arguments: Json, text: str
+    ) -> None:
+        self.events.append({"type": "cited", "data": call.name})
+
+    @property
+    def statuses(self) -> list[str]:
+        """The status lines, in order."""
+        return [
+            event["data"]["description"]
+            for event in self.events
+            if event["type"] == "status"
+        ]
+
+
+def text(*pieces: str) -> list[Json]:
+    """A reply in which these pieces are said."""
+    return [{"choices": [{"delta": {"content": piece}}]} for piece in pieces]
+
+
+def call(name: str, arguments: str = "{}", call_id: str = "c1", index: int = 0) -> Json:
+    """A chunk with one whole tool call."""
+    function = {"name": name, "arguments": arguments}
+    piece = {"index": index, "id": call_id, "function": function}
+    return {"choices": [{"delta": {"tool_calls": [piece]}}]}
+
+
+def usage(inputs: int, outputs: int) -> Json:
+    """A chunk with usage."""
+    return {"usage": {"prompt_tokens": inputs, "completion_tokens": outputs}}
+
+
+def tool(function: Callable[..., Any], **types: str) -> Json:
+    """A tool as the host would hand it over."""
+    properties = {name: {"type": kind} for name, kind in types.items()}
+    parameters = {"type": "object", "properties": properties, "required": list(types)}
+    return {"callable": function, "spec": {"name": "tool", "parameters": parameters}}
+
+
+def make_run(
+    replies: Sequence[Sequence[Any]] = (),
+    *,
+    aliases: Sequence[str] = ("Ann", "Bob"),
+    tools: Json | None = None,
+    in_chat: bool = True,
+    **fields: Any,
+) -> tuple[mmc.Run, ScriptedHost]:
+    """A run of these participants on a scripted host, asked "Which tree?"."""
+    request = Request({"type": "http", "headers": [], "state": {}})
+    metadata = {"chat_id": "chat", "message_id": "message"} if in_chat else {}
+    host = ScriptedHost(request, None, metadata, replies=list(replies))
+    voice = mmc.Voice(
+        "oak-1",
+        tools=tools or {},
+        specs=tuple({"type": "function", "function": {"name": n}} for n in tools or {}),
+    )
+    participants = tuple(
+        mmc.Participant(alias, colour, f"You are {alias}.", voice)
+        for alias, colour in zip(aliases, mmc.COLOURS, strict=False)
+    )
+    settings = mmc.merge_settings(mmc.Settings(**fields), None)
+    run = mmc.Run(
+        host,
+        settings,
+        mmc.Cast(participants, voice),
+        [mmc.Question("Which tree?")],
+        mmc.Emitter(mmc.plan_items if in_chat else mmc.plan_chunk, 0.0),
+        mmc.Transcript("t"),
+    )
+    return run, host
+
+
+def host_messages(items: Sequence[Json]) -> list[Json]:
+    """What the host makes of a stored reply for the next request.
+
+    After `convert_output_to_messages` of Open WebUI 0.12.4, for our kinds of items.
+    """
+    messages: list[Json] = []
+    texts: list[str] = []
+    calls: list[Json] = []
+
+    def flush() -> None:
+        if texts or calls:
+            message: Json = {"role": "assistant", "content": "\n".join(texts)}
+            messages.append(message | ({"tool_calls": list(calls)} if calls else {}))
+        texts.clear()
+        calls.clear()
+
+    for item in items:
+        if item["type"] == "message" and item["content"][0]["text"]:
+            texts.append(item["content"][0]["text"])
+        elif item["type"] == "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            calls.append(
+                {"id": item["call_id"], "type": "function", "function": function}
+            )
+        elif item["type"] == "function_call_output":
+            flush()
+            content = "".join(part.get("text", "") for part in item["output"])
+            messages.append(
+                {"role": "tool", "tool_call_id": item["call_id"], "content": content}
+            )
+    flush()
+    return messages

@@ -1,0 +1,676 @@
+"""Section 3: what models send, in any cut, and what must come out of it.
+
+`tests/streams` holds one golden stream per kind: `name.txt` is the stream (or `items`
+in `name.json`, for what is no text), `name.json` says what it must become.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.plugin import mmc
+
+STREAMS = Path(__file__).parents[1] / "streams"
+GOLDEN = sorted(path.stem for path in STREAMS.glob("*.json"))
+TEXTS = sorted(path.stem for path in STREAMS.glob("*.txt"))
+HOST_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reason>", "</reason>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<thought>", "</thought>"),
+    ("<Thought>", "</Thought>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("◁think▷", "◁/think▷"),
+)
+
+
+# -- golden streams --------------------------------------------------------------------
+
+
+@dataclass
+class Golden:
+    """One golden stream: bytes, or items of any other kind; and what they become."""
+
+    stream: bytes
+    items: list[Any]
+    expected: dict[str, Any]
+    sources: list[str]
+
+
+def read_golden(name: str) -> Golden:
+    described = json.loads((STREAMS / f"{name}.json").read_text("utf-8"))
+    items = [read_item(item) for item in described.get("items", [])]
+    stream = b""
+    if not items:
+        text = (STREAMS / f"{name}.txt").read_bytes()
+        stream = text.replace(b"\n", described.get("line_end", "\n").encode())
+    sources = described.get("sources", [])
+    return Golden(stream, items, described["expected"], sources)
+
+
+def read_item(item: Any) -> Any:
+    """An item as it would arrive; `{"object": …}` stands for one with attributes."""
+    if isinstance(item, dict) and set(item) == {"object"}:
+        return SimpleNamespace(**item["object"])
+    return item
+
+
+def decode(items: Iterable[Any]) -> list[mmc.ReplyEvent]:
+    """All events of a reply."""
+    decoder = mmc.ReplyDecoder()
+    events = [event for item in items for event in decoder.feed(item)]
+    return [*events, *decoder.close()]
+
+
+def joined(events: Iterable[mmc.ReplyEvent], kind: type[Any]) -> str:
+    return "".join(event.text for event in events if isinstance(event, kind))
+
+
+def calls_of(events: Iterable[mmc.ReplyEvent]) -> list[list[str]]:
+    """The calls as (id, name, arguments), as a section would run them."""
+    calls = mmc.ToolCallAccumulator()
+    for event in events:
+        if isinstance(event, mmc.ToolCallDelta):
+            calls.feed(event)
+    return [
+        [call.id, call.name, arguments]
+        for call, argument_texts in calls.close()
+        for arguments in argument_texts
+    ]
+
+
+def outcome(items: Iterable[Any]) -> dict[str, Any]:
+    """What a reply becomes, in the form of the golden files."""
+    events = decode(items)
+    usages = [event.usage for event in events if isinstance(event, mmc.UsageReport)]
+    return {
+        "text": joined(events, mmc.TextDelta),
+        "reasoning": joined(events, mmc.ReasoningDelta),
+        "calls": calls_of(events),
+        "usage": usages[-1] if usages else None,
+        "errors": [e.reason for e in events if isinstance(e, mmc.StreamError)],
+    }
+
+
+def cut(stream: bytes, places: Iterable[int]) -> Iterator[bytes]:
+    """The stream in pieces, cut at these places."""
+    start = 0
+    for place in sorted({place % (len(stream) + 1) for place in places}):
+        yield stream[start:place]
+        start = place
+    yield stream[start:]
+
+
+def test_there_are_golden_streams_and_each_says_what_it_must_become() -> None:
+    assert len(GOLDEN) > 60
+    for name in GOLDEN:
+        described = json.loads((STREAMS / f"{name}.json").read_text("utf-8"))
+        assert described["about"].endswith(".")
+        assert ("items" in described) != (name in TEXTS)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_golden_stream_becomes_what_it_must(name: str) -> None:
+    golden = read_golden(name)
+    assert outcome(golden.items or [golden.stream]) == golden.expected
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_golden_stream_may_arrive_byte_by_byte(name: str) -> None:
+    golden = read_golden(name)
+    pieces = [bytes([byte]) for byte in golden.stream]
+    assert outcome(pieces) == golden.expected
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_golden_stream_may_be_cut_anywhere(name: str) -> None:
+    golden = read_golden(name)
+
+    @settings(max_examples=25)
+    @given(st.lists(st.integers(0, len(golden.stream)), max_size=8))
+    def replay(places: list[int]) -> None:
+        assert outcome(cut(golden.stream, places)) == golden.expected
+
+    replay()
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_golden_stream_may_lack_its_last_line_feeds(name: str) -> None:
+    golden = read_golden(name)
+    assert outcome([golden.stream.rstrip(b"\r\n")]) == golden.expected
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_events_of_a_golden_stream_may_arrive_as_strings(name: str) -> None:
+    golden = read_golden(name)
+    text = golden.stream.decode().lstrip()
+    if re.match(r"data:|event:|:|retry:|{", text):
+        events = re.findall(r"(?s).+?(?:(?:\r?\n){2,}|\Z)", text)
+        assert "".join(events) == text
+        assert outcome(events) == golden.expected
+
+
+def test_citations_in_a_stream_are_sources() -> None:
+    golden = read_golden("annotations")
+    found = [
+        event.source["source"]["url"]
+        for event in decode([golden.stream])
+        if isinstance(event, mmc.SourceFound)
+    ]
+    assert found == golden.sources
+
+
+def test_text_is_given_out_with_the_line_that_carries_it_not_with_the_next() -> None:
+    decoder = mmc.ReplyDecoder()
+    chunk = b'data: {"choices": [{"delta": {"content": "Oaks"}}]}'
+    assert list(decoder.feed(chunk)) == []
+    assert list(decoder.feed(b"\n")) == [mmc.TextDelta("Oaks")]
+
+
+# -- whatever else may arrive ----------------------------------------------------------
+
+WORDS = st.sampled_from(
+    [
+        "type",
+        "choices",
+        "delta",
+        "message",
+        "content",
+        "reasoning",
+        "reasoning_content",
+        "thinking",
+        "usage",
+        "tool_calls",
+        "function",
+        "name",
+        "arguments",
+        "index",
+        "id",
+        "error",
+        "item",
+        "output_index",
+        "response",
+        "output",
+        "part",
+        "text",
+        "annotations",
+        "url_citation",
+        "url",
+        "sources",
+        "timings",
+        "eval_count",
+        "object",
+        "prompt_tokens",
+        "completion_tokens",
+        "total_tokens",
+        "cost",
+        "prompt_tokens_details",
+        "function_call",
+        "detail",
+    ]
+)
+KINDS = st.sampled_from(
+    [
+        "response.output_text.delta",
+        "response.refusal.delta",
+        "response.reasoning_text.delta",
+        "response.reasoning_summary_text.delta",
+        "response.function_call_arguments.delta",
+        "response.output_item.added",
+        "response.output_item.done",
+        "response.failed",
+        "error",
+        "response.completed",
+        "response.incomplete",
+        "message",
+        "function_call",
+        "url_citation",
+    ]
+)
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | KINDS
+    | st.text("ab<{ \n", max_size=4)
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+CALL = st.dictionaries(
+    st.sampled_from(["index", "id", "function", "type"]),
+    ANYTHING | st.dictionaries(st.sampled_from(["name", "arguments"]), ANYTHING),
+)
+MESSAGE = st.dictionaries(WORDS, ANYTHING | st.lists(CALL, max_size=2), max_size=4)
+CHUNK = st.fixed_dictionaries(
+    {},
+    optional={
+        "choices": ANYTHING | st.lists(st.dictionaries(WORDS, MESSAGE), max_size=2),
+        "usage": ANYTHING,
+        "error": ANYTHING,
+        "message": MESSAGE,
+        "sources": ANYTHING,
+    },
+)
+EVENT = st.fixed_dictionaries(
+    {"type": KINDS},
+    optional={
+        "delta": ANYTHING,
+        "item": ANYTHING | st.dictionaries(WORDS, ANYTHING),
+        "output_index": ANYTHING,
+        "response": ANYTHING,
+    },
+)
+
+
+def check(event: mmc.ReplyEvent) -> None:
+    """Every part of an event is of the type it says."""
+    match event:
+        case mmc.TextDelta(text) | mmc.ReasoningDelta(text):
+            assert isinstance(text, str)
+        case mmc.ToolCallDelta(index, call_id, name, arguments):
+            assert index is None or isinstance(index, int)
+            assert all(isinstance(part, str) for part in (call_id, name, arguments))
+        case mmc.UsageReport(usage):
+            for key in ("input_tokens", "output_tokens", "total_tokens"):
+                assert isinstance(usage[key], int)
+        case mmc.StreamError(reason):
+            assert reason and "\n" not in reason
+        case mmc.SourceFound(source):
+            assert isinstance(source, dict)
+
+
+@given(st.lists(ANYTHING | CHUNK | EVENT | MESSAGE, max_size=4))
+def test_no_value_is_fatal_and_no_event_is_malformed(values: list[Any]) -> None:
+    events = decode(values)
+    for event in events:
+        check(event)
+    calls_of(events)
+
+
+@given(st.lists(ANYTHING | CHUNK | EVENT, max_size=3), st.lists(st.integers(0, 400)))
+def test_no_line_is_fatal_however_it_is_cut(
+    values: list[Any], places: list[int]
+) -> None:
+    stream = "".join(f"data: {json.dumps(value)}\n\n" for value in values).encode()
+    whole = decode([stream])
+    pieces = decode(cut(stream, places))
+    for kind in (mmc.TextDelta, mmc.ReasoningDelta):
+        assert joined(whole, kind) == joined(pieces, kind)
+    assert calls_of(whole) == calls_of(pieces)
+
+
+@given(st.lists(st.binary(max_size=12), max_size=6))
+def test_no_bytes_are_fatal(pieces: list[bytes]) -> None:
+    for event in decode(pieces):
+        check(event)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b'data: {"a": ' + b"[" * 100_000 + b"\n\n",
+        b'{"choices": ' + b'{"a":' * 100_000 + b"\n",
+        b"data: " + b"9" * 10_000 + b"\n\n",
+        b'data: {"usage": {"total_tokens": 1e999, "prompt_tokens": NaN}}\n\n',
+        b"data: \xff\xfe\xf0\x9f\n\n",
+        b"\x00\x00\x00",
+    ],
+    ids=["deep list", "deep object", "long number", "infinity", "bad utf-8", "nulls"],
+)
+def test_a_stream_that_is_hard_to_read_is_skipped(stream: bytes) -> None:
+    after = b'\n\ndata: {"choices": [{"delta": {"content": "Oaks"}}]}\n\n'
+    assert outcome([stream, after])["text"] == "Oaks"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        ({"message": "Too long"}, "Too long"),
+        ({"error": {"message": "Too long"}}, "Too long"),
+        ({"detail": "Not found"}, "Not found"),
+        ({"code": 7}, '{"code": 7}'),
+        ("plain", "plain"),
+        ("two\n lines `<b>`", "two lines b"),
+        (None, "None"),
+        ("", "an error without a message"),
+        ({"message": ["a", "b"]}, "'a', 'b'"),
+    ],
+)
+def test_an_error_is_one_readable_line(error: Any, text: str) -> None:
+    assert mmc.error_text(error) == text
+
+
+def test_a_very_long_error_is_cut() -> None:
+    assert len(mmc.error_text("x" * 1000)) == 300
+
+
+# -- usage -----------------------------------------------------------------------------
+
+USAGES = st.dictionaries(WORDS, ANYTHING).map(
+    lambda usage: {**usage, "cost": usage.get("cost"), "total_tokens": 1}
+)
+
+
+def test_usages_are_summed_with_their_details() -> None:
+    one = {"input_tokens": 1, "total_tokens": 3, "prompt_tokens_details": {"cached": 1}}
+    two = {"input_tokens": 2, "cost": 0.5, "prompt_tokens_details": {"cached": 4}}
+    assert mmc.add_usage(one, two) == {
+        "input_tokens": 3,
+        "total_tokens": 3,
+        "cost": 0.5,
+        "prompt_tokens_details": {"cached": 5},
+    }
+    assert one["input_tokens"] == 1
+
+
+@given(USAGES, USAGES)
+def test_whatever_providers_report_can_be_summed(
+    one: dict[str, Any], two: dict[str, Any]
+) -> None:
+    mmc.add_usage(mmc.add_usage({}, one), two)
+
+
+# -- events and lines ------------------------------------------------------------------
+
+
+def test_an_event_ends_with_its_blank_line_and_does_not_spill_into_the_next() -> None:
+    decoder = mmc.SSEDecoder()
+    stream = b'data: {"half":\n\ndata: {"whole": 1}\n\n'
+    assert [*decoder.feed(stream), *decoder.close()] == [{"whole": 1}]
+
+
+def test_a_broken_line_does_not_take_the_next_event_with_it() -> None:
+    decoder = mmc.SSEDecoder()
+    stream = b'data: {"broken\ndata: {"whole": 1}\n\n'
+    assert [*decoder.feed(stream), *decoder.close()] == [{"whole": 1}]
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=5)), max_size=5),
+    st.sampled_from(["\n", "\r\n"]),
+    st.lists(st.integers(0, 500)),
+)
+def test_events_come_out_as_they_went_in_however_they_are_cut(
+    values: list[dict[str, str]], end: str, places: list[int]
+) -> None:
+    stream = "".join(
+        f"data: {json.dumps(value, ensure_ascii=False)}{end}{end}" for value in values
+    ).encode()
+    decoder = mmc.SSEDecoder()
+    found = [value for piece in cut(stream, places) for value in decoder.feed(piece)]
+    assert [*found, *decoder.close()] == values
+
+
+# -- think tags ------------------------------------------------------------------------
+
+SCRAPS = st.sampled_from(
+    ["<", ">", "</", "<th", "ink>", "<think>", "</think>", "</thi", "<thinking>"]
+    + ["</thinking>", "<|begin_of_thought|>", "<|end_of_thought|>", "◁think▷"]
+    + ["◁/think▷", "◁", "<think\tdeep>", "<think\t", "a", "b", "\t\t", "\n", " "]
+    + ["  ", '<think type="x">', "<think\n>", "<think <b>"]
+)
+
+
+def split(pieces: Iterable[str]) -> tuple[str, str]:
+    """The text and the reasoning of a text in pieces."""
+    splitter = mmc.ThinkSplitter()
+    events = [event for piece in pieces for event in splitter.feed(piece)]
+    events += splitter.close()
+    return joined(events, mmc.TextDelta), joined(events, mmc.ReasoningDelta)
+
+
+def test_the_think_tags_are_those_the_host_knows() -> None:
+    assert set(mmc.THINK_TAGS) == set(HOST_TAGS)
+
+
+@pytest.mark.parametrize(("start", "end"), HOST_TAGS)
+def test_reasoning_is_told_from_text_at_every_cut(start: str, end: str) -> None:
+    text = f"{start}1 < 2{end}\n\nIt is < 3."
+    for place in range(len(text) + 1):
+        assert split([text[:place], text[place:]]) == ("It is < 3.", "1 < 2")
+    assert split(text) == ("It is < 3.", "1 < 2")
+
+
+@given(st.lists(SCRAPS, max_size=10), st.lists(st.integers(0, 100), max_size=6))
+def test_no_cut_changes_what_is_text_and_what_is_reasoning(
+    scraps: list[str], places: list[int]
+) -> None:
+    text = "".join(scraps)
+    whole = split([text])
+    at = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
+    assert split(text[a:b] for a, b in zip(at, at[1:], strict=False)) == whole
+    assert split(text) == whole
+
+
+@given(st.text("abc <>/tk\n", max_size=30))
+def test_text_without_think_tags_is_left_as_it_is(text: str) -> None:
+    assert split(text) == (text, "")
+
+
+def test_only_what_may_become_a_tag_is_held_back() -> None:
+    splitter = mmc.ThinkSplitter()
+    assert splitter.feed("a <thin") == [mmc.TextDelta("a ")]
+    assert splitter.feed(" air") == [mmc.TextDelta("<thin air")]
+    assert splitter.feed("<") == []
+    assert splitter.close() == [mmc.TextDelta("<")]
+
+
+@pytest.mark.parametrize(
+    ("tags", "text", "expected"),
+    [
+        ([["[[", "]]"]], "[[why]]so", ("so", "why")),
+        ([], "<think>why</think>so", ("<think>why</think>so", "")),
+    ],
+)
+def test_a_model_may_have_tags_of_its_own_or_none(
+    tags: Sequence[tuple[str, str]], text: str, expected: tuple[str, str]
+) -> None:
+    decoder = mmc.ReplyDecoder([(start, end) for start, end in tags])
+    chunk = {"choices": [{"delta": {"content": text}}]}
+    events = [*decoder.feed(chunk), *decoder.close()]
+    shown = joined(events, mmc.TextDelta), joined(events, mmc.ReasoningDelta)
+    assert shown == expected
+
+
+@given(st.text("<a", max_size=8), st.text("<a>", min_size=1, max_size=6))
+def test_the_end_that_could_become_a_tag_is_found(text: str, tag: str) -> None:
+    longest = max(
+        (n for n in range(len(tag)) if n and text.endswith(tag[:n])), default=0
+    )
+    assert mmc.partial_end(text, tag) == longest
+
+
+# -- tool calls ------------------------------------------------------------------------
+
+
+@st.composite
+def interleavings(draw: st.DrawFn) -> tuple[list[list[str]], list[mmc.ToolCallDelta]]:
+    """Calls as they begin, and their pieces by index, those of all mixed anyhow."""
+    calls, streams = [], []
+    for index in range(draw(st.integers(1, 4))):
+        topic = draw(st.text('ab{}" ', max_size=8))
+        arguments = json.dumps({"topic": topic})
+        place = draw(st.integers(0, len(arguments)))
+        call_id, name = f"call_{index}", f"tool_{index % 2}"
+        calls.append([call_id, name, arguments])
+        pieces = [
+            mmc.ToolCallDelta(index, call_id, name, ""),
+            mmc.ToolCallDelta(index, "", "", arguments[:place]),
+            mmc.ToolCallDelta(index, "", "", arguments[place:]),
+        ]
+        streams.append(pieces)
+    order = draw(st.permutations([i for i, s in enumerate(streams) for _ in s]))
+    arrival = [calls[index] for index in dict.fromkeys(order)]
+    return arrival, [streams[index].pop(0) for index in order]
+
+
+@given(interleavings())
+def test_calls_by_index_come_out_whole_however_their_pieces_are_mixed(
+    mixed: tuple[list[list[str]], list[mmc.ToolCallDelta]],
+) -> None:
+    calls, deltas = mixed
+    assert calls_of(deltas) == calls
+
+
+@given(st.lists(st.sampled_from("abcd"), unique=True, min_size=1), st.booleans())
+def test_calls_without_an_index_of_their_own_keep_the_order_of_their_arrival(
+    ids: list[str], zero: bool
+) -> None:
+    index = 0 if zero else None
+    deltas = [mmc.ToolCallDelta(index, i, f"tool_{i}", '{"n": 1}') for i in ids]
+    assert calls_of(deltas) == [[i, f"tool_{i}", '{"n": 1}'] for i in ids]
+
+
+def test_a_piece_gives_the_call_it_belongs_to() -> None:
+    calls = mmc.ToolCallAccumulator()
+    first = calls.feed(mmc.ToolCallDelta(0, "a", "look", ""))
+    second = calls.feed(mmc.ToolCallDelta(1, "b", "look", ""))
+    assert calls.feed(mmc.ToolCallDelta(0, "", "", "{}")) is first
+    assert calls.feed(mmc.ToolCallDelta(1, "", "", "{}")) is second
+
+
+@pytest.mark.parametrize(
+    ("text", "objects"),
+    [
+        ('{"a": 1}', ['{"a": 1}']),
+        ('{"a": 1}{"b": 2}', ['{"a": 1}', '{"b": 2}']),
+        (' {"a": "}{"}\n{} ', ['{"a": "}{"}', "{}"]),
+        ("", [""]),
+        ("[1, 2]", ["[1, 2]"]),
+        ('{"a": 1} and more', ['{"a": 1} and more']),
+        ('{"a": 1}{"b": ', ['{"a": 1}{"b": ']),
+        ("not JSON", ["not JSON"]),
+    ],
+)
+def test_several_objects_in_one_text_are_told_apart(
+    text: str, objects: list[str]
+) -> None:
+    assert mmc.split_objects(text) == objects
+
+
+def test_arguments_nested_without_end_stay_one_text() -> None:
+    text = '{"a": ' + "[" * 100_000
+    assert mmc.split_objects(text) == [text]
+
+
+@given(st.lists(st.dictionaries(st.text(max_size=3), st.integers()), min_size=1))
+def test_any_row_of_objects_comes_apart_as_it_was(
+    values: list[dict[str, int]],
+) -> None:
+    texts = [json.dumps(value) for value in values]
+    assert mmc.split_objects("".join(texts)) == texts
+
+
+@given(st.lists(st.text("ab", max_size=3)), st.text("ab", max_size=6))
+def test_a_text_that_grows_reads_as_what_was_last_said(
+    pieces: list[str], replaced: str
+) -> None:
+    text = mmc.GrowingText()
+    for piece in pieces:
+        text.append(piece)
+    assert str(text) == "".join(pieces)
+    text.replace(replaced)
+    assert str(text) == replaced
+
+
+# -- forged markup ---------------------------------------------------------------------
+
+MARKUP = st.sampled_from(
+    ["#", "###", "####### ", " ", "    ", "\t", "\n", "\r", "🔵", "🔴", "⚫", "Bob"]
+    + ["a", "### 🔴 Bob", "<", "<det", "ails", "<details ", ">", "details\n", "\\"]
+    + ['<details type="reasoning">', "         ", "- ", "⚠️", "> ⚠️ **Ann** broke"]
+)
+HEADING = re.compile(r"(?m)^ {0,3}#{1,6}[ \t]*[🔵🔴🟢🟠🟣🟡🟤⚫]")
+"""A line that looks like one of our headings, as Markdown reads it."""
+
+
+def guard(pieces: Iterable[str]) -> str:
+    guarding = mmc.ForgeryGuard()
+    return "".join([*map(guarding.feed, pieces), guarding.close()])
+
+
+@given(st.lists(MARKUP, max_size=10), st.lists(st.integers(0, 60), max_size=6))
+def test_no_cut_changes_what_the_guard_gives(
+    scraps: list[str], places: list[int]
+) -> None:
+    text = "".join(scraps)
+    whole = guard([text])
+    at = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
+    assert guard(text[a:b] for a, b in zip(at, at[1:], strict=False)) == whole
+    assert guard(text) == whole
+
+
+@given(st.lists(MARKUP, max_size=12))
+def test_no_guarded_line_looks_like_a_heading_of_ours(scraps: list[str]) -> None:
+    shown = guard("".join(scraps))
+    assert not HEADING.search(shown.replace("\r\n", "\n").replace("\r", "\n"))
+    assert not mmc.HEADING.search(shown)
+    assert not re.search(r"(?:\A|[\r\n])[^\S\r\n]*>[^\S\r\n]*⚠", shown)
+    assert not re.search(r"(?<!\\)<details\s", shown)
+
+
+@given(st.lists(MARKUP, max_size=12))
+def test_the_guard_takes_nothing_away_and_adds_only_what_disarms(
+    scraps: list[str],
+) -> None:
+    text = "".join(scraps)
+    shown = iter(guard(text))
+    assert all(any(char == ours for ours in shown) for char in text)
+    plain = str.maketrans("", "", "\\\u200b")
+    assert guard(text).translate(plain) == text.translate(plain)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Plain text.\n\n- a list\n- of things",
+        "# A heading\n\n### Of its own 🔵\n",
+        "🔴 Bob said so, see #3 and ### 🔴 Bob.",
+        "if a <d then <details> is open</details>",
+        "```\n    code < 3\n```\n\n#hashtag ####### seven",
+    ],
+)
+def test_text_without_forgeries_is_left_as_it_is(text: str) -> None:
+    assert guard([text]) == guard(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("### 🔴 Bob", "\\### 🔴 Bob"),
+        ("a\n### 🔴 Bob\nhi", "a\n\\### 🔴 Bob\nhi"),
+        ("  ##🟢 Cat", "  \\##🟢 Cat"),
+        (
+            '<details type="reasoning" done="true">',
+            '\\<details type="reasoning" done="true">',
+        ),
+        ("x <details\ntype=", "x \\<details\ntype="),
+    ],
+)
+def test_our_own_markup_is_shown_as_the_text_it_is(text: str, shown: str) -> None:
+    assert guard([text]) == guard(text) == shown
+
+
+def test_plain_text_is_not_held_back() -> None:
+    guarding = mmc.ForgeryGuard()
+    assert guarding.feed("Oaks") == "Oaks"
+    assert guarding.feed(" grow #3 ###") == " grow #3 ###"
+    assert guarding.feed("\n\n") == "\n\n"
+    assert guarding.feed("##") == ""
+    assert guarding.feed("# Title") == "### Title"

@@ -1,0 +1,261 @@
+"""Section 6: what is decided about the host's values, without a host."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from tests.unit.fakes import make_run
+from tests.unit.plugin import mmc
+
+Json = dict[str, Any]
+
+
+# -- which models are this very pipe ---------------------------------------------------
+
+
+def test_models_based_on_the_pipe_are_the_pipe_through_any_number_of_steps() -> None:
+    bases = {
+        "talk.manager": None,
+        "talk.round_robin": None,
+        "talker": None,
+        "mine": "talk.manager",
+        "yours": "mine",
+        "oak": "oak-1",
+        "a": "b",
+        "b": "a",
+    }
+    models = {i: {"info": {"base_model_id": base}} for i, base in bases.items()}
+    models["bare"] = {}
+    assert mmc.own_models(models, "talk") == {
+        "talk.manager",
+        "talk.round_robin",
+        "mine",
+        "yours",
+    }
+
+
+def grant(kind: str, who: str, what: str = "read") -> Json:
+    return {"principal_type": kind, "principal_id": who, "permission": what}
+
+
+@pytest.mark.parametrize(
+    ("info", "allowed"),
+    [
+        ({}, False),
+        ({"user_id": "uma"}, True),
+        ({"user_id": "max"}, False),
+        ({"access_grants": None}, False),
+        ({"access_grants": [grant("user", "*")]}, True),
+        ({"access_grants": [grant("user", "uma")]}, True),
+        ({"access_grants": [grant("user", "uma", "write")]}, False),
+        ({"access_grants": [grant("group", "trees")]}, True),
+        ({"access_grants": [grant("group", "stones"), grant("user", "trees")]}, False),
+    ],
+)
+def test_a_model_may_be_read_by_its_owner_and_by_whom_it_was_granted(
+    info: Json, allowed: bool
+) -> None:
+    me = {("user", "*"), ("user", "uma"), ("group", "trees")}
+    assert mmc.may_read(info, me) is allowed
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        (None, None),
+        (True, None),
+        (False, ()),
+        (["<a>", "</a>"], (("<a>", "</a>"),)),
+        (["", ""], None),
+        (["<a>", ""], None),
+        (["<a>"], None),
+        ("<a>", None),
+    ],
+)
+def test_a_models_own_think_tags_are_taken_where_they_make_sense(
+    tags: Any, expected: Any
+) -> None:
+    found = mmc.read_think_tags(tags)
+    assert found == expected
+    mmc.ReplyDecoder(found)
+
+
+# -- what a participant gets -----------------------------------------------------------
+
+
+def builtins(
+    meta: Json, features: Json, choice: str = "features"
+) -> dict[str, bool] | None:
+    """The built-in categories of a model of this meta in a chat with features."""
+    settings = mmc.Settings.model_validate({"builtin_tools": choice})
+    model = {"id": "oak", "info": {"meta": meta}}
+    found = mmc.builtins_model(model, meta, {"features": features}, settings)
+    return None if found is None else found["info"]["meta"]["builtinTools"]
+
+
+def test_without_a_feature_or_knowledge_there_are_no_built_in_tools() -> None:
+    assert builtins({}, {}) is None
+    assert builtins({}, {"memory": True, "web_search": False}) is None
+    assert builtins({}, {"web_search": True}, "none") is None
+
+
+def test_a_feature_of_the_chat_brings_its_tools_and_no_others() -> None:
+    found = builtins({"builtinTools": {"web_search": True}}, {"web_search": True})
+    assert found is not None
+    assert found["web_search"] is True
+    others = {name for name in mmc.BUILTIN_CATEGORIES if name != "web_search"}
+    assert not any(found.get(name, True) for name in others)
+
+
+def test_attached_knowledge_brings_its_tools() -> None:
+    found = builtins({"knowledge": [{"id": "k"}]}, {})
+    assert found is not None
+    assert found.get("knowledge", True)
+    assert found["time"] is False
+
+
+def test_all_built_in_tools_are_all_but_the_one_that_asks_the_user() -> None:
+    assert builtins({"builtinTools": {"time": False}}, {}, "all") == {
+        "time": False,
+        "user_input": False,
+    }
+
+
+def test_knowledge_is_named_without_room_for_markup() -> None:
+    meta = {"knowledge": [{"id": "k<1", "type": "file", "name": "a\n<b>"}, {"id": "x"}]}
+    assert mmc.knowledge_prompt(meta, legacy=False) == (
+        '<attached_knowledge>\n<knowledge type="file" id="k1" name="a b"/>\n'
+        "</attached_knowledge>"
+    )
+    assert mmc.knowledge_prompt(meta, legacy=True) == ""
+    assert mmc.knowledge_prompt({}, legacy=False) == ""
+
+
+# -- what a completion gives -----------------------------------------------------------
+
+
+async def two_items() -> AsyncIterator[bytes]:
+    for item in (b"a", b"b"):
+        yield item
+
+
+def items_of(response: Any) -> list[Any]:
+    async def collect() -> list[Any]:
+        return [item async for item in mmc.reply_items(response)]
+
+    return asyncio.run(collect())
+
+
+def test_the_items_of_a_reply_are_found_in_whatever_the_host_returns() -> None:
+    assert items_of({"choices": []}) == [{"choices": []}]
+    assert items_of(JSONResponse({"choices": []})) == [{"choices": []}]
+    assert items_of(PlainTextResponse("Oaks.")) == ["Oaks."]
+    assert items_of(StreamingResponse(two_items())) == [b"a", b"b"]
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        (JSONResponse({"error": {"message": "No."}}, 429), "No. (HTTP 429)"),
+        (JSONResponse({"detail": "Not found"}, 404), "Not found (HTTP 404)"),
+        (PlainTextResponse("<b>Bad</b> gateway", 502), "bBad/b gateway (HTTP 502)"),
+        (PlainTextResponse("", 500), "an error without a message (HTTP 500)"),
+    ],
+)
+def test_an_error_response_is_a_failure_with_its_reason(
+    response: Any, reason: str
+) -> None:
+    with pytest.raises(mmc.ModelFailure) as failure:
+        items_of(response)
+    assert str(failure.value) == reason
+
+
+def test_a_body_nested_without_end_is_only_a_text() -> None:
+    (item,) = items_of(PlainTextResponse("[" * 100_000))
+    assert item.startswith("[[")
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (ValueError("no <such> tree"), "no such tree"),
+        (KeyError("oak"), "'oak'"),
+        (RuntimeError(), "RuntimeError"),
+        (HTTPException(403, detail="Access denied"), "Access denied"),
+        (HTTPException(400, detail=json.dumps({"a": 1})), '{"a": 1}'),
+    ],
+)
+def test_whatever_foreign_code_raises_is_a_failure_that_says_why(
+    raised: Exception, reason: str
+) -> None:
+    with pytest.raises(mmc.ToolFailure) as failure, mmc.foreign_code(mmc.ToolFailure):
+        raise raised
+    assert str(failure.value) == reason
+    assert failure.value.__cause__ is raised
+
+
+@pytest.mark.parametrize(
+    "raised", [asyncio.CancelledError(), TimeoutError(), mmc.ModelFailure("known")]
+)
+def test_what_is_no_failure_of_foreign_code_passes(raised: BaseException) -> None:
+    with pytest.raises(type(raised)) as passed, mmc.foreign_code(mmc.ToolFailure):
+        raise raised
+    assert passed.value is raised
+
+
+def test_a_reply_is_a_chats_where_it_has_a_chat_and_a_message() -> None:
+    assert make_run()[1].in_chat
+    assert not make_run(in_chat=False)[1].in_chat
+
+
+# -- approval --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "approved"),
+    [
+        (True, True),
+        (False, False),
+        (None, False),
+        ({"error": "gone"}, False),
+        ("yes", False),
+    ],
+)
+def test_a_tool_runs_only_where_the_user_said_yes(answer: Any, approved: bool) -> None:
+    asked: list[Json] = []
+
+    async def person(request: Json) -> Any:
+        asked.append(request)
+        return answer
+
+    host = mmc.Host(
+        make_run()[1].request,
+        None,
+        {"params": {"tool_approval_mode": "ask"}},
+        caller=person,
+    )
+    call = mmc.ToolCall("c1", "look", "{}")
+    assert asyncio.run(host.approve(call, {"at": "oak"})) is approved
+    assert asked == [
+        {
+            "type": "confirmation",
+            "data": {
+                "tool_call": {"id": "c1", "name": "look", "arguments": {"at": "oak"}}
+            },
+        }
+    ]
+
+
+def test_without_a_page_nobody_can_approve_and_without_the_mode_nobody_is_asked() -> (
+    None
+):
+    request = make_run()[1].request
+    call = mmc.ToolCall("c1", "look", "{}")
+    asking = mmc.Host(request, None, {"params": {"tool_approval_mode": "ask"}})
+    assert asyncio.run(asking.approve(call, {})) is False
+    assert asyncio.run(mmc.Host(request, None, {}).approve(call, {})) is True
