@@ -562,7 +562,7 @@ THINK_TAGS = (
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("◁think▷", "◁/think▷"),
 )  # Open WebUI's DEFAULT_REASONING_TAGS
-TAG_ATTRIBUTES = r"[ \t][^<>\n]{0,200}"
+TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
 SSE_FIELDS = (":", "event:", "id:", "retry:")
 
 
@@ -1528,7 +1528,12 @@ def add_tool_calls(messages: list[Json], calls: Sequence[Json]) -> None:
     """Put tool calls on the assistant message that stands last, or on a new one."""
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
-    messages[-1]["tool_calls"] = list(calls)
+    echoed = []
+    for call in calls:
+        function = dict(call.get("function") or {})
+        function["arguments"] = echo_arguments(function.get("arguments") or "")
+        echoed.append({**call, "function": function})
+    messages[-1]["tool_calls"] = echoed
 
 
 def drop_notices(text: str) -> str:

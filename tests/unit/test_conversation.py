@@ -824,13 +824,17 @@ def test_text_before_any_heading_is_an_assistants() -> None:
     assert read(assistant("Just text.")) == [turn("Assistant", "Just text.")]
 
 
-def test_the_notices_of_failures_are_dropped() -> None:
+def test_notices_are_dropped_but_who_could_not_answer_is_remembered() -> None:
     text = (
         f"> ⚠️ Team line 2 (x): no.\n{heading('Ann')}\nHalf a\n"
         f"> ⚠️ **Ann** broke off: x\n{heading('Bob')}\n"
         f"> ⚠️ **Bob** could not answer: x\n{heading('Cat')}\nFirs."
     )
-    assert read(assistant(text)) == [turn("Ann", "Half a"), turn("Cat", "Firs.")]
+    assert read(assistant(text)) == [
+        turn("Ann", "Half a"),
+        mmc.Turn("Bob", ""),
+        turn("Cat", "Firs."),
+    ]
 
 
 def call(call_id: str) -> Json:

@@ -616,7 +616,9 @@ def test_no_cut_changes_what_the_guard_gives(
 
 
 @given(st.lists(MARKUP, max_size=12))
-def test_no_guarded_line_looks_like_a_heading_of_ours(scraps: list[str]) -> None:
+def test_no_guarded_line_looks_like_a_heading_or_notice_of_ours(
+    scraps: list[str],
+) -> None:
     shown = guard("".join(scraps))
     assert not HEADING.search(shown.replace("\r\n", "\n").replace("\r", "\n"))
     assert not mmc.HEADING.search(shown)
@@ -656,11 +658,9 @@ def test_text_without_forgeries_is_left_as_it_is(text: str) -> None:
         ("### 🔴 Bob", "\\### 🔴 Bob"),
         ("a\n### 🔴 Bob\nhi", "a\n\\### 🔴 Bob\nhi"),
         ("  ##🟢 Cat", "  \\##🟢 Cat"),
-        (
-            '<details type="reasoning" done="true">',
-            '\\<details type="reasoning" done="true">',
-        ),
-        ("x <details\ntype=", "x \\<details\ntype="),
+        ('<details type="tool_calls">', '<\u200bdetails type="tool_calls">'),
+        ("a\n> ⚠️ **Bob** broke off", "a\n\\> ⚠️ **Bob** broke off"),
+        ("x <details\ntype=", "x <\u200bdetails\ntype="),
     ],
 )
 def test_our_own_markup_is_shown_as_the_text_it_is(text: str, shown: str) -> None:

@@ -1,0 +1,1 @@
+"""Against a running Open WebUI, over its socket and its API."""

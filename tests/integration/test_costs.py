@@ -1,0 +1,61 @@
+"""What a run costs the host, counted inside it."""
+
+import pytest
+
+from tests.integration.talk import MANAGER, ROUND_ROBIN, Talk, reached
+from tests.stack.host import Counts, difference
+
+TEAM = [f"P{number} | {model}" for number, model in enumerate(["toolie", "alice"] * 2)]
+TEAM.append("P4 | carol")
+
+
+async def cost(
+    talk: Talk, question: str, model: str, tools: list[str]
+) -> tuple[Counts, int]:
+    """What one question costs, from a quiet host to a quiet host; its status lines."""
+    before = await reached(talk.host.settled_counts)
+    reply = await talk.ask(question, model, tool_ids=tools)
+    counts: Counts = await reached(talk.host.settled_counts) - before
+    return counts, len(reply.statuses)
+
+
+@pytest.mark.parametrize("model", [ROUND_ROBIN, MANAGER])
+async def test_look_ups_do_not_grow_with_rounds_and_tool_calls(
+    talk: Talk, garden: str, model: str
+) -> None:
+    question = 'Use look_up. ARGS: {"topic": "oaks"}'
+    costs = []
+    for rounds in (1, 4):
+        talk.models.clear()
+        talk.seat(*TEAM, rounds=rounds, manager_model="manager")
+        costs.append(await cost(talk, question, model, [garden]))
+        spoken = [seen for seen in talk.models.turns() if seen.model != "manager"]
+        assert len(spoken) >= 5 * rounds + 2
+    (one, lines), (four, more_lines) = costs
+    assert more_lines - lines == 15
+    assert one.lookups["Models.get_models_by_ids"] == 1
+    grown = difference(four.lookups, one.lookups)
+    # The host looks for the message to write each status line to, and its timers
+    # read a setting now and then.
+    assert grown.pop("Chats.get_current_message_id") == more_lines - lines
+    assert abs(grown.pop("Config.get", 0)) < 5
+    assert grown == {}
+
+
+async def test_writes_do_not_grow_with_tokens(talk: Talk) -> None:
+    costs = []
+    for model in ("tokens-50-0", "tokens-2000-0"):
+        talk.add_model(model)
+        talk.seat(f"Ann | {model}", f"Ben | {model}")
+        costs.append(await cost(talk, "Talk.", ROUND_ROBIN, []))
+    (few, _), (many, _) = costs
+    assert 0 < few.writes == many.writes
+
+
+async def test_a_long_answer_reaches_the_page_in_few_small_events(talk: Talk) -> None:
+    talk.add_model("tokens-2000-0")
+    talk.seat("Ann | tokens-2000-0", "Ben | tokens-2000-0")
+    reply = await talk.ask("Talk.")
+    assert len(reply.text) > 15_000
+    assert reply.size < 4 * len(reply.text)
+    assert len(reply.events) < 1_000
