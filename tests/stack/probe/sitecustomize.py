@@ -4,8 +4,9 @@ Python imports this module at start when its folder is on `PYTHONPATH`. It does
 nothing unless `MMC_PROBE` names a file. Then it counts
 
 - SQL statements by verb, and the bytes of their parameters;
-- calls of the host's look-ups (`Models.get_model_by_id`, `get_tools`, ...), apart
-  for those made inside the host's own `generate_chat_completion`;
+- calls of the host's look-ups (`Models.get_model_by_id`, `get_tools`, ...) for the
+  answers of pipes, apart for those made inside the host's own
+  `generate_chat_completion`;
 - the processor time of the process.
 
 A reader writes a nonce into `<MMC_PROBE>.ask`; the counts so far, with that nonce,
@@ -33,6 +34,7 @@ POLL = 0.02
 """Seconds between two looks for a question."""
 
 inside_host: ContextVar[bool] = ContextVar("inside_host", default=False)
+answering: ContextVar[bool] = ContextVar("answering", default=False)
 lock = threading.Lock()
 sql: Counter[str] = Counter()
 sql_bytes: Counter[str] = Counter()
@@ -85,7 +87,12 @@ def count_statement(*event: Any) -> None:
 
 
 def count_lookup(name: str) -> None:
-    """One call of the look-up `name`, from where this context runs."""
+    """One call of the look-up `name`, if it is for a pipe's answer.
+
+    The host's timers look things up whenever they like.
+    """
+    if not answering.get():
+        return
     with lock:
         (inside if inside_host.get() else lookups)[name] += 1
 
@@ -158,6 +165,18 @@ def wrap_completion(module: ModuleType) -> None:
     replace_everywhere(module, function, marked(function, True))
 
 
+def wrap_pipes(module: ModuleType) -> None:
+    """Mark the task that answers through a pipe, from there to its end."""
+    function = module.generate_function_chat_completion
+
+    @functools.wraps(function)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        answering.set(True)
+        return await function(*args, **kwargs)
+
+    replace_everywhere(module, function, call)
+
+
 def wrap_loading(module: ModuleType) -> None:
     """Mark what a pipe does as not the host's, though the host awaits it."""
     load = module.load_function_module_by_id
@@ -214,6 +233,7 @@ def answer_forever() -> None:
 WRAPPERS: dict[str, Callable[[ModuleType], None]] = {
     "open_webui.internal.db": watch_engines,
     "open_webui.utils.chat": wrap_completion,
+    "open_webui.functions": wrap_pipes,
     "open_webui.utils.plugin": wrap_loading,
     **dict.fromkeys(CLASSES, wrap_class),
     **dict.fromkeys(FUNCTIONS, wrap_functions),
