@@ -32,6 +32,7 @@ import json
 import logging
 import re
 import time
+from bisect import bisect_right
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -45,7 +46,9 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from hashlib import sha256
+from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -55,6 +58,7 @@ from starlette.responses import Response, StreamingResponse
 log = logging.getLogger("open_webui.multi_model_conversation")
 
 Json = dict[str, Any]
+Result = TypeVar("Result")
 
 # ======================================================================================
 # ==== 1 Settings
@@ -82,6 +86,45 @@ The last speaker was {last_speaker}. Who should speak next? Choose one of: \
 Answer with one JSON object and nothing else:
 {"next": "<one of these names>", "done": <true if nothing useful is left to say>, \
 "reason": "<one short sentence>"}"""
+
+REVIEW_PROMPT = """\
+Several participants answered the question independently. Here are their answers, \
+without names:
+
+{answers}
+
+Rank these answers by how right, complete and useful they are, the best one first; \
+answers that are equally good share a place. Answer with one JSON object and nothing \
+else:
+{"ranking": [["<letter of the best>"], ["<letter>", "<an equally good one>"]], \
+"comments": {"<letter>": "<one sentence>"}}"""
+
+CONCLUSION_PROMPT = """\
+The participants answered the question independently:
+
+{answers}
+
+{result}
+
+Now write the final answer to the question for the person who asked. Take the best of \
+all answers, name where the participants disagreed and who held the minority view, and \
+say which side you take and why."""
+
+DEBATE_PROMPT = """\
+This is a debate. Take a clear position on the question. If somebody has argued \
+against you, answer the strongest point against you first; give ground where it is \
+right."""
+
+VOTE_PROMPT = """\
+The debate is over. Who argued best, yourself excluded? Choose one of: {candidates}
+Answer with one JSON object and nothing else:
+{"vote": "<one of these names>", "reason": "<one short sentence>"}"""
+
+DEBATE_CONCLUSION_PROMPT = """\
+The debate is over. {result}
+
+Now write its conclusion for the person who asked: the answer the debate leads to, the \
+strongest point on each side, and what stays open. Say how the votes fell."""
 
 MOST_SEATS = 8  # there is a colour for each
 MODEL_SELECT: Json = {"input": {"type": "select", "options": "model_options"}}
@@ -185,6 +228,72 @@ class Settings(BlankAllowed):
         description="How the manager is asked. "
         "Knows {history}, {last_speaker} and {participant_list}.",
     )
+    review_prompt: str = Field(
+        default=REVIEW_PROMPT,
+        title="Review prompt",
+        description="How a council's members are asked to rank the others' answers. "
+        "Knows {question} and {answers}.",
+    )
+    conclusion_prompt: str = Field(
+        default=CONCLUSION_PROMPT,
+        title="Conclusion prompt",
+        description="How a council's chair is asked for the final answer. "
+        "Knows {question}, {answers} and {result}.",
+    )
+    debate_prompt: str = Field(
+        default=DEBATE_PROMPT,
+        title="Debate prompt",
+        description="What every member of a debate is told at each turn. "
+        "Knows {question}.",
+    )
+    vote_prompt: str = Field(
+        default=VOTE_PROMPT,
+        title="Vote prompt",
+        description="How the members of a debate are asked to vote. "
+        "Knows {question} and {candidates}.",
+    )
+    debate_conclusion_prompt: str = Field(
+        default=DEBATE_CONCLUSION_PROMPT,
+        title="Debate conclusion prompt",
+        description="How the conclusion of a debate is asked for. "
+        "Knows {question} and {result}.",
+    )
+    chair: str = Field(
+        default="",
+        title="Chair",
+        description="Alias of the participant that writes the conclusion of a council "
+        "or debate. Nothing set: the best ranked, or the winner of the vote.",
+    )
+    quorum: int = Field(
+        default=0,
+        title="Quorum",
+        description="How many answers a council needs before it reviews them. "
+        "0: all, or those that are there at the answer deadline.",
+    )
+    answer_deadline: float = Field(
+        default=180,
+        title="Answer deadline (s)",
+        description="How long a council waits for answers before it reviews those "
+        "that are there.",
+    )
+    remember_drafts: bool = Field(
+        default=False,
+        title="Remember drafts",
+        description="Whether a council or debate sees every earlier draft in a second "
+        "question, instead of the earlier conclusions only.",
+    )
+    share_search: bool = Field(
+        default=True,
+        title="Search once for all",
+        description="With web search on in the chat, search once before a council or "
+        "debate and share what was found with every member.",
+    )
+    show_figures: Literal["council and debate", "always", "never"] = Field(
+        default="council and debate",
+        title="Show figures",
+        description="When a small line under the conversation shows each "
+        "participant's speed and tokens.",
+    )
     builtin_tools: Literal["features", "all", "none"] = Field(
         default="features",
         title="Built-in tools",
@@ -210,6 +319,28 @@ class Settings(BlankAllowed):
         default=4,
         title="Tool calls at once",
         description="How many tools of one participant run at the same time.",
+    )
+    calls_per_connection: int = Field(
+        default=8,
+        title="Calls per connection",
+        description="How many models of one connection may answer at the same time.",
+    )
+    calls_per_ollama: int = Field(
+        default=1,
+        title="Calls per Ollama connection",
+        description="How many models of one Ollama server may answer at the same time.",
+    )
+    busy_patience: float = Field(
+        default=30,
+        title="Patience with a busy model (s)",
+        description="How long a model that is overloaded or rate-limited is asked "
+        "again before it fails.",
+    )
+    skip_after: float = Field(
+        default=45,
+        title="Offer to skip after (s)",
+        description="How long a model is silent before you are asked whether to skip "
+        "it. 0: never.",
     )
     first_token_timeout: float = Field(
         default=120,
@@ -326,6 +457,7 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 # ======================================================================================
 
 COLOURS = "🔵🔴🟢🟠🟣🟡🟤⚫"  # one code point each: a heading is "### 🔵 Alias"
+OURS = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
 
 
 class ConversationError(Exception):
@@ -333,7 +465,23 @@ class ConversationError(Exception):
 
 
 class ModelFailure(Exception):
-    """A model did not answer; the reason is shown in its section."""
+    """A model did not answer; the reason is shown in its section.
+
+    `status` is the provider's HTTP status where there is one, `retry_after` the
+    seconds it asks to wait.
+    """
+
+    def __init__(
+        self, reason: str, status: int | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.retry_after = retry_after
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the same request may well work a little later."""
+        return self.status in (429, 503, 529)
 
 
 class ModelSilent(ModelFailure):
@@ -456,6 +604,7 @@ class Voice:
     specs: tuple[Json, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     legacy: bool = False
+    connection: str = ""
     cites: bool = True
     counts_usage: bool = True
     think_tags: tuple[tuple[str, str], ...] | None = None
@@ -473,12 +622,17 @@ class Participant:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everybody of one run, in order, and what could not be seated and why."""
+    """Everybody of one run, in order, and what could not be seated and why.
+
+    `found` and `sources` are what an earlier web search gave, for everybody.
+    """
 
     participants: tuple[Participant, ...]
     manager: Voice
     problems: tuple[str, ...] = ()
     by_default: bool = False
+    found: str = ""
+    sources: tuple[Json, ...] = ()
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -498,13 +652,14 @@ class Turn:
     """What one participant said: `text` for the others, `messages` for itself.
 
     `messages` are Chat-Completions messages (assistant, tool); `failure` says why the
-    turn ended early or empty.
+    turn ended early or empty; `concludes` marks a chair's conclusion.
     """
 
     alias: str
     text: str
     messages: tuple[Json, ...] = ()
     failure: str | None = None
+    concludes: bool = False
 
 
 Entry = Question | Turn
@@ -512,10 +667,63 @@ Entry = Question | Turn
 
 @dataclass(frozen=True, slots=True)
 class Speak:
-    """Step: these participants speak (several: at once). Answer: their turns."""
+    """Step: these participants speak (several: at once). Answer: their turns.
+
+    `brief` is said to them after the conversation and is not part of it. With a
+    `quorum` the step ends when so many have answered or the deadline is over; who is
+    late goes on, and its turn says so. `joins`: the turns become part of the
+    conversation. `concludes`: it is the chair, shown only once it says something.
+    """
 
     aliases: tuple[str, ...]
     note: str
+    brief: str = ""
+    quorum: int = 0
+    joins: bool = True
+    concludes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """What one voter is asked: to rank or choose among these.
+
+    `choices` maps what may be named on the ballot (a letter, a name) to an alias.
+    """
+
+    voter: str
+    brief: str
+    choices: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """A voter's verdict: a rank per alias (1 is best, ties share a rank), remarks."""
+
+    voter: str
+    ranks: Mapping[str, float]
+    remarks: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """Step: members rank the others' answers. Answer: the valid ballots."""
+
+    papers: tuple[Paper, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """Step: members vote for one of the others. Answer: the valid ballots."""
+
+    papers: tuple[Paper, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """Step: show this text of ours; a later one with the same key takes its place."""
+
+    key: str
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,7 +736,7 @@ class AskManager:
     wrong_answer: str = ""
 
 
-Step = Speak | AskManager
+Step = Speak | AskManager | Rank | Vote | Show
 Mode = Generator[Step, Any, str]
 
 
@@ -1125,7 +1333,8 @@ def split_objects(text: str) -> list[str]:
 
 
 FORGED_LINE = re.compile(
-    r"(?:\A|(?<=[\r\n]))([^\S\r\n]*)" rf"(?=#{{1,6}}[^\S\r\n]*[{COLOURS}]|>[^\S\r\n]*⚠)"
+    r"(?:\A|(?<=[\r\n]))([^\S\r\n]*)"
+    rf"(?=#{{1,6}}[^\S\r\n]*[{COLOURS}{OURS}]|>[^\S\r\n]*[⚠⏳⏱🏁])"
 )
 FORGED_DETAILS = re.compile(r"<(?=details\s)")  # gets a zero-width space behind it
 LINE_END = re.compile(r"[\r\n]")
@@ -1186,12 +1395,14 @@ def line_start(text: str) -> int:
 # ======================================================================================
 
 NOTICE = "> ⚠️ "
+PROGRESS, FIGURES, OUTCOME = "> ⏳ ", "> ⏱️ ", "> 🏁 "
+CONCLUSION = " · conclusion"
 CONTINUE = "(Go on.)"
 TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
     "Here are the images from the tool results above. Please analyze them."
 )
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
-HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}]) (.+)$")
+HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{OURS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 
 
@@ -1330,10 +1541,10 @@ def rotate(aliases: Sequence[str], last: str | None) -> list[str]:
 
 
 def speak(
-    alias: str, note: str, failures: dict[str, int]
+    alias: str, note: str, failures: dict[str, int], brief: str = ""
 ) -> Generator[Step, Any, Turn]:
     """One participant's turn; counts its failures in a row."""
-    turns: list[Turn] = yield Speak((alias,), note)
+    turns: list[Turn] = yield Speak((alias,), note, brief)
     turn = turns[0]
     silent = turn.failure is not None and not turn.text
     failures[alias] = failures.get(alias, 0) + 1 if silent else 0
@@ -1403,6 +1614,10 @@ def choose_speaker(
     return Choice(candidates[0], False, "next in order, the manager named nobody")
 
 
+NAMING_KEYS = ("next", "speaker", "name")
+ENDING_KEYS = ("done", "finished")
+
+
 def read_choice(
     answer: str, candidates: Sequence[str], aliases: Sequence[str], may_end: bool
 ) -> Choice | str:
@@ -1411,13 +1626,13 @@ def read_choice(
     Names are looked for among all `aliases`, so that "Ann Lee", who may not speak
     now, is not taken for "Ann", who may.
     """
-    verdict = find_object(answer)
+    verdict = find_object(answer, *NAMING_KEYS, *ENDING_KEYS) or find_object(answer)
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
-    if verdict.get("done") is True or verdict.get("finished") is True:
+    if any(verdict.get(key) is True for key in ENDING_KEYS):
         if may_end:
             return Choice("", True, reason)
         return "Nobody has spoken yet, so it cannot be done."
-    named = verdict.get("next") or verdict.get("speaker") or verdict.get("name")
+    named = next((verdict[key] for key in NAMING_KEYS if verdict.get(key)), None)
     wanted = str(named) if named else "" if verdict else answer
     found = find_names(wanted, aliases)
     if len(found) == 1 and found[0] in candidates:
@@ -1426,14 +1641,20 @@ def read_choice(
     return f"Your answer must name exactly one of {listed}."
 
 
-def find_object(text: str) -> Json:
-    """The first JSON object in a text, fenced or not; {} if there is none."""
+def find_object(text: str, *keys: str) -> Json:
+    """The first JSON object in a text that has one of these keys, fenced or not.
+
+    Without keys any object will do. Gives {} if there is none.
+    """
     for found in re.finditer(r"\{", text):
         try:
             value, _ = parse_json_at(text, found.start())
         except ValueError:
             continue
-        if isinstance(value, dict):
+        fits = not keys or (
+            isinstance(value, dict) and not value.keys().isdisjoint(keys)
+        )
+        if fits and isinstance(value, dict):
             return value
     return {}
 
@@ -1450,16 +1671,359 @@ def find_names(text: str, names: Sequence[str]) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
+class Agenda:
+    """What a mode begins with.
+
+    `last` spoke before, where a reply is continued; `seed` decides in which order a
+    reviewer reads the others' answers.
+    """
+
+    aliases: tuple[str, ...]
+    question: str
+    settings: Settings
+    last: str | None = None
+    seed: str = ""
+
+
+def council(agenda: Agenda) -> Mode:
+    """Answers in parallel, anonymous ranking by the members, a chair's conclusion."""
+    answers: list[Turn] = yield Speak(
+        agenda.aliases, "answering", quorum=agenda.settings.quorum, joins=False
+    )
+    present = [turn for turn in answers if turn.failure is None]
+    if not present:
+        return (yield from leave_nobody(answers))
+    if len(present) == 1:
+        return (yield from leave_alone(answers, present[0].alias))
+    ballots: list[Ballot] = yield Rank(ranking_papers(agenda, present))
+    standings = tally([turn.alias for turn in present], ballots)
+    yield Show("ranking", render_ranking(standings, ballots))
+    values = {
+        "question": agenda.question,
+        "answers": "\n\n".join(render_turn(turn) for turn in present),
+        "result": describe_ranking(standings, ballots),
+    }
+    brief = fill_template(agenda.settings.conclusion_prompt, values)
+    return (yield from conclude(agenda, standings, answers, brief))
+
+
+def debate(agenda: Agenda) -> Mode:
+    """Rounds in which each answers the strongest point against it, a vote, an end."""
+    turns = yield from argue(agenda)
+    present = [turn.alias for turn in turns if turn.text]
+    if not present:
+        return (yield from leave_nobody(turns))
+    if len(present) == 1:
+        return (yield from leave_alone(turns, present[0]))
+    ballots: list[Ballot] = yield Vote(vote_papers(agenda, present))
+    standings = tally(present, ballots)
+    yield Show("ranking", render_votes(standings, ballots))
+    result = describe_votes(standings, ballots)
+    values = {"question": agenda.question, "result": result}
+    brief = fill_template(agenda.settings.debate_conclusion_prompt, values)
+    return (yield from conclude(agenda, standings, turns, brief))
+
+
+def argue(agenda: Agenda) -> Generator[Step, Any, list[Turn]]:
+    """The rounds of a debate; gives the last turn of everybody that says something."""
+    rounds, failures = agenda.settings.rounds, dict[str, int]()
+    brief = fill_template(agenda.settings.debate_prompt, {"question": agenda.question})
+    latest: dict[str, Turn] = {}
+    for number in range(1, rounds + 1):
+        for alias in still_able(rotate(agenda.aliases, agenda.last), failures):
+            turn = yield from speak(
+                alias, f"round {number} of {rounds}", failures, brief
+            )
+            if turn.text or alias not in latest:
+                latest[alias] = turn
+    return [latest[alias] for alias in agenda.aliases]
+
+
+def conclude(
+    agenda: Agenda, standings: Sequence[Standing], turns: Sequence[Turn], brief: str
+) -> Generator[Step, Any, str]:
+    """The chair concludes; where it fails at once, the next best takes over."""
+    present = [standing.alias for standing in standings]
+    chair = agenda.settings.chair.strip()
+    wanted = [a for a in agenda.aliases if a.casefold() == chair.casefold()]
+    notes = [f"{alias} failed" for alias in wanted if alias not in present]
+    if chair and not wanted:
+        notes.append(f"nobody is called {plain_line(chair, 40)}")
+    for alias in dict.fromkeys(a for a in (*wanted, *present) if a in present):
+        behind = f" ({', '.join(notes)})" if notes else ""
+        yield Show("outcome", describe_outcome(turns, f"chaired by {alias}{behind}"))
+        spoken: list[Turn] = yield Speak(
+            (alias,), "concluding", brief, joins=False, concludes=True
+        )
+        if spoken[0].text:
+            return f"Chaired by {alias}{behind}"
+        notes.append(f"{alias} failed")
+    yield Show("outcome", describe_outcome(turns, "nobody could write a conclusion"))
+    return f"No conclusion: {', '.join(notes)}"
+
+
+def leave_alone(turns: Sequence[Turn], alias: str) -> Generator[Step, Any, str]:
+    """Only one has answered: there is nothing to rank or to conclude from."""
+    what = f"no conclusion, this is {alias}'s answer alone"
+    yield Show("outcome", describe_outcome(turns, what))
+    return f"Only {alias} answered"
+
+
+def leave_nobody(turns: Sequence[Turn]) -> Generator[Step, Any, str]:
+    """Nobody has answered: say why, for each."""
+    reasons = "; ".join(map(describe_failure, turns))
+    yield Show("outcome", f"{NOTICE}Nobody could answer: {reasons}")
+    return "Nobody could answer"
+
+
+def describe_failure(turn: Turn) -> str:
+    """A few words on why somebody did not answer."""
+    reason = plain_line(turn.failure or "it gave no answer", 120)
+    if reason.startswith("it "):
+        return f"{turn.alias} {reason[3:]}"
+    return f"{turn.alias} failed: {reason.rstrip('.')}"
+
+
+def describe_outcome(turns: Sequence[Turn], what: str) -> str:
+    """The honest line above a conclusion, computed from what happened."""
+    failed = [turn for turn in turns if turn.failure is not None]
+    answered = f"{len(turns) - len(failed)} of {len(turns)} answered"
+    return OUTCOME + " · ".join((answered, *map(describe_failure, failed), what))
+
+
+# -- ballots ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How one member fared: `score` is 0 for always first, 1 for always last."""
+
+    alias: str
+    score: float | None
+    mean_rank: float | None
+    ballots: int
+    firsts: int
+
+
+def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]:
+    """Letters for the others' answers, in an order of the voter's own."""
+    others = [alias for alias in aliases if alias != voter]
+    others.sort(key=lambda alias: sha256(f"{seed}\0{voter}\0{alias}".encode()).digest())
+    return dict(zip("ABCDEFGH", others, strict=False))
+
+
+def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> tuple[Paper, ...]:
+    """What each member is asked about the others' answers, under letters."""
+    log.debug("the seed of the ballot papers is %s", agenda.seed)
+    texts = {turn.alias: turn.text for turn in answers}
+    papers = []
+    for voter in texts:
+        letters = letters_for(voter, texts, agenda.seed)
+        shown = [render_turn(Turn(each, texts[a])) for each, a in letters.items()]
+        values = {"question": agenda.question, "answers": "\n\n".join(shown)}
+        brief = fill_template(agenda.settings.review_prompt, values)
+        papers.append(Paper(voter, brief, letters))
+    return tuple(papers)
+
+
+def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> tuple[Paper, ...]:
+    """What each member of a debate is asked: whom of the others it votes for."""
+    papers = []
+    for voter in aliases:
+        others = [alias for alias in aliases if alias != voter]
+        candidates = json.dumps(others, ensure_ascii=False)
+        values = {"question": agenda.question, "candidates": candidates}
+        brief = fill_template(agenda.settings.vote_prompt, values)
+        papers.append(Paper(voter, brief, {alias: alias for alias in others}))
+    return tuple(papers)
+
+
+def read_ranking(answer: str, paper: Paper, lenient: bool = False) -> Ballot | str:
+    """A reviewer's answer -> its ballot, or what is wrong with it.
+
+    Leniently, whoever a ranking does not name shares the last place, and a chain of all
+    letters in any text counts as a ranking.
+    """
+    verdict = find_object(answer, "ranking")
+    places = verdict.get("ranking")
+    if isinstance(places, dict):
+        places = read_rank_numbers(places)
+    elif not isinstance(places, list):
+        places = read_chain(answer, paper) if lenient else []
+    ranks: dict[str, float] = {}
+    for place in places:
+        named = [paper.choices.get(letter, "") for letter in read_place(place)]
+        share_place(ranks, [alias for alias in named if alias])
+    missing = [alias for alias in paper.choices.values() if alias not in ranks]
+    if missing and not (lenient and ranks):
+        letters = ", ".join(paper.choices)
+        return f"Your ranking must name each of {letters} once, as a JSON object."
+    share_place(ranks, missing)
+    return Ballot(paper.voter, ranks, read_remarks(verdict, paper))
+
+
+def read_rank_numbers(ranks: Json) -> list[list[str]]:
+    """`{"A": 2, "B": 1}` -> the letters in order of their ranks, tied ones together."""
+    numbers = {letter: rank for letter, rank in ranks.items() if is_number(rank)}
+    places = sorted(set(numbers.values()))
+    return [[each for each in numbers if numbers[each] == place] for place in places]
+
+
+CHAIN_LINK = r"(?:[>=,;/→]|then\b|and\b|\n\s*(?:\d+[.)]|[-*]))"
+CHAIN = re.compile(rf"\b[A-H]\b(?:(?:\s*{CHAIN_LINK})+\s*\b[A-H]\b)*")
+
+
+def read_chain(text: str, paper: Paper) -> list[str]:
+    """`B > A = C` or a numbered list in any text -> its places, if it names all."""
+    for chain in CHAIN.findall(text):
+        if set(re.findall(r"\b[A-H]\b", chain)) >= paper.choices.keys():
+            return re.split(r"[>,;/→\n]|then\b|and\b", chain)
+    return []
+
+
+def read_place(place: Any) -> list[str]:
+    """One place of a ranking: a letter, several ("A=B"), or a list of them."""
+    if isinstance(place, list):
+        return [str(letter).strip().upper() for letter in place]
+    text = str(place).strip()
+    if re.fullmatch(r"[A-Ha-h](?:\s*[=&,/]\s*[A-Ha-h])*", text):
+        text = text.upper()
+    return re.findall(r"\b[A-H]\b", text)
+
+
+def share_place(ranks: dict[str, float], aliases: Iterable[str]) -> None:
+    """Give the next rank to these, the mean of their ranks where they are several."""
+    tied = [alias for alias in dict.fromkeys(aliases) if alias not in ranks]
+    rank = len(ranks) + (len(tied) + 1) / 2
+    ranks.update(dict.fromkeys(tied, rank))
+
+
+def read_remarks(verdict: Json, paper: Paper) -> dict[str, str]:
+    """The sentences a reviewer wrote, by alias."""
+    remarks = verdict.get("comments")
+    if not isinstance(remarks, dict):
+        return {}
+    known = {
+        letter: text for letter, text in remarks.items() if letter in paper.choices
+    }
+    return {paper.choices[each]: plain_line(text, 200) for each, text in known.items()}
+
+
+def read_vote(answer: str, paper: Paper, lenient: bool = False) -> Ballot | str:
+    """A voter's answer -> its ballot, or what is wrong with it."""
+    named = str(find_object(answer, "vote").get("vote") or "")
+    found = find_names(named or (answer if lenient else ""), list(paper.choices))
+    if len(found) != 1:
+        listed = json.dumps(list(paper.choices), ensure_ascii=False)
+        return f"Your vote must name exactly one of {listed}, as a JSON object."
+    return Ballot(paper.voter, {found[0]: 1.0})
+
+
+def normal_ranks(ballot: Ballot) -> dict[str, float]:
+    """The ranks of a ballot on a scale from 0 (first) to 1 (last)."""
+    last = max(len(ballot.ranks) - 1, 1)
+    return {alias: (rank - 1) / last for alias, rank in ballot.ranks.items()}
+
+
+def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
+    """Everybody's standing, the best first; equal ones stay in the order of seats.
+
+    Members are compared by their mean normalised rank over the ballots they stand on.
+    A vote is a ballot with one name on it: there the number of firsts decides.
+    """
+    standings = []
+    for alias in aliases:
+        normal = [normal_ranks(b)[alias] for b in ballots if alias in b.ranks]
+        ranks = [b.ranks[alias] for b in ballots if alias in b.ranks]
+        score = sum(normal) / len(normal) if normal else None
+        mean_rank = sum(ranks) / len(ranks) if ranks else None
+        firsts = sum(rank == 1 for rank in ranks)
+        standings.append(Standing(alias, score, mean_rank, len(ranks), firsts))
+    return sorted(
+        standings, key=lambda s: (1.0 if s.score is None else s.score, -s.firsts)
+    )
+
+
+def most_dissenting(
+    standings: Sequence[Standing], ballots: Sequence[Ballot]
+) -> str | None:
+    """Who ranked most differently from the mean of all; None where all agree."""
+    scores = {s.alias: s.score for s in standings if s.score is not None}
+    distances = {
+        ballot.voter: max(
+            abs(rank - scores[alias]) for alias, rank in normal_ranks(ballot).items()
+        )
+        for ballot in ballots
+        if ballot.ranks
+    }
+    voter = max(distances, key=lambda each: distances[each], default=None)
+    return voter if voter and distances[voter] > 0.001 else None
+
+
+def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
+    """The table of a council's ranking, under a heading of ours."""
+    title = f"{RULE}### {OURS} Ranking\n\n"
+    if not ballots:
+        return f"{title}No valid ballots: the members stay in their order."
+    lines = ["| Member | Mean rank | Ballots | First places |", "|---|--:|--:|--:|"]
+    for s in standings:
+        mean = "–" if s.mean_rank is None else f"{s.mean_rank:.1f}"
+        lines.append(f"| {s.alias} | {mean} | {s.ballots} | {s.firsts} |")
+    dissenter = most_dissenting(standings, ballots)
+    if dissenter:
+        lines += ["", f"{dissenter} disagreed most with the others."]
+    return title + "\n".join(lines)
+
+
+def render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
+    """The table of a debate's votes, under a heading of ours."""
+    title = f"{RULE}### {OURS} Votes\n\n"
+    if not ballots:
+        return f"{title}No valid votes: the members stay in their order."
+    lines = ["| Member | Votes | From |", "|---|--:|---|"]
+    for s in standings:
+        voters = [ballot.voter for ballot in ballots if s.alias in ballot.ranks]
+        lines.append(f"| {s.alias} | {len(voters)} | {', '.join(voters) or '–'} |")
+    return title + "\n".join(lines)
+
+
+def describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
+    """The ranking in words, with the reviewers' remarks, for the chair."""
+    if not ballots:
+        return "The participants' ranking of each other gave no result."
+    lines = ["The participants ranked each other's answers, the best first:"]
+    for s in standings:
+        mean = "not ranked" if s.mean_rank is None else f"mean rank {s.mean_rank:.1f}"
+        said = (ballot.remarks.get(s.alias, "") for ballot in ballots)
+        remarks = " ".join(filter(None, said))
+        lines.append(f"- {s.alias} ({mean}) {remarks}".rstrip())
+    return "\n".join(lines)
+
+
+def describe_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
+    """The votes in words, for whoever concludes."""
+    counts = (f"{s.alias} has {s.ballots}" for s in standings)
+    return f"The members voted ({len(ballots)} valid votes): {', '.join(counts)}."
+
+
+@dataclass(frozen=True, slots=True)
 class ModeRow:
-    """A mode in the model picker."""
+    """A mode in the model picker; `drafts`: a reply has drafts and a conclusion."""
 
     name: str
-    begin: Callable[[Sequence[str], int, str | None], Mode]
+    begin: Callable[[Agenda], Mode]
+    drafts: bool = False
 
 
 MODES = {
-    "round_robin": ModeRow("Round Robin", round_robin),
-    "manager": ModeRow("Manager", managed),
+    "round_robin": ModeRow(
+        "Round Robin", lambda a: round_robin(a.aliases, a.settings.rounds, a.last)
+    ),
+    "manager": ModeRow(
+        "Manager", lambda a: managed(a.aliases, a.settings.rounds, a.last)
+    ),
+    "council": ModeRow("Council", council, drafts=True),
+    "debate": ModeRow("Debate", debate, drafts=True),
 }
 
 
@@ -1497,24 +2061,26 @@ def is_tool_images(message: Json) -> bool:
 
 
 def read_reply(messages: Sequence[Json]) -> Iterator[Turn]:
-    """The messages of one reply -> the turns of its speakers."""
-    sections = [("", list[Json]())]
+    """The messages of one reply -> the turns of its speakers, without our sections."""
+    sections = [("", "", list[Json]())]
     for message in messages:
         if message.get("role") != "assistant":
-            sections[-1][1].append(message)
+            sections[-1][2].append(message)
             continue
         first, *rest = HEADING.split(text_of(message.get("content")))
-        add_words(sections[-1][1], first)
-        for alias, text in zip(rest[1::3], rest[2::3], strict=True):
-            sections.append((alias.strip(), []))
-            add_words(sections[-1][1], text)
+        add_words(sections[-1][2], first)
+        for colour, alias, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            sections.append((colour, alias.strip(), []))
+            add_words(sections[-1][2], text)
         if message.get("tool_calls"):
-            add_tool_calls(sections[-1][1], message["tool_calls"])
-    for alias, own in sections:
-        if own or alias:  # who failed without a word has a heading only
+            add_tool_calls(sections[-1][2], message["tool_calls"])
+    for colour, alias, own in sections:
+        if (own or alias) and colour != OURS:  # a silent one has a heading only
             said = (text_of(m["content"]) for m in own if m["role"] == "assistant")
             text = "\n\n".join(filter(None, said))
-            yield Turn(alias or "Assistant", text, tuple(own))
+            concludes = alias.endswith(CONCLUSION)
+            alias = alias.removesuffix(CONCLUSION) or "Assistant"
+            yield Turn(alias, text, tuple(own), concludes=concludes)
 
 
 def add_words(messages: list[Json], text: str) -> None:
@@ -1536,9 +2102,25 @@ def add_tool_calls(messages: list[Json], calls: Sequence[Json]) -> None:
     messages[-1]["tool_calls"] = echoed
 
 
+def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
+    """The conversation with only the conclusion of each reply that has one."""
+    kept: list[Entry] = []
+    concluded = False
+    for entry in reversed(entries):  # a conclusion is the last turn of its reply
+        if isinstance(entry, Question):
+            concluded = False
+        elif entry.concludes and entry.text:
+            concluded = True
+        elif concluded or entry.concludes:
+            continue
+        kept.append(entry)
+    return kept[::-1]
+
+
 def drop_notices(text: str) -> str:
-    """A section's text without the lines in which we reported a failure."""
-    lines = (line for line in text.split("\n") if not line.startswith(NOTICE))
+    """A section's text without the lines that are ours."""
+    ours = (NOTICE, PROGRESS, FIGURES, OUTCOME)
+    lines = (line for line in text.split("\n") if not line.startswith(ours))
     return "\n".join(lines).strip()
 
 
@@ -1549,7 +2131,9 @@ def render_turn(turn: Turn) -> str:
     return f'<message from="{turn.alias}">\n{text}\n</message>'
 
 
-def messages_for(participant: Participant, entries: Sequence[Entry]) -> list[Json]:
+def messages_for(
+    participant: Participant, entries: Sequence[Entry], brief: str = ""
+) -> list[Json]:
     """The conversation as one participant sees it, in strictly alternating roles.
 
     Its own turns are assistant messages, with their tool calls and results; what the
@@ -1565,12 +2149,18 @@ def messages_for(participant: Participant, entries: Sequence[Entry]) -> list[Jso
         elif entry.alias != participant.alias:
             add_user_content(messages, render_turn(entry))
         elif entry.messages:
-            if not messages or messages[-1]["role"] != "user":
-                add_user_content(messages, CONTINUE)
+            end_with_user(messages)
             messages.extend(entry.messages)
+    if brief:
+        add_user_content(messages, brief)
+    end_with_user(messages)
+    return messages
+
+
+def end_with_user(messages: list[Json]) -> None:
+    """Whoever speaks next answers a user message, if need be one of ours."""
     if not messages or messages[-1]["role"] != "user":
         add_user_content(messages, CONTINUE)
-    return messages
 
 
 def add_user_content(messages: list[Json], content: str | list[Json]) -> None:
@@ -1613,6 +2203,43 @@ def messages_for_manager(
         messages.append({"role": "assistant", "content": step.wrong_answer})
         messages.append({"role": "user", "content": step.problem})
     return messages
+
+
+def last_question(entries: Sequence[Entry]) -> str:
+    """The text of the question that is being answered."""
+    questions = (e for e in reversed(entries) if isinstance(e, Question))
+    question = next(questions, None)
+    return text_of(question.content) if question else ""
+
+
+ROUNDS_COMMAND = re.compile(r"(?:^|\s)/rounds\s+(\d{1,3})\b")
+
+
+def read_rounds(entries: Sequence[Entry]) -> tuple[list[Entry], int | None]:
+    """The conversation without any `/rounds 2`, and the number of the last question."""
+    cleaned: list[Entry] = []
+    number = None
+    for entry in entries:
+        if isinstance(entry, Question):
+            found = ROUNDS_COMMAND.search(text_of(entry.content))
+            number = int(found[1]) if found else None
+            entry = Question(drop_command(entry.content)) if found else entry
+        cleaned.append(entry)
+    return cleaned, number
+
+
+def drop_command(content: str | list[Json]) -> str | list[Json]:
+    """A question's content without the command in it."""
+    if isinstance(content, str):
+        return ROUNDS_COMMAND.sub("", content).strip()
+    return [
+        (
+            part | {"text": str(drop_command(part["text"]))}
+            if isinstance(part.get("text"), str)
+            else part
+        )
+        for part in content
+    ]
 
 
 # -- tool arguments --------------------------------------------------------------------
@@ -1698,12 +2325,13 @@ class Block:
     """One visible part of the message: a heading or text, reasoning, a call, a result.
 
     `text` grows; `fields` are the other keys of its item and change as a whole.
-    `index` is its place in the transcript.
+    `index` is its place in the transcript, `section` the part of it that it is in.
     """
 
     kind: BlockKind
     id: str
     speaker: str
+    section: int
     index: int
     text: GrowingText
     fields: Json
@@ -1712,19 +2340,41 @@ class Block:
 class Transcript:
     """The blocks of one reply, in the order in which they are read.
 
-    `prefix` begins the ids of its blocks, which must be unique in the whole message.
+    They stand in sections, which may grow at the same time: a new block goes to the
+    end of its section. `prefix` begins the ids of the blocks, which must be unique in
+    the whole message.
     """
 
     def __init__(self, prefix: str) -> None:
         self.blocks: list[Block] = []
         self.prefix = prefix
+        self._sections = 0
+        self._growing: set[int] = set()
 
-    def add(self, kind: BlockKind, speaker: str, **fields: Any) -> Block:
-        """A new, empty block at the end."""
-        index = len(self.blocks)
-        block_id = f"{self.prefix}_{index}"
-        block = Block(kind, block_id, speaker, index, GrowingText(), fields)
-        self.blocks.append(block)
+    def open_section(self) -> int:
+        """A new section at the end, which grows until it is closed."""
+        self._sections += 1
+        self._growing.add(self._sections)
+        return self._sections
+
+    def close_section(self, section: int) -> None:
+        """Nothing more comes into a section."""
+        self._growing.discard(section)
+
+    def is_next(self, block: Block) -> bool:
+        """Whether all sections before this block's are closed."""
+        return block.section <= min(self._growing, default=block.section)
+
+    def add(
+        self, kind: BlockKind, speaker: str, section: int = 0, **fields: Any
+    ) -> Block:
+        """A new, empty block at the end of a section."""
+        index = bisect_right(self.blocks, section, key=lambda block: block.section)
+        block_id = f"{self.prefix}_{len(self.blocks)}"
+        block = Block(kind, block_id, speaker, section, index, GrowingText(), fields)
+        for later in self.blocks[index:]:
+            later.index += 1
+        self.blocks.insert(index, block)
         return block
 
 
@@ -1813,7 +2463,9 @@ def plan_chunk(block: Block, shown: Shown | None) -> Json | None:
     shown, because a client would take them for its own to run.
     """
     suffix = str(block.text) if shown is None else new_text(block, shown)
-    if not suffix or block.kind in ("function_call", "function_call_output"):
+    if not suffix or block.fields.get("passing"):
+        return None
+    if block.kind in ("function_call", "function_call_output"):
         return None
     if block.kind == "reasoning":
         return {"reasoning_content": suffix}
@@ -1846,6 +2498,7 @@ BUILTIN_CATEGORIES = (
     "calendar",
     "notifications",
 )
+OLLAMA = "ollama"  # how the name of an Ollama connection begins
 APPROVAL_TIMEOUT = 250  # s; the host itself gives a person 60 to 240
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
 
@@ -1864,7 +2517,10 @@ def foreign_code(failure: type[Exception]) -> Iterator[None]:
     except Exception as error:  # foreign code raises what it likes
         log.debug("foreign code failed", exc_info=True)
         detail = getattr(error, "detail", None) or str(error) or type(error).__name__
-        raise failure(error_text(detail)) from error
+        failed = failure(error_text(detail))
+        if isinstance(failed, ModelFailure):
+            failed.status = getattr(error, "status_code", None)
+        raise failed from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -1981,6 +2637,7 @@ class Host:
             ),
             defaults=apply_model_params_to_body_openai(missing, {}),
             legacy=legacy,
+            connection=connection_of(self.request.app.state.MODELS, model),
             cites=capabilities.get("citations", True),
             counts_usage=capabilities.get("usage") is not False,
             think_tags=read_think_tags(params.get("reasoning_tags")),
@@ -2073,16 +2730,54 @@ class Host:
         """Whether the user lets a tool run, where the chat is set to ask."""
         if (self.metadata.get("params") or {}).get("tool_approval_mode") != "ask":
             return True
+        asked = {"id": call.id, "name": call.name, "arguments": arguments}
+        return await self.confirm({"tool_call": asked})
+
+    async def confirm(self, question: Json) -> bool:
+        """Ask the person at the page; no answer is a no."""
         if not self.caller:
             return False
-        asked = {"id": call.id, "name": call.name, "arguments": arguments}
-        request = {"type": "confirmation", "data": {"tool_call": asked}}
-        try:
-            with foreign_code(ToolFailure):
-                async with asyncio.timeout(APPROVAL_TIMEOUT):
-                    return await self.caller(request) is True
-        except TimeoutError:
-            return False
+        answer: Any = None
+        with suppress(HostFailure, TimeoutError), foreign_code(HostFailure):
+            async with asyncio.timeout(APPROVAL_TIMEOUT):
+                answer = await self.caller({"type": "confirmation", "data": question})
+        return answer is True
+
+    async def search(self, model_id: str, question: str) -> tuple[str, list[Json]]:
+        """The host's own web search, once for all -> what was found, and its sources.
+
+        Gives nothing where web search is off in the chat or not allowed, or where the
+        host has searched already (it does so for legacy function calling).
+        """
+        from open_webui.models.config import Config
+        from open_webui.utils import middleware
+        from open_webui.utils.access_control import has_permission
+
+        features = self.metadata.get("features") or {}
+        calling = (self.metadata.get("params") or {}).get("function_calling")
+        if not features.get("web_search") or calling == "legacy" or not self.emitter:
+            return "", []
+        if not await Config.get("web.search.enable"):
+            return "", []
+        allowed = self.user.role == "admin" or await has_permission(
+            self.user.id, "features.web_search", await Config.get("user.permissions")
+        )
+        if not allowed:
+            return "", []
+        request = self._inner_request()
+        messages = [{"role": "user", "content": question}]
+        extra = {"__event_emitter__": self.emitter, "__chat_id__": None}
+        body: Json = {"model": model_id, "messages": messages, "files": []}
+        with foreign_code(ModelFailure):
+            body = await middleware.chat_web_search_handler(
+                request, body, extra, self.user
+            )
+            body["metadata"] = {"files": body.pop("files", [])}
+            _, flags = await middleware.chat_completion_files_handler(
+                request, body, extra, self.user
+            )
+            sources = flags.get("sources") or []
+            return middleware.get_source_context(sources).strip(), sources
 
     async def run_tool(
         self, tool: Json, call: ToolCall, arguments: Json, messages: list[Json]
@@ -2259,6 +2954,19 @@ def read_think_tags(tags: Any) -> tuple[tuple[str, str], ...] | None:
     return () if tags is False else None
 
 
+def connection_of(models: Mapping[str, Json], model: Json) -> str:
+    """Which connection serves a model or what it is based on: kind and number."""
+    for _ in range(5):
+        base = (model.get("info") or {}).get("base_model_id")
+        if not base or base == model.get("id"):
+            break
+        model = models.get(base) or {}
+    if model.get("owned_by") == "ollama":
+        urls = (model.get("ollama") or {}).get("urls") or [0]
+        return f"{OLLAMA} {urls[0]}"
+    return f"{model.get('owned_by')} {model.get('urlIdx')}"
+
+
 def knowledge_prompt(meta: Json, legacy: bool) -> str:
     """Names a model's attached knowledge to it, as the host does for native tools."""
     items = [i for i in meta.get("knowledge") or () if i.get("id") and i.get("type")]
@@ -2314,10 +3022,21 @@ def reply_items(response: Any) -> AsyncIterator[Any]:
         except ValueError:
             value = body
         if response.status_code >= 400:
-            reason = error_text(value)
-            raise ModelFailure(f"{reason} (HTTP {response.status_code})")
+            raise ModelFailure(
+                f"{error_text(value)} (HTTP {response.status_code})",
+                response.status_code,
+                read_seconds(response.headers.get("retry-after")),
+            )
         return one_item(value)
     return one_item(response)
+
+
+def read_seconds(text: str | None) -> float | None:
+    """The seconds of a `Retry-After` header; None for a date or nothing."""
+    try:
+        return max(float(text), 0.0) if text else None
+    except ValueError:
+        return None
 
 
 async def one_item(value: Any) -> AsyncGenerator[Any, None]:
@@ -2354,7 +3073,8 @@ class Emitter:
     `emit_replace` is the one verb: it only notes that a block now reads so. At most
     every `interval` seconds the noted blocks are compared with what was sent, and per
     block nothing, the new suffix, or the block whole goes out: never the transcript.
-    A block the client does not have yet goes out at once.
+    A block the client does not have yet goes out at once. `may_send` holds back what
+    a client that can only append must not get yet.
     """
 
     def __init__(
@@ -2362,8 +3082,10 @@ class Emitter:
         plan: Callable[[Block, Shown | None], Json | None],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
+        may_send: Callable[[Block], bool] | None = None,
     ) -> None:
         self._plan = plan
+        self._may_send = may_send
         self._interval = interval
         self._clock = clock
         self._shown: dict[str, Shown] = {}
@@ -2383,9 +3105,15 @@ class Emitter:
         elif block.id not in self._shown:
             self._wake()
 
+    def nudge(self) -> None:
+        """Something that was held back may go out now."""
+        if self._noted:
+            self._wake()
+
     def close(self) -> None:
         """Nothing more will come: `frames` ends after the last, exact frame."""
         self._closed = True
+        self._may_send = None
         self._wake()
 
     def flush(self) -> list[Json]:
@@ -2393,6 +3121,9 @@ class Emitter:
         noted, self._noted = self._noted, set()
         events = []
         for block in sorted(noted, key=lambda block: block.index):
+            if self._may_send and not self._may_send(block):
+                self._noted.add(block)
+                continue
             event = self._plan(block, self._shown.get(block.id))
             self._shown[block.id] = show(block)
             if event is not None:
@@ -2426,6 +3157,25 @@ class Emitter:
 
 
 @dataclass(slots=True)
+class Figures:
+    """One speaker's speed: all its model calls, and of its answers the seconds to the
+    first token of all, the seconds after the first token, and the tokens."""
+
+    calls: int = 0
+    first_token: float | None = None
+    answering: float = 0.0
+    tokens: int = 0
+
+    def count(self, begun: float, first: float | None, ended: float) -> None:
+        """Add one model call; the first of all gives the time to the first token."""
+        self.calls += 1
+        if first is not None:
+            self.answering += ended - first
+            if self.first_token is None:
+                self.first_token = first - begun
+
+
+@dataclass(slots=True)
 class Run:
     """Everything one run knows; nothing of it outlives the run."""
 
@@ -2436,10 +3186,17 @@ class Run:
     emitter: Emitter
     transcript: Transcript
     continued: bool = False
+    shows_figures: bool = False
     usage: Json = field(default_factory=dict)
+    figures: dict[str, Figures] = field(default_factory=dict)
     turns: int = 0
     started: float = field(default_factory=time.monotonic)
-    calls: int = 0
+    tool_calls: int = 0
+    shown: dict[str, Block] = field(default_factory=dict)
+    gates: dict[str, asyncio.Semaphore] = field(default_factory=dict)
+    dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
+    late: list[str] = field(default_factory=list)
+    tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
 
     def count_usage(self, speaker: str, usage: Json) -> None:
         """Add the usage of one model call, in all and for its speaker."""
@@ -2447,36 +3204,82 @@ class Run:
         parts[speaker] = add_usage(parts.get(speaker) or {}, usage)
         self.usage = {**add_usage(self.usage, usage), "participants": parts}
 
+    def figures_of(self, speaker: str) -> Figures:
+        """The figures of one speaker."""
+        return self.figures.setdefault(speaker, Figures())
+
     def next_call_id(self) -> str:
         """A tool call id of our own: providers repeat theirs in every reply."""
-        self.calls += 1
-        return f"call_{self.transcript.prefix}_{self.calls}"
+        self.tool_calls += 1
+        return f"call_{self.transcript.prefix}_{self.tool_calls}"
 
-    def show_line(self, speaker: str, line: str, **fields: Any) -> None:
+    def gate(self, connection: str) -> asyncio.Semaphore:
+        """Lets only so many calls through to a connection at a time."""
+        if connection not in self.gates:
+            of_ollama = connection.startswith(OLLAMA)
+            name = "calls_per_ollama" if of_ollama else "calls_per_connection"
+            self.gates[connection] = asyncio.Semaphore(
+                max(getattr(self.settings, name), 1)
+            )
+        return self.gates[connection]
+
+    def show_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
         """A line of ours in the message.
 
         The host joins the first block of a continued reply to the text before it.
         """
         fields["status"] = "completed"
-        block = self.transcript.add("message", speaker, **fields)
+        block = self.transcript.add("message", speaker, section, **fields)
         gap = "\n\n" if self.continued and not block.index else ""
         self.emitter.emit_replace(block, gap + line)
+        return block
 
-    def show_heading(self, participant: Participant) -> None:
+    def show(self, key: str, text: str, **fields: Any) -> None:
+        """A section of ours; a later text with the same key takes its place."""
+        if key in self.shown:
+            self.replace(key, text)
+        else:
+            section = self.transcript.open_section()
+            self.shown[key] = self.show_line("", text, section, **fields)
+
+    def replace(self, key: str, text: str) -> None:
+        """The section of ours with this key, if there is one, reads so now."""
+        block = self.shown.get(key)
+        if block is not None:
+            self.emitter.emit_replace(block, text)
+
+    def settle(self) -> None:
+        """What was shown so far stays as it is: a client may have it."""
+        for block in self.shown.values():
+            self.transcript.close_section(block.section)
+        self.emitter.nudge()
+
+    def note(self, line: str) -> None:
+        """A notice of ours, outside of all sections of speakers."""
+        self.show(f"notice {len(self.shown)}", f"{NOTICE}{line}", notice=True)
+
+    def show_heading(self, participant: Participant, role: str, section: int) -> None:
         """Who speaks from here on, set off from who spoke before."""
         alias, model_id = participant.alias, participant.voice.model_id
-        rule = RULE if self.continued or self.transcript.blocks else ""
-        line = f"{rule}### {participant.colour} {alias}"
-        self.show_line(alias, line, model=model_id)
+        lasting = (b for b in self.transcript.blocks if not b.fields.get("passing"))
+        first = not self.continued and not any(lasting)
+        line = f"{'' if first else RULE}### {participant.colour} {alias}{role}"
+        self.show_line(alias, line, section, model=model_id)
 
 
 class Section:
     """One participant's part of the message: turns the events of its replies into
     blocks, and remembers what it said, as itself and as the others will read it."""
 
-    def __init__(self, run: Run, participant: Participant) -> None:
+    def __init__(
+        self, run: Run, participant: Participant, concludes: bool = False
+    ) -> None:
         self.run = run
         self.participant = participant
+        self.number = run.transcript.open_section()
+        self.concludes = concludes
+        self.is_late = False
+        self.clock = asyncio.Timeout(None)  # of the turn
         self.messages: list[Json] = []
         self.failure: str | None = None
         self.said: list[str] = []
@@ -2485,8 +3288,22 @@ class Section:
         self._cards: dict[OpenCall, Block] = {}
         self._unanswered: dict[str, Block] = {}
         self._unrecorded = ""
-        run.show_heading(participant)
+        self._has_heading = False
+        if not concludes:  # a chair appears once it says something
+            self._show_heading()
         self.begin_reply()
+
+    def _show_heading(self) -> None:
+        self._has_heading = True
+        self.run.settle()
+        role = CONCLUSION if self.concludes else ""
+        self.run.show_heading(self.participant, role, self.number)
+
+    def _add(self, kind: BlockKind, **fields: Any) -> Block:
+        if not self._has_heading:
+            self._show_heading()
+        alias = self.participant.alias
+        return self.run.transcript.add(kind, alias, self.number, **fields)
 
     def begin_reply(self) -> None:
         """A new model call begins."""
@@ -2514,7 +3331,9 @@ class Section:
                 self._leave_text()
                 self._add_call_piece(event)
             case UsageReport(usage):
-                self.run.count_usage(self.participant.alias, usage)
+                alias = self.participant.alias
+                self.run.count_usage(alias, usage)
+                self.run.figures_of(alias).tokens += usage["output_tokens"]
             case SourceFound(source):
                 self.sources.append(source)
             case StreamError(reason):
@@ -2591,8 +3410,7 @@ class Section:
             fields["embeds"] = list(result.embeds)
         if result.image_urls:
             fields["images"] = result.image_urls
-        alias = self.participant.alias
-        block = self.run.transcript.add("function_call_output", alias, **fields)
+        block = self._add("function_call_output", **fields)
         self.run.emitter.emit_replace(block, result.text)
 
     def fail(self, reason: str) -> None:
@@ -2604,8 +3422,18 @@ class Section:
         self.failure = reason
         alias = self.participant.alias
         what = "broke off" if self.said else "could not answer"
-        line = f"{NOTICE}**{alias}** {what}: {plain_line(reason)}"
-        self.run.show_line(alias, line, notice=True)
+        if self._has_heading:
+            self.note(f"{NOTICE}**{alias}** {what}: {plain_line(reason)}")
+
+    def note(self, line: str) -> None:
+        """A line of ours at the end of the section."""
+        alias = self.participant.alias
+        self.run.show_line(alias, line, self.number, notice=True)
+
+    def close(self) -> None:
+        """Nothing more comes into this section."""
+        self.run.transcript.close_section(self.number)
+        self.run.emitter.nudge()
 
     def turn(self) -> Turn:
         """What is left of the section for the rest of the conversation."""
@@ -2613,7 +3441,8 @@ class Section:
         if messages and messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": "(broke off)"})
         text = "\n\n".join(self.said)
-        return Turn(self.participant.alias, text, tuple(messages), self.failure)
+        alias = self.participant.alias
+        return Turn(alias, text, tuple(messages), self.failure, self.concludes)
 
     def _add_text(self, text: str) -> None:
         if not text:
@@ -2637,7 +3466,7 @@ class Section:
         block = self._open
         if block is None or block.kind != kind:
             self._close_open()
-            block = self.run.transcript.add(kind, self.participant.alias)
+            block = self._add(kind)
             self._open, self._opened_at = block, time.monotonic()
         block.text.append(text)
         self.run.emitter.emit_replace(block, block.text)
@@ -2663,9 +3492,7 @@ class Section:
 
     def _add_card(self) -> Block:
         call_id = self.run.next_call_id()
-        card = self.run.transcript.add(
-            "function_call", self.participant.alias, call_id=call_id, name=""
-        )
+        card = self._add("function_call", call_id=call_id, name="")
         self._unanswered[call_id] = card
         return card
 
@@ -2675,32 +3502,103 @@ class Section:
 
 
 class Patience:
-    """A deadline for a reply that moves when the model says something."""
+    """A deadline for a reply that moves when the model says something.
+
+    `silence` is how long it has said nothing; `spoke` is set when it says something.
+    """
 
     def __init__(self, first: float, silence: float) -> None:
         self._first = max(first, 0.1)
         self._silence = max(silence, 0.1)
-        self._heard_at = 0.0
         self._deadline = asyncio.timeout(None)
+        self._skipped = False
+        self.begun = self._heard_at = asyncio.get_running_loop().time()
+        self.first_at: float | None = None
+        self.spoke = asyncio.Event()
 
     @asynccontextmanager
     async def waiting(self) -> AsyncIterator[None]:
-        """Raises `ModelFailure` where the model is silent for too long."""
+        """Raises `ModelSilent` where the model is silent for too long, or skipped."""
         try:
             async with asyncio.timeout(self._first) as self._deadline:
                 yield
         except TimeoutError as error:
             if not self._deadline.expired():
                 raise ModelFailure("its connection timed out") from error
-            silent = self._silence if self._heard_at else self._first
+            if self._skipped:
+                raise ModelSilent("it was skipped") from error
+            silent = self._first if self.first_at is None else self._silence
             raise ModelSilent(f"it said nothing for {silent:g} s") from error
+
+    @property
+    def silence(self) -> float:
+        """How long the model has said nothing, in s."""
+        return asyncio.get_running_loop().time() - self._heard_at
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
         now = asyncio.get_running_loop().time()
-        if now - self._heard_at > min(0.25, self._silence / 4):
-            self._heard_at = now
-            self._deadline.reschedule(now + self._silence)
+        if self.first_at is None:
+            self.first_at = now
+        elif now - self._heard_at < min(0.25, self._silence / 4):
+            return
+        self._heard_at = now
+        self.spoke.set()
+        self._deadline.reschedule(now + self._silence)
+
+    def skip(self) -> None:
+        """End the waiting now."""
+        self._skipped = True
+        self._deadline.reschedule(asyncio.get_running_loop().time())
+
+
+async def offer_to_skip(run: Run, alias: str, patience: Patience) -> None:
+    """Ask the person at the page, whenever a model is silent for long, whether to skip.
+
+    The dialog closes by itself when the model speaks. Who says no is asked again after
+    as long a silence.
+    """
+    limit = run.settings.skip_after
+    wait = limit
+    while True:
+        await asyncio.sleep(max(wait - patience.silence, 0.05))
+        if patience.silence < wait:
+            wait = limit
+            continue
+        async with run.dialog:
+            if patience.silence < wait:  # it spoke while another dialog was open
+                continue
+            skip = await ask_to_skip(run, alias, patience)
+        if skip:
+            patience.skip()
+            return
+        wait = patience.silence + limit
+
+
+async def ask_to_skip(run: Run, alias: str, patience: Patience) -> bool:
+    """One dialog; False where the model spoke before there was an answer."""
+    patience.spoke.clear()
+    question = {
+        "title": f"Skip {alias}?",
+        "message": f"{alias} has said nothing for {patience.silence:.0f} s. "
+        "Skip it and go on without it?",
+    }
+    asking = asyncio.create_task(run.host.confirm(question))
+    speaking = asyncio.create_task(patience.spoke.wait())
+    try:
+        await asyncio.wait({asking, speaking}, return_when=asyncio.FIRST_COMPLETED)
+        return asking.done() and asking.result()
+    finally:
+        await end_tasks(asking, speaking)
+
+
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and see them end; everything they hold is freed."""
+    unfinished = {task for task in tasks if not task.done()}
+    for task in unfinished:
+        task.cancel()
+    if unfinished:
+        await asyncio.wait(unfinished, timeout=5)
 
 
 def build_payload(
@@ -2725,20 +3623,90 @@ async def read_into(run: Run, section: Section, payload: Json) -> None:
         ModelFailure: the call failed, or the model was silent for too long.
     """
     section.begin_reply()
-    decoder = ReplyDecoder(section.participant.voice.think_tags)
-    settings = run.settings
-    whole = settings.turn_timeout
-    first = settings.first_token_timeout if payload["stream"] else whole
-    patience = Patience(first, settings.silence_timeout)
-    async with patience.waiting(), run.host.completion(payload) as items:
-        async for item in items:
-            for event in decoder.feed(item):
-                section.apply(event)
-                patience.heard()
-        for event in decoder.close():
-            section.apply(event)
+    alias, voice = section.participant.alias, section.participant.voice
+    decoder = ReplyDecoder(voice.think_tags)
+    async with (
+        admitted(run, section),
+        limited(run, alias, payload) as patience,
+        run.host.completion(payload) as items,
+    ):
+        await apply_items(section, decoder, items, patience)
     for source in section.sources:
         await run.host.emit({"type": "source", "data": source})
+
+
+async def apply_items(
+    section: Section,
+    decoder: ReplyDecoder,
+    items: AsyncIterator[Any],
+    patience: Patience,
+) -> None:
+    """Show the items of a reply as they come."""
+    async for item in items:
+        for event in decoder.feed(item):
+            section.apply(event)
+            patience.heard()
+    for event in decoder.close():
+        section.apply(event)
+
+
+@asynccontextmanager
+async def admitted(run: Run, section: Section) -> AsyncIterator[None]:
+    """A place among the calls to the model's connection; the turn's clock waits."""
+    gate = run.gate(section.participant.voice.connection)
+    loop, clock = asyncio.get_running_loop(), section.clock
+    left = (clock.when() or loop.time()) - loop.time()
+    clock.reschedule(None)
+    try:
+        await gate.acquire()
+    finally:
+        clock.reschedule(loop.time() + left)
+    try:
+        yield
+    finally:
+        gate.release()
+
+
+@asynccontextmanager
+async def limited(run: Run, alias: str, payload: Json) -> AsyncIterator[Patience]:
+    """The limits of one model call: its deadlines, the offer to skip it, its figures.
+
+    Raises:
+        ModelSilent: the model was silent for too long, or skipped.
+    """
+    settings = run.settings
+    streams = payload["stream"]
+    first = settings.first_token_timeout if streams else settings.turn_timeout
+    patience = Patience(first, settings.silence_timeout)
+    asks = settings.skip_after > 0 and run.host.caller and run.host.in_chat
+    watch = [asyncio.create_task(offer_to_skip(run, alias, patience))] if asks else []
+    try:
+        async with patience.waiting():
+            yield patience
+    finally:
+        await end_tasks(*watch)
+        now = asyncio.get_running_loop().time()
+        run.figures_of(alias).count(patience.begun, patience.first_at, now)
+
+
+async def when_not_busy(
+    settings: Settings, call: Callable[[], Awaitable[Result]]
+) -> Result:
+    """Make a model call, again after a pause where the provider is overloaded.
+
+    Raises:
+        ModelFailure: it failed, or is still overloaded after the patience for that.
+    """
+    waited = 0.0
+    while True:
+        try:
+            return await call()
+        except ModelFailure as failure:
+            pause = failure.retry_after or max(waited, 1.0)
+            if not failure.is_busy or waited + pause > settings.busy_patience:
+                raise
+        waited += pause
+        await asyncio.sleep(pause)
 
 
 async def ask(
@@ -2757,12 +3725,12 @@ async def ask(
     if specs:
         payload["tools"] = list(specs)
     for attempt in (1, 2):
+        read = partial(read_into, run, section, payload)
         try:
-            await read_into(run, section, payload)
-        except ModelSilent:
-            raise
-        except ModelFailure:
-            if section.spoke or attempt == 2:
+            await when_not_busy(run.settings, read)
+        except ModelFailure as failure:
+            final = isinstance(failure, ModelSilent) or failure.is_busy
+            if final or section.spoke or attempt == 2:
                 raise
             payload = {**payload, "stream": False}
             payload.pop("stream_options", None)
@@ -2773,14 +3741,14 @@ async def ask(
     raise ModelFailure("it gave an empty answer, asked twice")
 
 
-async def answer(run: Run, section: Section) -> None:
+async def answer(run: Run, section: Section, brief: str) -> None:
     """A participant's whole turn: replies and tools, until it is done.
 
     Raises:
         ModelFailure: a reply failed.
     """
     voice = section.participant.voice
-    messages = messages_for(section.participant, run.entries)
+    messages = messages_for(section.participant, run.entries, brief)
     specs: Sequence[Json] = () if voice.legacy else voice.specs
     if voice.legacy and voice.tools:
         messages, sources = await run.host.use_legacy_tools(voice, messages)
@@ -2838,40 +3806,162 @@ async def run_tool(
     return result
 
 
-async def take_turn(run: Run, participant: Participant) -> Turn:
+async def take_turn(run: Run, section: Section, brief: str) -> Turn:
     """One participant's turn; its failure is part of the turn, not an exception."""
-    section = Section(run, participant)
     limit = max(run.settings.turn_timeout, 0.1)
     try:
-        async with asyncio.timeout(limit):
-            await answer(run, section)
+        async with asyncio.timeout(limit) as section.clock:
+            await answer(run, section, brief)
     except ModelFailure as failure:
         section.fail(str(failure))
     except TimeoutError:
-        section.fail(f"its turn took longer than {limit:g} s")
+        section.fail(f"it took longer than {limit:g} s")
     except asyncio.CancelledError:
         section.fail("it was stopped")
         raise
+    finally:
+        if section.is_late:
+            run.late.remove(section.participant.alias)
+            section.note(f"{PROGRESS}not ranked: it came after the review had begun")
+        section.close()
     run.turns += 1
     return section.turn()
 
 
 async def speak_together(run: Run, step: Speak) -> list[Turn]:
-    """The turns of a step, at the same time; they join the conversation in order."""
+    """The turns of a step, at the same time; they join the conversation in order.
+
+    Who is not needed for the quorum goes on, and its turn says that it is late.
+    """
     who = ", ".join(step.aliases)
     note = f" · {step.note}" if step.note else ""
     await run.host.show_status(f"{who}{note}", done=False)
+    together = len(step.aliases) > 1
+    if together and run.host.in_chat:
+        run.show("progress", f"{PROGRESS}waiting for {who}", passing=True)
     seats = {participant.alias: participant for participant in run.cast.participants}
-    async with asyncio.TaskGroup() as group:
-        tasks = [
-            group.create_task(take_turn(run, seats[alias])) for alias in step.aliases
-        ]
-    turns = [task.result() for task in tasks]
-    run.entries += turns
+    sections = [Section(run, seats[alias], step.concludes) for alias in step.aliases]
+    tasks = {
+        section: run.tasks.create_task(take_turn(run, section, step.brief))
+        for section in sections
+    }
+    if together:
+        await wait_for_quorum(run, step.quorum, tasks)
+        run.replace("progress", "")
+    else:
+        await asyncio.wait(tasks.values())
+    turns = [close_turn(section, task) for section, task in tasks.items()]
+    if step.joins:
+        run.entries += turns
     return turns
 
 
-async def complete_text(
+def close_turn(section: Section, task: asyncio.Task[Turn]) -> Turn:
+    """A finished turn, or that of somebody who is late and goes on."""
+    if task.done():
+        return task.result()
+    section.is_late = True
+    alias = section.participant.alias
+    section.run.late.append(alias)
+    return Turn(alias, "", failure="it was late")
+
+
+async def wait_for_quorum(
+    run: Run, quorum: int, tasks: Mapping[Section, asyncio.Task[Turn]]
+) -> None:
+    """Wait until enough have answered, everybody is done, or the deadline is over.
+
+    Shows once a second who has answered and who is waited for.
+    """
+    begun = shown_at = time.monotonic()
+    answered: dict[str, float] = {}
+    while pending := [section for section, task in tasks.items() if not task.done()]:
+        await asyncio.wait(
+            [tasks[section] for section in pending],
+            timeout=max(shown_at + 1 - time.monotonic(), 0),
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        seconds = time.monotonic() - begun
+        for section, task in tasks.items():
+            if task.done() and task.result().failure is None:
+                answered.setdefault(section.participant.alias, seconds)
+        late = seconds > max(run.settings.answer_deadline, 0.1)
+        if (quorum and len(answered) >= quorum) or (late and answered):
+            return
+        if time.monotonic() - shown_at >= 1:
+            shown_at = time.monotonic()
+            waiting = [s.participant.alias for s in pending if not tasks[s].done()]
+            text = describe_progress(len(tasks), answered, waiting, seconds)
+            run.replace("progress", text)
+
+
+def describe_progress(
+    total: int, answered: Mapping[str, float], waiting: Sequence[str], seconds: float
+) -> str:
+    """Who has answered and who is waited for."""
+    parts = [f"{len(answered)} of {total} answered", f"{seconds:.1f} s"]
+    if waiting:
+        parts.append(f"waiting for {', '.join(waiting)}")
+    if answered:
+        fastest, after = next(iter(answered.items()))
+        parts.append(f"fastest {fastest} {after:.1f} s")
+    return PROGRESS + " · ".join(parts)
+
+
+async def collect_ballots(
+    run: Run, papers: Sequence[Paper], read: Callable[..., Ballot | str]
+) -> list[Ballot]:
+    """The valid ballots of all voters, asked at the same time."""
+    await run.host.show_status("Members judge each other", done=False)
+    tasks = [run.tasks.create_task(cast_ballot(run, paper, read)) for paper in papers]
+    await asyncio.wait(tasks)
+    return [ballot for task in tasks if (ballot := task.result())]
+
+
+async def cast_ballot(
+    run: Run, paper: Paper, read: Callable[..., Ballot | str]
+) -> Ballot | None:
+    """One voter's ballot: asked, asked again with what was wrong, read leniently."""
+    seats = {participant.alias: participant for participant in run.cast.participants}
+    voter = seats[paper.voter]
+    messages = messages_for(voter, run.entries, paper.brief)
+    text = ""
+    for _ in range(2):
+        payload = build_payload(run.settings, voter.voice, messages, stream=False)
+        call = partial(complete_text, run, voter.alias, voter.voice, payload)
+        try:
+            text = await when_not_busy(run.settings, call)
+        except ModelFailure as failure:
+            log.debug("no ballot: %s", failure)
+            return None
+        ballot = read(text, paper)
+        if isinstance(ballot, Ballot):
+            return ballot
+        messages = [
+            *messages,
+            {"role": "assistant", "content": text or "(nothing)"},
+            {"role": "user", "content": ballot},
+        ]
+    ballot = read(text, paper, lenient=True)
+    return ballot if isinstance(ballot, Ballot) else None
+
+
+async def complete_text(run: Run, speaker: str, voice: Voice, payload: Json) -> str:
+    """One plain completion -> its text; its usage is the speaker's.
+
+    Raises:
+        ModelFailure: it failed, or took too long.
+    """
+    settings = run.settings
+    async with run.gate(voice.connection):
+        text, usages = await read_completion(run.host, settings, voice, payload)
+    run.figures_of(speaker).calls += 1
+    for usage in usages:
+        run.count_usage(speaker, usage)
+    return text
+
+
+async def read_completion(
     host: Host, settings: Settings, voice: Voice, payload: Json
 ) -> tuple[str, list[Json]]:
     """One plain completion -> its text, and the usage that was reported.
@@ -2902,13 +3992,10 @@ async def ask_manager(run: Run, step: AskManager) -> str | None:
     messages = messages_for_manager(run.settings, run.entries, step)
     payload = build_payload(run.settings, voice, messages, stream=False)
     try:
-        text, usages = await complete_text(run.host, run.settings, voice, payload)
+        return await complete_text(run, "Manager", voice, payload)
     except ModelFailure as failure:
         log.debug("the manager failed: %s", failure)
         return None
-    for usage in usages:
-        run.count_usage("Manager", usage)
-    return text
 
 
 async def run_mode(run: Run, mode: Mode) -> str:
@@ -2924,12 +4011,21 @@ async def run_mode(run: Run, mode: Mode) -> str:
                 result = await speak_together(run, step)
             case AskManager():
                 result = await ask_manager(run, step)
+            case Rank(papers):
+                result = await collect_ballots(run, papers, read_ranking)
+            case Vote(papers):
+                result = await collect_ballots(run, papers, read_vote)
+            case Show(key, text):
+                run.show(key, text)
+                result = None
 
 
 async def resolve_cast(
-    host: Host, settings: Settings, own_id: str, chat_system: str
+    host: Host, settings: Settings, own_id: str, chat_system: str, search_for: str
 ) -> Cast:
     """Everybody of the run, with everything they bring, looked up once.
+
+    What is searched for is searched meanwhile, once for all of them.
 
     Raises:
         ConversationError: nobody is left who could take part.
@@ -2951,15 +4047,36 @@ async def resolve_cast(
                 f"Manager: {error}. {seats[0].alias}'s model leads instead."
             )
     wanted = [*(cards[seat.model_id] for seat in seats), leader]
-    voices = await host.voices(wanted, settings)
+    voices, (found, sources) = await asyncio.gather(
+        host.voices(wanted, settings), search_once(host, leader.id, search_for)
+    )
     aliases = [seat.alias for seat in seats]
     participants = []
     for colour, seat in zip(COLOURS, seats, strict=False):
         voice = voices[seat.model_id]
         system = render_system(settings, seat, aliases, voice, chat_system)
         participants.append(Participant(seat.alias, colour, system, voice))
-    manager = voices[leader.id]
-    return Cast(tuple(participants), manager, tuple(problems), by_default)
+    return Cast(
+        tuple(participants),
+        voices[leader.id],
+        tuple(problems),
+        by_default,
+        found,
+        tuple(sources),
+    )
+
+
+async def search_once(
+    host: Host, model_id: str, question: str
+) -> tuple[str, list[Json]]:
+    """What a web search finds for a question; nothing where there is none to do."""
+    if not question:
+        return "", []
+    try:
+        return await host.search(model_id, question)
+    except ModelFailure as failure:
+        log.debug("the earlier search failed: %s", failure)
+        return "", []
 
 
 def describe_end(run: Run, reason: str) -> str:
@@ -2980,7 +4097,7 @@ async def converse(run: Run, mode: Mode) -> None:
     reason = "Stopped"
     try:
         for problem in cast.problems:
-            run.show_line("", f"{NOTICE}{problem}", notice=True)
+            run.note(problem)
         if cast.by_default:
             names = ", ".join(cast.aliases)
             await host.show_status(
@@ -2988,15 +4105,67 @@ async def converse(run: Run, mode: Mode) -> None:
                 "with the Valves button beside the input",
                 done=False,
             )
-        reason = await run_mode(run, mode)
+        for source in cast.sources:
+            await host.emit({"type": "source", "data": source})
+        reason = await run_to_end(run, mode)
     except Exception:  # the top of a run: a bug must not take the text with it
         log.exception("a conversation failed")
         reason = "Ended by an internal error, see the server's log"
-        run.show_line("", f"{NOTICE}{reason}", notice=True)
+        run.note(reason)
     finally:
+        run.replace("progress", "")
+        finish_usage(run)
+        if run.shows_figures and run.turns:
+            run.show("figures", describe_figures(run))
+        run.settle()
         run.emitter.close()
         log.info("conversation ended: %d turns", run.turns)
         await host.show_status(describe_end(run, reason), done=True)
+
+
+async def run_to_end(run: Run, mode: Mode) -> str:
+    """Run a mode and see everybody end who goes on after it; gives why it ended."""
+    async with run.tasks:
+        reason = await run_mode(run, mode)
+        if run.late:
+            late = ", ".join(run.late)
+            await run.host.show_status(f"{reason} · waiting for {late}", done=False)
+    return reason
+
+
+def finish_usage(run: Run) -> None:
+    """Put each speaker's speed beside its tokens in the usage."""
+    parts: Json = run.usage.get("participants") or {}
+    for speaker, usage in parts.items():
+        figures = run.figures_of(speaker)
+        usage["calls"] = figures.calls
+        if figures.first_token is not None:
+            usage["first_token_seconds"] = round(figures.first_token, 3)
+        if figures.answering > 0 and figures.tokens:
+            speed = figures.tokens / figures.answering
+            usage["tokens_per_second"] = round(speed, 1)
+
+
+def describe_figures(run: Run) -> str:
+    """The small line under a conversation: everybody's speed and tokens, and totals."""
+    parts = run.usage.get("participants") or {}
+    lines = []
+    for speaker, figures in run.figures.items():
+        usage = parts.get(speaker) or {}
+        words = []
+        if figures.first_token is not None:
+            words.append(f"first token {figures.first_token:.1f} s")
+        if "tokens_per_second" in usage:
+            words.append(f"{usage['tokens_per_second']:.0f} tokens/s")
+        if usage:
+            words.append(
+                f"{usage['input_tokens']:,} in, {usage['output_tokens']:,} out"
+            )
+        if words:
+            lines.append(f"{speaker}: {' · '.join(words)}")
+    calls = sum(figures.calls for figures in run.figures.values())
+    lines.append(f"{calls} model call{'' if calls == 1 else 's'}")
+    return FIGURES + " | ".join(lines)
 
 
 # ======================================================================================
@@ -3014,7 +4183,7 @@ class ModelChoices:
 
 
 class Pipe:
-    """Two models in the picker, one per row of `MODES`; one object for all users."""
+    """A model in the picker per row of `MODES`; one object for all users."""
 
     class Valves(ModelChoices, Settings):
         """The admin's valves."""
@@ -3104,27 +4273,44 @@ async def begin(
             f'There is no mode "{plain_line(mode_id)}": choose '
             + " or ".join(row.name for row in MODES.values())
         )
+    row = MODES[mode_id]
     system, entries = read_history(body["messages"])
-    cast = await resolve_cast(host, settings, body["model"].split(".")[0], system)
+    entries, rounds = read_rounds(entries)
+    if rounds:
+        settings.rounds = min(max(rounds, 1), max(settings.max_rounds, 1))
+    if row.drafts and not settings.remember_drafts:
+        entries = keep_conclusions(entries)
+    question = last_question(entries)
+    search_for = question if row.drafts and settings.share_search else ""
+    own_id = body["model"].split(".")[0]
+    cast = await resolve_cast(host, settings, own_id, system, search_for)
     before = entries[-1] if entries else None
     last = before.alias if isinstance(before, Turn) else None
-    interval = settings.flush_interval / 1000
-    if last is not None:  # the host sends a continued reply whole at every update
-        interval = max(interval, 0.25)
-    plan = plan_items if host.in_chat else plan_chunk
-    run = Run(
-        host,
-        settings,
-        cast,
-        entries,
-        Emitter(plan, max(interval, 0.0)),
-        Transcript(uuid4().hex[:8]),
-        continued=last is not None,
-    )
+    if cast.found:
+        entries.append(Question(f"Found on the web for this question:\n{cast.found}"))
+    run = make_run(host, settings, cast, entries, continued=last is not None)
+    wanted = ("always", "council and debate" if row.drafts else "always")
+    run.shows_figures = host.in_chat and settings.show_figures in wanted
     log.info(
         "conversation begins: %s, %d participants", mode_id, len(cast.participants)
     )
-    return run, MODES[mode_id].begin(cast.aliases, settings.rounds, last)
+    agenda = Agenda(cast.aliases, question, settings, last, run.transcript.prefix)
+    return run, row.begin(agenda)
+
+
+def make_run(
+    host: Host, settings: Settings, cast: Cast, entries: list[Entry], continued: bool
+) -> Run:
+    """A run with an empty transcript, and the emitter its client needs."""
+    transcript = Transcript(uuid4().hex[:8])
+    interval = max(settings.flush_interval / 1000, 0.0)
+    if continued:  # the host sends a continued reply whole at every update
+        interval = max(interval, 0.25)
+    if host.in_chat:
+        emitter = Emitter(plan_items, interval)
+    else:
+        emitter = Emitter(plan_chunk, interval, may_send=transcript.is_next)
+    return Run(host, settings, cast, entries, emitter, transcript, continued)
 
 
 async def answer_task(host: Host, settings: Settings, body: Json) -> str:
@@ -3141,17 +4327,10 @@ async def answer_task(host: Host, settings: Settings, body: Json) -> str:
     payload = {**body, "model": model_id, "stream": False}
     payload.pop("stream_options", None)
     try:
-        text, _ = await complete_text(host, settings, Voice(model_id), payload)
+        text, _ = await read_completion(host, settings, Voice(model_id), payload)
     except ModelFailure as failure:
         raise ConversationError(str(failure)) from failure
     return text
-
-
-async def end_task(task: asyncio.Task[None]) -> None:
-    """Cancel a task and see it end; everything it holds is freed."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=5)
 
 
 async def stream(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
@@ -3165,12 +4344,12 @@ async def stream(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
             yield event
         await task
     except asyncio.CancelledError:
-        await end_task(task)
+        await end_tasks(task)
         for event in run.emitter.flush():
             yield event
         raise
     finally:
-        await end_task(task)
+        await end_tasks(task)
 
 
 async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:

@@ -236,6 +236,7 @@ def with_answers(*answers: str | None) -> Callable[[mmc.Step], Any]:
     def respond(step: mmc.Step) -> Any:
         if isinstance(step, mmc.AskManager):
             return left.pop(0)
+        assert isinstance(step, mmc.Speak)
         return said(step.aliases[0])
 
     return respond
@@ -247,6 +248,7 @@ def with_failing(*broken: str) -> Callable[[mmc.Step], Any]:
     def respond(step: mmc.Step) -> Any:
         if isinstance(step, mmc.AskManager):
             return step.candidates[0]
+        assert isinstance(step, mmc.Speak)
         alias = step.aliases[0]
         return failed(alias) if alias in broken else said(alias)
 
@@ -344,6 +346,7 @@ def test_nobody_is_asked_to_speak_twice_in_a_row_unless_alone(
         if isinstance(step, mmc.Speak):
             fails = data.draw(st.booleans())
             return failed(step.aliases[0]) if fails else said(step.aliases[0])
+        assert isinstance(step, mmc.AskManager)
         assert len(step.candidates) > 1
         assert step.last not in step.candidates
         return data.draw(st.sampled_from([*aliases, "nobody", None]))
@@ -524,9 +527,13 @@ def test_there_is_a_row_for_each_mode() -> None:
     assert [(key, row.name) for key, row in mmc.MODES.items()] == [
         ("round_robin", "Round Robin"),
         ("manager", "Manager"),
+        ("council", "Council"),
+        ("debate", "Debate"),
     ]
-    for row in mmc.MODES.values():
-        _, why = play(row.begin(["Ann", "Bob"], 1, None), with_failing())
+    settings = mmc.Settings(rounds=1)
+    for key in ("round_robin", "manager"):
+        agenda = mmc.Agenda(("Ann", "Bob"), "Why?", settings)
+        _, why = play(mmc.MODES[key].begin(agenda), with_failing())
         assert why.startswith("Finished")
 
 

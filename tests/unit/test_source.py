@@ -111,7 +111,12 @@ def test_the_editor_of_the_admin_panel_leaves_it_as_it_is() -> None:
 def test_it_loads_under_the_name_the_host_gives_it(function_id: str) -> None:
     module = load(f"function_{function_id}_{'0123456789abcdef' * 2}")
     pipe = module.Pipe()
-    assert [entry["id"] for entry in pipe.pipes()] == ["round_robin", "manager"]
+    assert [entry["id"] for entry in pipe.pipes()] == [
+        "round_robin",
+        "manager",
+        "council",
+        "debate",
+    ]
     assert pipe.name + pipe.pipes()[1]["name"] == "Conversation · Manager"
     assert pipe.type == "manifold"
     assert module.own_function_id() == function_id

@@ -1,0 +1,1167 @@
+"""Section 4 and 5: councils and debates by hand, ballots, and sections that grow."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import permutations
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.stack.structured_output import Output, apply_response_event
+from tests.unit.fakes import make_run
+from tests.unit.plugin import mmc
+
+Json = dict[str, Any]
+
+ALL = ("Ann", "Bob", "Cat", "Dan")
+QUESTION = "Which tree?"
+
+
+def settings(**fields: Any) -> mmc.Settings:
+    return mmc.merge_settings(mmc.Settings(**fields), None)
+
+
+def agenda(aliases: Sequence[str] = ALL, seed: str = "s", **fields: Any) -> mmc.Agenda:
+    return mmc.Agenda(tuple(aliases), QUESTION, settings(**fields), seed=seed)
+
+
+class Room:
+    """Members that answer as told.
+
+    `silent` says who fails and why, `chairless` who fails as a chair, `ranks` what
+    each ranks, the best first; who is not in it casts no valid ballot.
+    """
+
+    def __init__(
+        self,
+        silent: Mapping[str, str] | None = None,
+        chairless: Iterable[str] = (),
+        ranks: Mapping[str, str] | None = None,
+    ) -> None:
+        self.silent = silent or {}
+        self.chairless = set(chairless)
+        self.ranks = ranks or {}
+        self.steps: list[mmc.Step] = []
+
+    def play(self, mode: mmc.Mode) -> str:
+        """Perform a mode's steps; gives why it ended."""
+        result: Any = None
+        while True:
+            try:
+                step = mode.send(result)
+            except StopIteration as end:
+                return str(end.value)
+            self.steps.append(step)
+            result = self.perform(step)
+
+    def perform(self, step: mmc.Step) -> Any:
+        match step:
+            case mmc.Speak():
+                return [self.turn(alias, step) for alias in step.aliases]
+            case mmc.Rank(papers) | mmc.Vote(papers):
+                voters = [p.voter for p in papers if p.voter in self.ranks]
+                return [ballot(voter, self.ranks[voter]) for voter in voters]
+        return None
+
+    def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
+        if step.concludes:
+            if alias in self.chairless:
+                return mmc.Turn(alias, "", failure="it broke", concludes=True)
+            return mmc.Turn(alias, f"So says {alias}.", concludes=True)
+        if alias in self.silent:
+            return mmc.Turn(alias, "", failure=self.silent[alias])
+        return mmc.Turn(alias, f"{alias}'s tree.")
+
+    def of(self, kind: type) -> list[Any]:
+        """The steps of one kind."""
+        return [step for step in self.steps if isinstance(step, kind)]
+
+    @property
+    def outcomes(self) -> list[str]:
+        """The outcome lines, in order."""
+        return [show.text for show in self.of(mmc.Show) if show.key == "outcome"]
+
+    @property
+    def chairs(self) -> list[str]:
+        """Who was asked for a conclusion, in order."""
+        return [step.aliases[0] for step in self.of(mmc.Speak) if step.concludes]
+
+
+def ballot(voter: str, order: str, **remarks: str) -> mmc.Ballot:
+    """A ballot from "Bob Cat=Dan": places in order, shared ones with "="."""
+    ranks: dict[str, float] = {}
+    for place in order.split():
+        mmc.share_place(ranks, place.split("="))
+    return mmc.Ballot(voter, ranks, remarks)
+
+
+BALLOTS = {
+    "Ann": "Bob Cat Dan",
+    "Bob": "Cat Ann Dan",
+    "Cat": "Bob Ann Dan",
+    "Dan": "Cat Ann Bob",
+}
+
+# -- the council -----------------------------------------------------------------------
+
+
+def test_a_council_answers_at_once_ranks_and_concludes() -> None:
+    room = Room(ranks=BALLOTS)
+    assert room.play(mmc.council(agenda())) == "Chaired by Cat"
+    answers, rank, ranking, outcome, conclusion = room.steps
+    assert answers == mmc.Speak(ALL, "answering", joins=False)
+    assert isinstance(rank, mmc.Rank)
+    assert [paper.voter for paper in rank.papers] == list(ALL)
+    assert isinstance(ranking, mmc.Show) and ranking.key == "ranking"
+    assert outcome == mmc.Show("outcome", "> 🏁 4 of 4 answered · chaired by Cat")
+    assert isinstance(conclusion, mmc.Speak)
+    assert conclusion.aliases == ("Cat",)
+    assert conclusion.concludes and not conclusion.joins
+
+
+def test_the_quorum_of_the_valves_is_asked_for() -> None:
+    room = Room(ranks=BALLOTS)
+    room.play(mmc.council(agenda(quorum=2)))
+    assert room.of(mmc.Speak)[0].quorum == 2
+
+
+def test_who_is_late_is_neither_reviewed_nor_a_reviewer_and_the_outcome_says_so() -> (
+    None
+):
+    room = Room(silent={"Dan": "it was late"}, ranks={"Ann": "Bob Cat"})
+    assert room.play(mmc.council(agenda(quorum=3))) == "Chaired by Bob"
+    (rank,) = room.of(mmc.Rank)
+    assert [paper.voter for paper in rank.papers] == ["Ann", "Bob", "Cat"]
+    for paper in rank.papers:
+        assert "Dan" not in paper.choices.values()
+        assert "Dan" not in paper.brief
+    assert room.outcomes == ["> 🏁 3 of 4 answered · Dan was late · chaired by Bob"]
+
+
+def test_a_late_chair_by_valve_gives_way_to_the_best_ranked() -> None:
+    room = Room(silent={"Dan": "it was late"}, ranks={"Ann": "Cat Bob"})
+    room.play(mmc.council(agenda(chair="Dan")))
+    assert room.chairs == ["Cat"]
+
+
+@pytest.mark.parametrize(
+    ("silent", "outcome"),
+    [
+        ({"Bob": "boom"}, "3 of 4 answered · Bob failed: boom"),
+        (
+            {"Bob": "it said nothing for 60 s"},
+            "3 of 4 answered · Bob said nothing for 60 s",
+        ),
+        ({"Bob": "it was skipped"}, "3 of 4 answered · Bob was skipped"),
+        (
+            {"Bob": "Out of tokens.", "Dan": "it took longer than 5 s"},
+            "2 of 4 answered · Bob failed: Out of tokens · Dan took longer than 5 s",
+        ),
+    ],
+)
+def test_who_failed_is_named_with_the_reason(
+    silent: dict[str, str], outcome: str
+) -> None:
+    room = Room(silent, ranks={"Ann": "Cat", "Cat": "Ann"})
+    room.play(mmc.council(agenda()))
+    assert room.outcomes == [f"> 🏁 {outcome} · chaired by Ann"]
+
+
+def test_who_broke_off_half_way_has_not_answered() -> None:
+    class HalfWay(Room):
+        def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
+            if alias == "Bob" and not step.concludes:
+                return mmc.Turn("Bob", "Half", failure="The connection broke.")
+            return super().turn(alias, step)
+
+    room = HalfWay(ranks={"Ann": "Cat Dan"})
+    room.play(mmc.council(agenda()))
+    (rank,) = room.of(mmc.Rank)
+    assert [paper.voter for paper in rank.papers] == ["Ann", "Cat", "Dan"]
+    assert "Half" not in "".join(paper.brief for paper in rank.papers)
+    assert room.outcomes == [
+        "> 🏁 3 of 4 answered · Bob failed: The connection broke · chaired by Cat"
+    ]
+
+
+def test_with_one_answer_there_is_no_conclusion() -> None:
+    room = Room({"Ann": "boom", "Cat": "it was skipped", "Dan": "bang"})
+    assert room.play(mmc.council(agenda())) == "Only Bob answered"
+    assert room.outcomes == [
+        "> 🏁 1 of 4 answered · Ann failed: boom · Cat was skipped · Dan failed: bang"
+        " · no conclusion, this is Bob's answer alone"
+    ]
+    assert not room.of(mmc.Rank) and not room.chairs
+
+
+def test_with_no_answer_every_reason_is_listed() -> None:
+    room = Room(
+        {
+            "Ann": "HTTP 500",
+            "Bob": "it was skipped",
+            "Cat": "it said nothing for 2 s",
+            "Dan": "no key",
+        }
+    )
+    assert room.play(mmc.council(agenda())) == "Nobody could answer"
+    assert room.outcomes == [
+        "> ⚠️ Nobody could answer: Ann failed: HTTP 500; Bob was skipped; "
+        "Cat said nothing for 2 s; Dan failed: no key"
+    ]
+    assert not room.of(mmc.Rank) and not room.chairs
+
+
+def test_with_no_ballot_the_first_seat_concludes() -> None:
+    room = Room()
+    assert room.play(mmc.council(agenda())) == "Chaired by Ann"
+    ranking = room.of(mmc.Show)[0]
+    assert ranking.text == (
+        "\n---\n\n### 🏆 Ranking\n\nNo valid ballots: the members stay in their order."
+    )
+    assert "gave no result" in room.of(mmc.Speak)[-1].brief
+
+
+def test_ballots_that_are_left_count_alone() -> None:
+    room = Room(ranks={"Bob": "Dan Cat Ann"})
+    room.play(mmc.council(agenda()))
+    assert room.chairs == ["Dan"]
+
+
+# -- the chair -------------------------------------------------------------------------
+
+
+def test_the_chair_of_the_valves_concludes_whatever_the_ranking() -> None:
+    room = Room(ranks=BALLOTS)
+    assert room.play(mmc.council(agenda(chair=" dan "))) == "Chaired by Dan"
+    assert room.chairs == ["Dan"]
+
+
+def test_when_the_chair_fails_the_next_best_takes_over() -> None:
+    room = Room(ranks=BALLOTS, chairless=["Cat", "Bob"])
+    end = room.play(mmc.council(agenda()))
+    assert end == "Chaired by Ann (Cat failed, Bob failed)"
+    assert room.chairs == ["Cat", "Bob", "Ann"]
+    assert room.outcomes == [
+        "> 🏁 4 of 4 answered · chaired by Cat",
+        "> 🏁 4 of 4 answered · chaired by Bob (Cat failed)",
+        "> 🏁 4 of 4 answered · chaired by Ann (Cat failed, Bob failed)",
+    ]
+
+
+def test_when_the_chair_of_the_valves_fails_the_best_ranked_takes_over() -> None:
+    room = Room(ranks=BALLOTS, chairless=["Dan"])
+    room.play(mmc.council(agenda(chair="Dan")))
+    assert room.chairs == ["Dan", "Cat"]
+    assert room.outcomes[-1] == "> 🏁 4 of 4 answered · chaired by Cat (Dan failed)"
+
+
+def test_a_chair_of_the_valves_that_did_not_answer_is_not_asked() -> None:
+    room = Room(silent={"Dan": "boom"}, ranks={"Ann": "Cat Bob"})
+    room.play(mmc.council(agenda(chair="Dan")))
+    assert room.chairs == ["Cat"]
+    assert room.outcomes == [
+        "> 🏁 3 of 4 answered · Dan failed: boom · chaired by Cat (Dan failed)"
+    ]
+
+
+def test_a_chair_of_the_valves_that_nobody_is_called_is_named() -> None:
+    room = Room(ranks=BALLOTS)
+    room.play(mmc.council(agenda(chair="Zoe")))
+    assert room.outcomes == [
+        "> 🏁 4 of 4 answered · chaired by Cat (nobody is called Zoe)"
+    ]
+
+
+def test_a_chair_of_spaces_is_no_chair() -> None:
+    room = Room(ranks=BALLOTS)
+    assert room.play(mmc.council(agenda(chair=" \n"))) == "Chaired by Cat"
+
+
+def test_when_nobody_can_conclude_the_outcome_says_so() -> None:
+    room = Room(ranks=BALLOTS, chairless=ALL)
+    end = room.play(mmc.council(agenda()))
+    assert end == "No conclusion: Cat failed, Bob failed, Ann failed, Dan failed"
+    assert room.chairs == ["Cat", "Bob", "Ann", "Dan"]
+    assert room.outcomes[-1] == (
+        "> 🏁 4 of 4 answered · nobody could write a conclusion"
+    )
+
+
+def test_a_chair_that_breaks_off_has_concluded() -> None:
+    class BreaksOff(Room):
+        def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
+            if step.concludes:
+                return mmc.Turn(alias, "Half", failure="boom", concludes=True)
+            return super().turn(alias, step)
+
+    room = BreaksOff(ranks=BALLOTS)
+    assert room.play(mmc.council(agenda())) == "Chaired by Cat"
+    assert room.chairs == ["Cat"]
+
+
+def test_the_chair_is_told_the_answers_by_name_the_ranking_and_the_remarks() -> None:
+    class Remarking(Room):
+        def perform(self, step: mmc.Step) -> Any:
+            if isinstance(step, mmc.Rank):
+                return [
+                    ballot("Ann", "Bob Cat", Bob="Right.", Cat="Short."),
+                    ballot("Bob", "Cat Ann", Cat="Clear."),
+                ]
+            return super().perform(step)
+
+    room = Remarking(silent={"Dan": "boom"})
+    prompt = "{question}|{answers}|{result}|{other}"
+    room.play(mmc.council(agenda(conclusion_prompt=prompt)))
+    question, answers, result, other = room.of(mmc.Speak)[-1].brief.split("|")
+    assert (question, other) == (QUESTION, "{other}")
+    assert answers == "\n\n".join(
+        f'<message from="{alias}">\n{alias}\'s tree.\n</message>'
+        for alias in ("Ann", "Bob", "Cat")
+    )
+    assert result == (
+        "The participants ranked each other's answers, the best first:\n"
+        "- Bob (mean rank 1.0) Right.\n"
+        "- Cat (mean rank 1.5) Short. Clear.\n"
+        "- Ann (mean rank 2.0)"
+    )
+
+
+def test_two_seats_of_one_model_are_two_members() -> None:
+    seats = mmc.unique_aliases([mmc.Seat("Oak", "oak-1"), mmc.Seat("Oak", "oak-1")])
+    aliases = [seat.alias for seat in seats]
+    room = Room()
+    assert room.play(mmc.council(agenda(aliases))) == "Chaired by Oak"
+    (rank,) = room.of(mmc.Rank)
+    assert [(p.voter, p.choices) for p in rank.papers] == [
+        ("Oak", {"A": "Oak 2"}),
+        ("Oak 2", {"A": "Oak"}),
+    ]
+
+
+# -- the debate ------------------------------------------------------------------------
+
+
+def test_a_debate_has_rounds_a_vote_and_the_winners_conclusion() -> None:
+    room = Room(ranks={"Ann": "Cat", "Bob": "Cat", "Cat": "Ann"})
+    end = room.play(mmc.debate(agenda(ALL[:3], rounds=2)))
+    assert end == "Chaired by Cat"
+    spoken = [step for step in room.of(mmc.Speak) if not step.concludes]
+    assert [step.aliases for step in spoken] == [("Ann",), ("Bob",), ("Cat",)] * 2
+    assert [step.note for step in spoken[2:4]] == ["round 1 of 2", "round 2 of 2"]
+    assert all(step.joins and step.brief == mmc.DEBATE_PROMPT for step in spoken)
+    assert room.chairs == ["Cat"]
+    assert room.outcomes == ["> 🏁 3 of 3 answered · chaired by Cat"]
+    assert room.of(mmc.Show)[0].text == (
+        "\n---\n\n### 🏆 Votes\n\n"
+        "| Member | Votes | From |\n|---|--:|---|\n"
+        "| Cat | 2 | Ann, Bob |\n| Ann | 1 | Cat |\n| Bob | 0 | – |"
+    )
+    assert (
+        "(3 valid votes): Cat has 2, Ann has 1, Bob has 0."
+        in room.of(mmc.Speak)[-1].brief
+    )
+
+
+def test_nobody_can_vote_for_itself() -> None:
+    room = Room()
+    room.play(mmc.debate(agenda(ALL[:3], rounds=1)))
+    (vote,) = room.of(mmc.Vote)
+    assert [(paper.voter, list(paper.choices)) for paper in vote.papers] == [
+        ("Ann", ["Bob", "Cat"]),
+        ("Bob", ["Ann", "Cat"]),
+        ("Cat", ["Ann", "Bob"]),
+    ]
+    for paper in vote.papers:
+        assert paper.choices == {alias: alias for alias in paper.choices}
+        assert json.dumps(list(paper.choices)) in paper.brief
+
+
+def test_equal_votes_are_decided_by_the_order_of_the_seats() -> None:
+    room = Room(ranks={"Ann": "Bob", "Bob": "Cat", "Cat": "Ann"})
+    room.play(mmc.debate(agenda(ALL[:3], rounds=1)))
+    assert room.chairs == ["Ann"]
+
+
+def test_the_chair_of_the_valves_concludes_a_debate() -> None:
+    room = Room(ranks={"Ann": "Cat", "Bob": "Cat", "Cat": "Ann"})
+    room.play(mmc.debate(agenda(ALL[:3], rounds=1, chair="bob")))
+    assert room.chairs == ["Bob"]
+
+
+def test_with_no_valid_vote_the_members_stay_in_their_order() -> None:
+    room = Room()
+    room.play(mmc.debate(agenda(ALL[:2], rounds=1)))
+    assert room.of(mmc.Show)[0].text == (
+        "\n---\n\n### 🏆 Votes\n\nNo valid votes: the members stay in their order."
+    )
+    assert room.chairs == ["Ann"]
+
+
+def test_who_fails_twice_sits_out_the_rest_of_a_debate_and_does_not_vote() -> None:
+    room = Room(silent={"Bob": "boom"}, ranks={"Ann": "Cat"})
+    room.play(mmc.debate(agenda(ALL[:3], rounds=3)))
+    spoken = [s.aliases[0][0] for s in room.of(mmc.Speak) if not s.concludes]
+    assert "".join(spoken) == "ABCABCAC"
+    (vote,) = room.of(mmc.Vote)
+    assert [paper.voter for paper in vote.papers] == ["Ann", "Cat"]
+    assert room.outcomes == ["> 🏁 2 of 3 answered · Bob failed: boom · chaired by Cat"]
+
+
+def test_who_spoke_once_is_heard_although_it_failed_later() -> None:
+    class OnlyFirst(Room):
+        def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
+            if alias == "Bob" and step.note.startswith("round 2"):
+                return mmc.Turn("Bob", "", failure="boom")
+            return super().turn(alias, step)
+
+    room = OnlyFirst()
+    room.play(mmc.debate(agenda(ALL[:2], rounds=2)))
+    (vote,) = room.of(mmc.Vote)
+    assert [paper.voter for paper in vote.papers] == ["Ann", "Bob"]
+
+
+def test_a_debate_of_one_that_answers_has_no_conclusion() -> None:
+    room = Room(silent={"Bob": "boom"})
+    end = room.play(mmc.debate(agenda(ALL[:2], rounds=1)))
+    assert end == "Only Ann answered"
+    assert not room.of(mmc.Vote) and not room.chairs
+
+
+def test_a_debate_of_nobody_lists_every_reason() -> None:
+    room = Room(silent={"Ann": "boom", "Bob": "it was skipped"})
+    end = room.play(mmc.debate(agenda(ALL[:2], rounds=1)))
+    assert end == "Nobody could answer"
+    assert room.outcomes == [
+        "> ⚠️ Nobody could answer: Ann failed: boom; Bob was skipped"
+    ]
+
+
+# -- papers ----------------------------------------------------------------------------
+
+
+@given(st.lists(st.sampled_from("abcdefgh"), min_size=2, unique=True), st.text())
+def test_letters_are_a_voters_own_and_never_its_own_answer(
+    aliases: list[str], seed: str
+) -> None:
+    for voter in aliases:
+        letters = mmc.letters_for(voter, aliases, seed)
+        assert list(letters) == list("ABCDEFGH"[: len(aliases) - 1])
+        assert sorted([*letters.values(), voter]) == sorted(aliases)
+        assert letters == mmc.letters_for(voter, aliases, seed)
+        assert letters == mmc.letters_for(voter, reversed(aliases), seed)
+
+
+def test_the_order_differs_by_voter_and_by_seed() -> None:
+    aliases = list("abcdefgh")
+    of_voters = {
+        tuple(x for x in mmc.letters_for(v, aliases, "s").values() if x not in "ab")
+        for v in "ab"
+    }
+    of_seeds = {
+        tuple(mmc.letters_for("a", aliases, str(seed)).values()) for seed in range(9)
+    }
+    assert len(of_voters) == 2 and len(of_seeds) == 9
+
+
+def test_over_many_seeds_every_order_comes() -> None:
+    seen = {
+        tuple(mmc.letters_for("a", "abcd", str(seed)).values()) for seed in range(99)
+    }
+    assert seen == set(permutations("bcd"))
+
+
+def test_a_reviewer_reads_the_others_answers_under_letters_only() -> None:
+    texts = {"Ann": "Oaks!", "Bob": "Elms!", "Cat": "Firs!"}
+    turns = [mmc.Turn(alias, text) for alias, text in texts.items()]
+    for paper in mmc.ranking_papers(agenda(), turns):
+        assert texts[paper.voter] not in paper.brief
+        for name in texts:
+            assert name not in paper.brief
+        for letter, alias in paper.choices.items():
+            shown = f'<message from="{letter}">\n{texts[alias]}\n</message>'
+            assert shown in paper.brief
+
+
+def test_the_templates_of_review_and_vote_are_the_users() -> None:
+    review, vote = "{question}+{answers}+{x}", "{question}+{candidates}"
+    chosen = agenda(review_prompt=review, vote_prompt=vote)
+    turns = [mmc.Turn("Ann", "{question}"), mmc.Turn("Bob", "Elms")]
+    first, second = mmc.ranking_papers(chosen, turns)
+    assert first.brief == f'{QUESTION}+<message from="A">\nElms\n</message>+{{x}}'
+    assert "\n{question}\n" in second.brief
+    assert mmc.vote_papers(chosen, ["Ann", "Bé"])[0].brief == f'{QUESTION}+["Bé"]'
+
+
+# -- reading ballots -------------------------------------------------------------------
+
+PAPER = mmc.Paper("Zoe", "", {"A": "Ann", "B": "Bob", "C": "Cat"})
+WRONG = "Your ranking must name each of A, B, C once, as a JSON object."
+
+
+def ranks(answer: str, lenient: bool = False) -> Any:
+    found = mmc.read_ranking(answer, PAPER, lenient)
+    return found if isinstance(found, str) else dict(found.ranks)
+
+
+@pytest.mark.parametrize(
+    ("ranking", "expected"),
+    [
+        ('["B", "A", "C"]', {"Bob": 1, "Ann": 2, "Cat": 3}),
+        ('[["B"], ["A"], ["C"]]', {"Bob": 1, "Ann": 2, "Cat": 3}),
+        ('[["C"], ["A", "B"]]', {"Cat": 1, "Ann": 2.5, "Bob": 2.5}),
+        ('["A=B", "C"]', {"Ann": 1.5, "Bob": 1.5, "Cat": 3}),
+        ('["A = C = B"]', {"Ann": 2, "Bob": 2, "Cat": 2}),
+        ('[" b ", "a", ["c"]]', {"Bob": 1, "Ann": 2, "Cat": 3}),
+        ('["Answer B", "Answer A", "Answer C"]', {"Bob": 1, "Ann": 2, "Cat": 3}),
+        ('["B", "Z", "A", "C"]', {"Bob": 1, "Ann": 2, "Cat": 3}),
+        ('["B", "A", "B", "C", "A"]', {"Bob": 1, "Ann": 2, "Cat": 3}),
+        ('["B", "A", ["C", "C"]]', {"Bob": 1, "Ann": 2, "Cat": 3}),
+        ('[{"letter": "B"}, "A", "C"]', {"Bob": 1, "Ann": 2, "Cat": 3}),
+    ],
+)
+def test_a_ranking_is_a_list_of_places(ranking: str, expected: Json) -> None:
+    assert ranks(f'{{"ranking": {ranking}}}') == expected
+    assert ranks(f'{{"ranking": {ranking}}}', lenient=True) == expected
+    fenced = f'Here it is:\n```json\n{{"ranking": {ranking}}}\n```\nDone.'
+    assert ranks(fenced) == expected
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "B > A > C",
+        "{}",
+        '{"ranking": []}',
+        '{"ranking": ["B", "A"]}',
+        '{"ranking": ["B", "A", "Z"]}',
+        '{"ranking": "B, A, C"}',
+        '{"ranking": null}',
+        '{"ranking": [["<letter of the best>"]]}',
+        '{"ranking": ["B", "A", "C"]',
+        '[["B"], ["A"], ["C"]]',
+    ],
+)
+def test_anything_else_is_sent_back_with_what_is_wrong(answer: str) -> None:
+    assert ranks(answer) == WRONG
+
+
+def test_leniently_who_is_not_named_shares_the_last_place() -> None:
+    assert ranks('{"ranking": ["B"]}', lenient=True) == {
+        "Bob": 1,
+        "Ann": 2.5,
+        "Cat": 2.5,
+    }
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "B > A > C",
+        "B, A, C.",
+        "1. B\n2. A\n3. C",
+        "The best is B, then A, and C is last.",
+        '{"ranking": "B, A, C"}',
+    ],
+)
+def test_leniently_a_text_that_names_all_letters_is_a_ranking(answer: str) -> None:
+    assert ranks(answer, lenient=True) == {"Bob": 1, "Ann": 2, "Cat": 3}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "I rank B over C.", "All are fine.", '{"ranking": []}', '{"ranking": ["Z"]}'],
+)
+def test_leniently_too_a_text_that_does_not_name_all_is_none(answer: str) -> None:
+    assert ranks(answer, lenient=True) == WRONG
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "A clear case: B > A > C",
+        "A hard choice. B is best, then A, then C.",
+        '{"ranking": ["B: a good one", "A", "C"]}',
+    ],
+)
+def test_the_article_a_is_no_vote_for_answer_a(answer: str) -> None:
+    assert ranks(answer, lenient=True) in (
+        {"Bob": 1, "Ann": 2, "Cat": 3},
+        WRONG,
+    )
+
+
+def test_an_object_of_ranks_is_never_read_in_the_order_of_its_keys() -> None:
+    answer = '{"ranking": {"A": 2, "B": 1, "C": 3}}'
+    assert ranks(answer, lenient=True) in ({"Bob": 1, "Ann": 2, "Cat": 3}, WRONG)
+
+
+def test_a_verdict_after_another_object_is_found() -> None:
+    answer = 'Notes: {"A": "short"}\n{"ranking": ["B", "A", "C"]}'
+    assert ranks(answer) == {"Bob": 1, "Ann": 2, "Cat": 3}
+
+
+def test_remarks_are_kept_by_name_as_harmless_lines() -> None:
+    answer = json.dumps(
+        {
+            "ranking": ["A", "B", "C"],
+            "comments": {"A": "Very\n<b>good</b>", "Z": "who?", "C": 7},
+        }
+    )
+    found = mmc.read_ranking(answer, PAPER)
+    assert found == mmc.Ballot(
+        "Zoe",
+        {"Ann": 1.0, "Bob": 2.0, "Cat": 3.0},
+        {"Ann": "Very bgood/b", "Cat": "7"},
+    )
+
+
+@pytest.mark.parametrize("comments", ["null", "[]", '"fine"', "3"])
+def test_remarks_of_another_shape_are_none(comments: str) -> None:
+    answer = f'{{"ranking": ["A", "B", "C"], "comments": {comments}}}'
+    found = mmc.read_ranking(answer, PAPER)
+    assert isinstance(found, mmc.Ballot) and found.remarks == {}
+
+
+SCRAPS = st.lists(
+    st.sampled_from(
+        ["A", "B", "C", "Z", '{"ranking":', "[", "]", "}", '"A"', '"B"', ",", "=", " "]
+    )
+).map("".join)
+
+
+@given(SCRAPS | st.text(), st.booleans())
+def test_a_ballot_has_everybody_once_or_is_none(answer: str, lenient: bool) -> None:
+    found = mmc.read_ranking(answer, PAPER, lenient)
+    if isinstance(found, mmc.Ballot):
+        assert set(found.ranks) == {"Ann", "Bob", "Cat"}
+        assert sum(found.ranks.values()) == 6
+    else:
+        assert found == WRONG
+
+
+VOTERS = mmc.Paper("Zoe", "", {name: name for name in ("Ann", "Ann Lee", "Bob")})
+
+
+def vote(answer: str, lenient: bool = False) -> Any:
+    found = mmc.read_vote(answer, VOTERS, lenient)
+    return found if isinstance(found, str) else list(found.ranks.items())
+
+
+@pytest.mark.parametrize(
+    ("answer", "name"),
+    [
+        ('{"vote": "Bob"}', "Bob"),
+        ('{"vote": "ANN"}', "Ann"),
+        ('{"vote": "Ann Lee", "reason": "Bob was weak."}', "Ann Lee"),
+        ('```json\n{"vote": "Bob"}\n```', "Bob"),
+        ('I say {"vote": "**Bob**"} for I am Zoe', "Bob"),
+    ],
+)
+def test_a_vote_names_one_of_the_others_whole(answer: str, name: str) -> None:
+    assert vote(answer) == [(name, 1.0)]
+    assert vote(answer, lenient=True) == [(name, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "Bob",
+        "{}",
+        '{"vote": null}',
+        '{"vote": "Zoe"}',
+        '{"vote": "Bobby"}',
+        '{"vote": "Ann or Bob"}',
+        '{"vote": ""}',
+    ],
+)
+def test_any_other_vote_is_sent_back_with_what_is_wrong(answer: str) -> None:
+    assert vote(answer) == (
+        'Your vote must name exactly one of ["Ann", "Ann Lee", "Bob"], '
+        "as a JSON object."
+    )
+
+
+def test_leniently_a_vote_is_a_text_that_names_one() -> None:
+    assert vote("Without doubt, Ann Lee!", lenient=True) == [("Ann Lee", 1.0)]
+    assert isinstance(vote("Ann Lee, or Bob.", lenient=True), str)
+    assert isinstance(vote("Zoe, myself.", lenient=True), str)
+
+
+# -- counting --------------------------------------------------------------------------
+
+FOUR = [ballot(voter, order) for voter, order in BALLOTS.items()]
+
+
+def rounded(standings: Sequence[mmc.Standing]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            s.alias,
+            None if s.score is None else round(s.score, 4),
+            None if s.mean_rank is None else round(s.mean_rank, 4),
+            s.ballots,
+            s.firsts,
+        )
+        for s in standings
+    ]
+
+
+def test_members_are_compared_by_their_mean_normalised_rank() -> None:
+    assert rounded(mmc.tally(ALL, FOUR)) == [
+        ("Cat", 0.1667, 1.3333, 3, 2),
+        ("Bob", 0.3333, 1.6667, 3, 2),
+        ("Ann", 0.5, 2.0, 3, 0),
+        ("Dan", 1.0, 3.0, 3, 0),
+    ]
+
+
+def test_ballots_of_different_lengths_count_alike() -> None:
+    ballots = [ballot("Ann", "Bob Cat"), ballot("Bob", "Cat Ann Dan Eve")]
+    assert rounded(mmc.tally(["Ann", "Bob", "Cat", "Dan", "Eve"], ballots)) == [
+        ("Bob", 0.0, 1.0, 1, 1),
+        ("Ann", 0.3333, 2.0, 1, 0),
+        ("Cat", 0.5, 1.5, 2, 1),
+        ("Dan", 0.6667, 3.0, 1, 0),
+        ("Eve", 1.0, 4.0, 1, 0),
+    ]
+
+
+def test_shared_places_have_the_mean_of_their_ranks() -> None:
+    assert ballot("Zoe", "Bob=Cat=Dan Ann").ranks == {
+        "Bob": 2,
+        "Cat": 2,
+        "Dan": 2,
+        "Ann": 4,
+    }
+
+
+def test_equal_members_stay_in_the_order_of_the_seats() -> None:
+    ballots = [ballot("Ann", "Bob=Cat"), ballot("Bob", "Ann=Cat")]
+    assert [s.alias for s in mmc.tally(["Cat", "Ann", "Bob"], ballots)] == [
+        "Cat",
+        "Ann",
+        "Bob",
+    ]
+
+
+def test_without_ballots_nobody_has_a_rank() -> None:
+    assert rounded(mmc.tally(["Bob", "Ann"], [])) == [
+        ("Bob", None, None, 0, 0),
+        ("Ann", None, None, 0, 0),
+    ]
+
+
+def test_who_stands_on_no_ballot_is_last() -> None:
+    standings = mmc.tally(["Ann", "Bob", "Cat"], [ballot("Ann", "Bob Cat")])
+    assert standings[0].alias == "Bob"
+    assert {s.alias for s in standings[1:]} == {"Ann", "Cat"}
+
+
+def test_votes_are_counted() -> None:
+    ballots = [
+        ballot("Ann", "Cat"),
+        ballot("Bob", "Cat"),
+        ballot("Cat", "Bob"),
+        ballot("Dan", "Bob"),
+        ballot("Eve", "Cat"),
+    ]
+    standings = mmc.tally(["Ann", "Bob", "Cat", "Dan", "Eve"], ballots)
+    assert [(s.alias, s.ballots) for s in standings] == [
+        ("Cat", 3),
+        ("Bob", 2),
+        ("Ann", 0),
+        ("Dan", 0),
+        ("Eve", 0),
+    ]
+
+
+def test_who_ranked_most_differently_is_named() -> None:
+    assert mmc.most_dissenting(mmc.tally(ALL, FOUR), FOUR) == "Dan"
+
+
+@pytest.mark.parametrize(
+    "ballots",
+    [
+        [],
+        [ballot("Ann", "Bob Cat")],
+        [ballot("Ann", "Bob Cat"), ballot("Dan", "Bob Cat")],
+        [ballot("Ann", "Bob"), ballot("Bob", "Ann")],
+    ],
+)
+def test_where_all_agree_nobody_disagreed(ballots: list[mmc.Ballot]) -> None:
+    assert mmc.most_dissenting(mmc.tally(ALL, ballots), ballots) is None
+
+
+def test_the_table_of_a_ranking() -> None:
+    assert mmc.render_ranking(mmc.tally(ALL, FOUR), FOUR) == (
+        "\n---\n\n### 🏆 Ranking\n\n"
+        "| Member | Mean rank | Ballots | First places |\n|---|--:|--:|--:|\n"
+        "| Cat | 1.3 | 3 | 2 |\n"
+        "| Bob | 1.7 | 3 | 2 |\n"
+        "| Ann | 2.0 | 3 | 0 |\n"
+        "| Dan | 3.0 | 3 | 0 |\n"
+        "\nDan disagreed most with the others."
+    )
+
+
+def test_the_table_says_who_was_not_ranked() -> None:
+    one = [ballot("Ann", "Cat Bob")]
+    table = mmc.render_ranking(mmc.tally(["Ann", "Bob", "Cat"], one), one)
+    assert "| Ann | – | 0 | 0 |" in table
+    assert "disagreed" not in table
+
+
+@given(st.lists(st.permutations(ALL), max_size=6))
+def test_who_every_ballot_puts_first_wins(orders: list[list[str]]) -> None:
+    ballots = [
+        ballot(f"V{n}", " ".join(["Eve", *o]))
+        for n, o in enumerate([list(ALL)] + orders)
+    ]
+    standings = mmc.tally([*ALL, "Eve"], ballots)
+    assert standings[0].alias == "Eve" and standings[0].score == 0
+    assert all(0 <= (s.score or 0) <= 1 for s in standings)
+
+
+# -- the next question -----------------------------------------------------------------
+
+
+def said(*lines: str) -> Json:
+    """A reply of which these are the items, as the host joins them."""
+    return {"role": "assistant", "content": "\n".join(lines)}
+
+
+def asked(text: str) -> Json:
+    return {"role": "user", "content": text}
+
+
+COUNCIL = said(
+    "### 🔵 Ann",
+    "Oaks.",
+    "\n---\n\n### 🔴 Bob",
+    "Elms,\nand oaks.",
+    "> ⏳ not ranked: it came after the review had begun",
+    "\n---\n\n### 🟢 Cat",
+    "> ⚠️ **Cat** could not answer: boom",
+    "\n---\n\n### 🏆 Ranking\n\n| Member | Mean rank | Ballots | First places |\n"
+    "|---|--:|--:|--:|\n| Ann | 1.0 | 1 | 1 |\n\nAnn disagreed most with the others.",
+    "> 🏁 2 of 3 answered · Cat failed: boom · chaired by Ann",
+    "\n---\n\n### 🔵 Ann · conclusion",
+    "Oaks and elms.",
+    "> ⏱️ Ann: 3 in, 2 out | 4 model calls",
+)
+
+
+def turns(*messages: Json) -> list[tuple[str, str, bool]]:
+    _, entries = mmc.read_history(messages)
+    return [
+        (entry.alias, entry.text, entry.concludes)
+        for entry in entries
+        if isinstance(entry, mmc.Turn)
+    ]
+
+
+def test_a_councils_reply_is_read_without_what_is_ours() -> None:
+    assert turns(asked("Trees?"), COUNCIL) == [
+        ("Ann", "Oaks.", False),
+        ("Bob", "Elms,\nand oaks.", False),
+        ("Cat", "", False),
+        ("Ann", "Oaks and elms.", True),
+    ]
+
+
+def test_a_lone_answer_is_a_turn_and_its_outcome_is_not() -> None:
+    reply = said(
+        "### 🔵 Ann",
+        "> ⚠️ **Ann** could not answer: boom",
+        "\n---\n\n### 🔴 Bob",
+        "Elms.",
+        "> 🏁 1 of 2 answered · Ann failed: boom · no conclusion, "
+        "this is Bob's answer alone",
+        "> ⏱️ 2 model calls",
+    )
+    assert turns(asked("Trees?"), reply) == [
+        ("Ann", "", False),
+        ("Bob", "Elms.", False),
+    ]
+
+
+def kept(*messages: Json) -> list[str]:
+    _, entries = mmc.read_history(messages)
+    return [
+        (
+            mmc.text_of(e.content)
+            if isinstance(e, mmc.Question)
+            else f"{e.alias}: {e.text}"
+        )
+        for e in mmc.keep_conclusions(entries)
+    ]
+
+
+def test_only_the_conclusion_of_an_earlier_council_is_kept() -> None:
+    assert kept(asked("Trees?"), COUNCIL, asked("Why?"), COUNCIL, asked("So?")) == [
+        "Trees?",
+        "Ann: Oaks and elms.",
+        "Why?",
+        "Ann: Oaks and elms.",
+        "So?",
+    ]
+
+
+def test_a_reply_without_a_conclusion_is_kept_whole() -> None:
+    talk = said("### 🔵 Ann", "Oaks.", "\n---\n\n### 🔴 Bob", "Elms.")
+    assert kept(asked("Trees?"), COUNCIL, asked("More?"), talk, asked("So?")) == [
+        "Trees?",
+        "Ann: Oaks and elms.",
+        "More?",
+        "Ann: Oaks.",
+        "Bob: Elms.",
+        "So?",
+    ]
+
+
+def test_a_conclusion_that_was_never_written_is_none() -> None:
+    reply = said(
+        "### 🔵 Ann",
+        "Oaks.",
+        "\n---\n\n### 🔴 Bob",
+        "Elms.",
+        "> 🏁 2 of 2 answered · nobody could write a conclusion",
+        "\n---\n\n### 🔵 Ann · conclusion",
+        "> ⚠️ **Ann** could not answer: boom",
+    )
+    assert kept(asked("Trees?"), reply, asked("So?")) == [
+        "Trees?",
+        "Ann: Oaks.",
+        "Bob: Elms.",
+        "So?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "left", "rounds"),
+    [
+        ("/rounds 3", "", 3),
+        ("/rounds 3 Trees?", "Trees?", 3),
+        ("Trees? /rounds 3", "Trees?", 3),
+        ("Trees?\n/rounds 12", "Trees?", 12),
+        ("Oaks /rounds 2 or elms?", "Oaks or elms?", 2),
+        ("Trees?", "Trees?", None),
+        ("/rounds", "/rounds", None),
+        ("/rounds x", "/rounds x", None),
+        ("/rounds 1000", "/rounds 1000", None),
+        ("see a/rounds 3", "see a/rounds 3", None),
+        ("/rounds 3rd", "/rounds 3rd", None),
+    ],
+)
+def test_rounds_are_named_in_the_question(
+    text: str, left: str, rounds: int | None
+) -> None:
+    before = mmc.Turn("Ann", "Oaks. /rounds 9")
+    entries: list[mmc.Entry] = [mmc.Question("Hi"), before, mmc.Question(text)]
+    assert mmc.read_rounds(entries) == (
+        [mmc.Question("Hi"), before, mmc.Question(left)],
+        rounds,
+    )
+    assert entries[-1] == mmc.Question(text)
+
+
+def test_rounds_are_named_beside_an_image() -> None:
+    image: Json = {"type": "image_url", "image_url": {"url": "x"}}
+    content = [{"type": "text", "text": "Trees? /rounds 2"}, image]
+    found, rounds = mmc.read_rounds([mmc.Question(content)])
+    assert rounds == 2
+    assert found == [mmc.Question([{"type": "text", "text": "Trees?"}, image])]
+
+
+def test_the_command_is_taken_out_of_earlier_questions_too() -> None:
+    entries: list[mmc.Entry] = [
+        mmc.Question("Trees? /rounds 1"),
+        mmc.Turn("Ann", "Oaks."),
+        mmc.Question("Why?"),
+    ]
+    found, rounds = mmc.read_rounds(entries)
+    assert found[0] == mmc.Question("Trees?")
+    assert rounds is None
+
+
+def test_without_a_question_there_are_no_rounds() -> None:
+    assert mmc.read_rounds([]) == ([], None)
+    turn = mmc.Turn("Ann", "/rounds 3")
+    assert mmc.read_rounds([turn]) == ([turn], None)
+
+
+# -- sections that grow at the same time -----------------------------------------------
+
+
+def reduce_by_index(output: Output, event: Json) -> Output:
+    """An event as the server applies it: by the place of the item, not by its id."""
+    at, kind = event["output_index"], event["type"]
+    if kind == "response.output_item.added":
+        return [*output[:at], event["item"], *output[at:]]
+    if kind == "response.output_item.done":
+        return [*output[:at], event["item"], *output[at + 1 :]]
+    nameless = {name: value for name, value in event.items() if name != "item_id"}
+    return apply_response_event(output, nameless)
+
+
+class Table:
+    """Sections in which several speak at once, as a run would fill them."""
+
+    def __init__(self, emitter: Callable[[mmc.Transcript], mmc.Emitter]) -> None:
+        self.transcript = mmc.Transcript("t")
+        self.emitter = emitter(self.transcript)
+        self.open: list[int] = []
+        self.last: dict[int, mmc.Block] = {}
+
+    def act(self, verb: str, which: int, text: str) -> None:
+        """One change; `which` picks the section."""
+        if verb == "open" or not self.open:
+            self.open.append(self.transcript.open_section())
+            self.add(self.open[-1], "message", f"[{self.open[-1]}]")
+            return
+        section = self.open[which % len(self.open)]
+        if verb == "grow":
+            block = self.last[section]
+            block.text.append(text)
+            self.emitter.emit_replace(block, block.text)
+        elif verb == "close":
+            self.open.remove(section)
+            self.transcript.close_section(section)
+            self.emitter.nudge()
+        elif verb != "flush":
+            self.add(section, verb, text)
+
+    def add(self, section: int, kind: Any, text: str) -> None:
+        """A new block at the end of a section."""
+        block = self.transcript.add(kind, f"S{section}", section)
+        self.last[section] = block
+        self.emitter.emit_replace(block, text)
+
+    def close(self) -> None:
+        """Everybody is done."""
+        while self.open:
+            self.act("close", 0, "")
+        self.emitter.close()
+
+
+VERBS = ("open", "grow", "grow", "grow", "message", "reasoning", "function_call")
+ACTS = st.lists(
+    st.tuples(
+        st.sampled_from([*VERBS, "function_call_output", "close", "flush", "flush"]),
+        st.integers(0, 7),
+        st.text("ab", min_size=1, max_size=3),
+    ),
+    max_size=60,
+)
+
+
+@given(ACTS)
+def test_a_page_has_every_growing_section_exactly_at_every_flush(
+    acts: list[tuple[str, int, str]],
+) -> None:
+    table = Table(lambda _: mmc.Emitter(mmc.plan_items, 0.0))
+    page: Output = []
+    server: Output = []
+    for verb, which, text in [*acts, ("flush", 0, "")]:
+        table.act(verb, which, text)
+        if verb == "flush":
+            for event in table.emitter.flush():
+                page = apply_response_event(page, event)
+                server = reduce_by_index(server, event)
+            assert page == server == mmc.render_items(table.transcript)
+    speakers = [item["speaker"] for item in page]
+    assert speakers == sorted(speakers, key=lambda one: int(one[1:]))
+
+
+@given(ACTS)
+def test_a_client_that_can_only_append_reads_the_sections_in_order(
+    acts: list[tuple[str, int, str]],
+) -> None:
+    table = Table(
+        lambda transcript: mmc.Emitter(mmc.plan_chunk, 0.0, may_send=transcript.is_next)
+    )
+    chunks: list[Json] = []
+    for verb, which, text in acts:
+        table.act(verb, which, text)
+        if verb == "flush":
+            chunks += table.emitter.flush()
+            if table.open:
+                now = "".join(chunk.get("content", "") for chunk in chunks)
+                assert all(f"[{later}]" not in now for later in table.open[1:])
+    table.close()
+    chunks += table.emitter.flush()
+    content = "".join(chunk.get("content", "") for chunk in chunks)
+    assert content.strip() == mmc.render_markdown(table.transcript)
+    reasoning = "".join(chunk.get("reasoning_content", "") for chunk in chunks)
+    assert reasoning == "".join(
+        str(block.text)
+        for block in table.transcript.blocks
+        if block.kind == "reasoning"
+    )
+    assert table.emitter.flush() == []
+
+
+def test_a_late_block_of_an_early_section_goes_before_the_later_ones() -> None:
+    transcript = mmc.Transcript("t")
+    first, second = transcript.open_section(), transcript.open_section()
+    one = transcript.add("message", "Ann", first)
+    two = transcript.add("message", "Bob", second)
+    three = transcript.add("reasoning", "Ann", first)
+    assert transcript.blocks == [one, three, two]
+    assert [block.index for block in transcript.blocks] == [0, 1, 2]
+    assert transcript.is_next(one) and not transcript.is_next(two)
+    transcript.close_section(first)
+    assert transcript.is_next(two)
+
+
+def test_what_only_passes_by_never_reaches_an_api_client() -> None:
+    transcript = mmc.Transcript("t")
+    block = transcript.add("message", "", passing=True)
+    block.text.append("> ⏳ waiting for Ann")
+    assert mmc.plan_chunk(block, None) is None
+
+
+# -- figures ---------------------------------------------------------------------------
+
+
+def test_figures_have_the_first_token_of_all_and_the_time_of_answering() -> None:
+    figures = mmc.Figures()
+    figures.count(10.0, None, 11.0)
+    figures.count(20.0, 20.5, 22.5)
+    figures.count(30.0, 30.1, 31.1)
+    assert figures == mmc.Figures(calls=3, first_token=0.5, answering=3.0)
+
+
+def test_the_closing_line_and_the_usage_say_the_same() -> None:
+    run, _ = make_run()
+    run.figures_of("Ann").count(0.0, 0.25, 2.25)
+    run.figures_of("Ann").tokens = 80
+    run.figures_of("Ann").calls += 1  # a ballot
+    run.figures_of("Bob").count(0.0, None, 1.0)
+    run.count_usage("Ann", {"input_tokens": 1200, "output_tokens": 80})
+    run.count_usage("Ann", {"input_tokens": 300, "output_tokens": 10})
+    mmc.finish_usage(run)
+    assert run.usage["participants"] == {
+        "Ann": {
+            "input_tokens": 1500,
+            "output_tokens": 90,
+            "calls": 2,
+            "first_token_seconds": 0.25,
+            "tokens_per_second": 40.0,
+        }
+    }
+    assert mmc.describe_figures(run) == (
+        "> ⏱️ Ann: first token 0.2 s · 40 tokens/s · 1,500 in, 90 out | 3 model calls"
+    )
+
+
+def test_progress_says_who_has_answered_and_who_is_waited_for() -> None:
+    assert mmc.describe_progress(4, {}, ALL, 1.04) == (
+        "> ⏳ 0 of 4 answered · 1.0 s · waiting for Ann, Bob, Cat, Dan"
+    )
+    assert mmc.describe_progress(4, {"Cat": 1.25, "Ann": 2.0}, ["Bob", "Dan"], 3.5) == (
+        "> ⏳ 2 of 4 answered · 3.5 s · waiting for Bob, Dan · fastest Cat 1.2 s"
+    )
