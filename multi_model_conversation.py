@@ -3208,6 +3208,11 @@ class Run:
         """The figures of one speaker."""
         return self.figures.setdefault(speaker, Figures())
 
+    @property
+    def calls(self) -> int:
+        """How many model calls there were."""
+        return sum(figures.calls for figures in self.figures.values())
+
     def next_call_id(self) -> str:
         """A tool call id of our own: providers repeat theirs in every reply."""
         self.tool_calls += 1
@@ -4080,12 +4085,14 @@ async def search_once(
 
 
 def describe_end(run: Run, reason: str) -> str:
-    """The last status line: why it ended, turns, time and tokens."""
+    """The last status line: why it ended, turns, time, tokens and calls."""
     seconds = time.monotonic() - run.started
     plural = "" if run.turns == 1 else "s"
     parts = [reason, f"{run.turns} turn{plural}", f"{seconds:.1f} s"]
     if run.usage:
         parts.append(f"{run.usage['total_tokens']:,} tokens")
+    if run.calls != run.turns:
+        parts.append(f"{run.calls} model calls")
     if run.cast.by_default:
         parts.append("choose who talks with the Valves button beside the input")
     return " · ".join(parts)
@@ -4134,7 +4141,9 @@ async def run_to_end(run: Run, mode: Mode) -> str:
 
 
 def finish_usage(run: Run) -> None:
-    """Put each speaker's speed beside its tokens in the usage."""
+    """Put the number of calls and each speaker's speed beside the tokens."""
+    if run.usage:
+        run.usage["calls"] = run.calls
     parts: Json = run.usage.get("participants") or {}
     for speaker, usage in parts.items():
         figures = run.figures_of(speaker)
@@ -4163,8 +4172,7 @@ def describe_figures(run: Run) -> str:
             )
         if words:
             lines.append(f"{speaker}: {' · '.join(words)}")
-    calls = sum(figures.calls for figures in run.figures.values())
-    lines.append(f"{calls} model call{'' if calls == 1 else 's'}")
+    lines.append(f"{run.calls} model call{'' if run.calls == 1 else 's'}")
     return FIGURES + " | ".join(lines)
 
 

@@ -9,6 +9,8 @@ from tests.stack.host import Account, OpenWebUI
 
 ROUND_ROBIN = f"{FUNCTION_ID}.round_robin"
 MANAGER = f"{FUNCTION_ID}.manager"
+COUNCIL = f"{FUNCTION_ID}.council"
+DEBATE = f"{FUNCTION_ID}.debate"
 
 _numbers = count(1)
 
