@@ -819,7 +819,10 @@ class SSEDecoder:
         text = self._utf8.decode(piece) if isinstance(piece, bytes) else piece
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            yield from self._read_line(line)
+            if line:
+                yield from self._read_line(line)
+            elif self._event:
+                self._end_event()
 
     def close(self) -> Iterator[Any]:
         """The stream has ended; yields what its last, unfinished line held."""
@@ -828,21 +831,22 @@ class SSEDecoder:
         yield from self._read_line(rest)
         self._end_event()
 
-    def _read_line(self, line: str) -> Iterator[Any]:
+    def _read_line(self, line: str) -> Sequence[Any]:
         line = line.rstrip("\r")
         if line.startswith("data:"):
-            yield from self._read_data(line[5:].removeprefix(" ").rstrip())
-        elif not line.strip():
+            return self._read_data(line[5:].removeprefix(" ").rstrip())
+        if not line.strip():
             self._end_event()
         elif line.startswith("{") or (self._event and not line.startswith(SSE_FIELDS)):
-            yield from self._read_data(line)
+            return self._read_data(line)
         elif not line.startswith(SSE_FIELDS):
             log.debug("skipped a line that is neither an event nor JSON")
+        return ()
 
-    def _read_data(self, data: str) -> Iterator[Any]:
+    def _read_data(self, data: str) -> Sequence[Any]:
         self.used = True
         if data == "[DONE]" or not data:
-            return
+            return ()
         joined = f"{self._event}\n{data}" if self._event else data
         candidates = [data] if not self._event or data.startswith("{") else []
         if self._event and data.endswith("}"):
@@ -853,9 +857,9 @@ class SSEDecoder:
             except ValueError:
                 continue
             self._event = ""
-            yield value
-            return
+            return (value,)
         self._event = joined if len(joined) < self.LONGEST_EVENT else ""
+        return ()
 
     def _end_event(self) -> None:
         if self._event:
@@ -996,6 +1000,25 @@ NONSENSE = (
 )  # what reading a value of an unexpected shape raises
 
 
+PLAIN_CHUNK = frozenset(
+    "id object created model choices system_fingerprint service_tier".split()
+)
+PLAIN_DELTA = frozenset(("content", "role"))
+
+
+def plain_delta(value: Any) -> str | None:
+    """The text of a chunk that is nothing but text, as nearly all are; else None."""
+    if type(value) is not dict or not value.keys() <= PLAIN_CHUNK:
+        return None
+    choices = value.get("choices")
+    choice = choices[0] if type(choices) is list and choices else None
+    delta = choice.get("delta") if type(choice) is dict else None
+    if type(delta) is not dict or not delta.keys() <= PLAIN_DELTA:
+        return None
+    text = delta.get("content")
+    return text if type(text) is str and text else None
+
+
 class ReplyDecoder:
     """Everything a model call can send -> events; `feed` and `close`.
 
@@ -1031,6 +1054,11 @@ class ReplyDecoder:
 
     def read(self, value: Any) -> Iterator[ReplyEvent]:
         """Read one decoded value; a value that makes no sense gives nothing."""
+        text = plain_delta(value)
+        if text is not None:
+            self._has_text = self._has_deltas = True
+            yield from self._think.feed(text)
+            return
         try:
             yield from self._read_value(value)
         except NONSENSE as error:

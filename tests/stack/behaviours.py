@@ -8,7 +8,8 @@ from collections.abc import Callable
 from itertools import cycle, islice
 from typing import Any
 
-from tests.stack.demo_models import DEMO_BEHAVIOURS, demo_topic
+from tests.stack.demo_council import DEMO_BEHAVIOURS
+from tests.stack.demo_models import demo_topic
 from tests.stack.prompts import (
     Prompt,
     asked_arguments,

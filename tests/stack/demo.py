@@ -1,7 +1,7 @@
 """`make demo`: Open WebUI with the conversation installed, ready to type into.
 
 With `OPENAI_API_BASE_URL` and `OPENAI_API_KEY` set, the models are theirs; otherwise
-three scripted ones. Everything runs on this machine only, on `PORT` or 8080 if it is
+scripted ones. Everything runs on this machine only, on `PORT` or 8080 if it is
 free, and ends with Ctrl-C.
 """
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 FUNCTION_ID = "multi_model_conversation"
 FUNCTION_NAME = "Multi-Model Conversation"
 MODEL = f"{FUNCTION_ID}.round_robin"
-SPEAKERS = ("ada", "grace", "alan")
+SPEAKERS = ("ada", "grace", "alan", "edsger")
 MODERATOR = "moderator"
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TOOL_ID = "almanac"

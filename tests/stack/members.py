@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 from tests.stack.behaviours import with_tasks
 from tests.stack.prompts import (
@@ -14,22 +13,9 @@ from tests.stack.prompts import (
     read_candidates,
     read_prompt,
     split_speakers,
+    stage_of,
 )
 from tests.stack.scripts import Behaviour, Body, Script, Status, Step, Text
-
-Stage = Literal["answer", "review", "vote", "conclusion"]
-
-_CUES: dict[Stage, str] = {
-    "review": "Rank these answers by",
-    "vote": "Who argued best, yourself excluded?",
-    "conclusion": "Now write ",
-}
-
-
-def stage_of(body: Body) -> Stage:
-    """What a member is asked for."""
-    asked = last_user_text(body)
-    return next((stage for stage, cue in _CUES.items() if cue in asked), "answer")
 
 
 def ranking(body: Body, prefers: str) -> str:

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tests.stack.scripts import Body
 
@@ -334,3 +334,20 @@ def _tagged_turns(text: str) -> list[str]:
     asked = [place for place, one in enumerate(said) if one.speaker == ""]
     since = said[asked[-1] + 1 :] if asked else said
     return [one.speaker for one in since if one.speaker]
+
+
+# --- the stages of a council or debate ---------------------------------------------
+
+Stage = Literal["answer", "review", "vote", "conclusion"]
+
+_CUES: dict[Stage, str] = {
+    "review": "Rank these answers by",
+    "vote": "Who argued best, yourself excluded?",
+    "conclusion": "Now write ",
+}
+
+
+def stage_of(body: Body) -> Stage:
+    """What a member is asked for."""
+    asked = last_user_text(body)
+    return next((stage for stage, cue in _CUES.items() if cue in asked), "answer")
