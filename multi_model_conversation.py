@@ -1001,7 +1001,7 @@ NONSENSE = (
 
 
 PLAIN_CHUNK = frozenset(
-    "id object created model choices system_fingerprint service_tier".split()
+    ("id", "object", "created", "model", "choices", "system_fingerprint")
 )
 PLAIN_DELTA = frozenset(("content", "role"))
 
@@ -1974,18 +1974,23 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
 
 def most_dissenting(
     standings: Sequence[Standing], ballots: Sequence[Ballot]
-) -> str | None:
-    """Who ranked most differently from the mean of all; None where all agree."""
+) -> list[str]:
+    """Who orders most pairs the other way round than all together.
+
+    Nobody where all agree, or where all differ equally.
+    """
     scores = {s.alias: s.score for s in standings if s.score is not None}
-    distances = {
-        ballot.voter: max(
-            abs(rank - scores[alias]) for alias, rank in normal_ranks(ballot).items()
+    against = {
+        ballot.voter: sum(
+            ballot.ranks[a] < ballot.ranks[b] and scores[a] > scores[b]
+            for a in ballot.ranks
+            for b in ballot.ranks
         )
         for ballot in ballots
-        if ballot.ranks
     }
-    voter = max(distances, key=lambda each: distances[each], default=None)
-    return voter if voter and distances[voter] > 0.001 else None
+    most = max(against.values(), default=0)
+    voters = [voter for voter, pairs in against.items() if pairs == most]
+    return voters if most and len(voters) < len(ballots) else []
 
 
 def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
@@ -1997,9 +2002,9 @@ def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> 
     for s in standings:
         mean = "–" if s.mean_rank is None else f"{s.mean_rank:.1f}"
         lines.append(f"| {s.alias} | {mean} | {s.ballots} | {s.firsts} |")
-    dissenter = most_dissenting(standings, ballots)
-    if dissenter:
-        lines += ["", f"{dissenter} disagreed most with the others."]
+    dissenters = most_dissenting(standings, ballots)
+    if dissenters:
+        lines += ["", f"{' and '.join(dissenters)} disagreed most with the others."]
     return title + "\n".join(lines)
 
 
@@ -2388,6 +2393,10 @@ class Transcript:
     def close_section(self, section: int) -> None:
         """Nothing more comes into a section."""
         self._growing.discard(section)
+
+    def is_closed(self, section: int) -> bool:
+        """Whether nothing more comes into a section."""
+        return section not in self._growing
 
     def is_next(self, block: Block) -> bool:
         """Whether all sections before this block's are closed."""
@@ -3269,9 +3278,11 @@ class Run:
 
     def show(self, key: str, text: str, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
-        if key in self.shown:
+        block = self.shown.get(key)
+        final = block and self.transcript.is_closed(block.section)
+        if block and (self.host.in_chat or not final):
             self.replace(key, text)
-        else:
+        else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
             self.shown[key] = self.show_line("", text, section, **fields)
 
@@ -3658,9 +3669,11 @@ async def read_into(run: Run, section: Section, payload: Json) -> None:
     section.begin_reply()
     alias, voice = section.participant.alias, section.participant.voice
     decoder = ReplyDecoder(voice.think_tags)
+    streams, settings = payload["stream"], run.settings
+    first = settings.first_token_timeout if streams else settings.turn_timeout
     async with (
         admitted(run, section),
-        limited(run, alias, payload) as patience,
+        limited(run, alias, first) as patience,
         run.host.completion(payload) as items,
     ):
         await apply_items(section, decoder, items, patience)
@@ -3701,15 +3714,15 @@ async def admitted(run: Run, section: Section) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def limited(run: Run, alias: str, payload: Json) -> AsyncIterator[Patience]:
+async def limited(run: Run, alias: str, first: float) -> AsyncIterator[Patience]:
     """The limits of one model call: its deadlines, the offer to skip it, its figures.
+
+    `first` is how long it may take until it says something, in s.
 
     Raises:
         ModelSilent: the model was silent for too long, or skipped.
     """
     settings = run.settings
-    streams = payload["stream"]
-    first = settings.first_token_timeout if streams else settings.turn_timeout
     patience = Patience(first, settings.silence_timeout)
     asks = settings.skip_after > 0 and run.host.caller and run.host.in_chat
     watch = [asyncio.create_task(offer_to_skip(run, alias, patience))] if asks else []
@@ -3985,28 +3998,26 @@ async def complete_text(run: Run, speaker: str, voice: Voice, payload: Json) -> 
     Raises:
         ModelFailure: it failed, or took too long.
     """
-    settings = run.settings
-    async with run.gate(voice.connection):
-        text, usages = await read_completion(run.host, settings, voice, payload)
-    run.figures_of(speaker).calls += 1
+    first = run.settings.first_token_timeout
+    async with run.gate(voice.connection), limited(run, speaker, first):
+        text, usages = await read_completion(run.host, voice, payload)
     for usage in usages:
         run.count_usage(speaker, usage)
     return text
 
 
 async def read_completion(
-    host: Host, settings: Settings, voice: Voice, payload: Json
+    host: Host, voice: Voice, payload: Json
 ) -> tuple[str, list[Json]]:
     """One plain completion -> its text, and the usage that was reported.
 
     Raises:
-        ModelFailure: it failed, or took too long.
+        ModelFailure: it failed.
     """
     decoder = ReplyDecoder(voice.think_tags)
     texts: list[str] = []
     usages: list[Json] = []
-    patience = Patience(settings.first_token_timeout, settings.silence_timeout)
-    async with patience.waiting(), host.completion(payload) as items:
+    async with host.completion(payload) as items:
         events = [event async for item in items for event in decoder.feed(item)]
     for event in (*events, *decoder.close()):
         match event:
@@ -4362,8 +4373,10 @@ async def answer_task(host: Host, settings: Settings, body: Json) -> str:
     model_id = seats[0].model_id
     payload = {**body, "model": model_id, "stream": False}
     payload.pop("stream_options", None)
+    patience = Patience(settings.first_token_timeout, settings.silence_timeout)
     try:
-        text, _ = await read_completion(host, settings, Voice(model_id), payload)
+        async with patience.waiting():
+            text, _ = await read_completion(host, Voice(model_id), payload)
     except ModelFailure as failure:
         raise ConversationError(str(failure)) from failure
     return text

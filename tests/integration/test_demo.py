@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.stack.browser import Browser
-from tests.stack.demo import ROOT
+from tests.stack.demo import FUNCTION_ID, ROOT
+from tests.stack.demo_council import BREAKS_OFF
 from tests.stack.host import Api, free_port
 
 QUESTION = "Should our small team rewrite the old billing system?"
@@ -68,23 +69,42 @@ def read_url(demo: subprocess.Popen[str]) -> str:
     raise AssertionError("the demo ended without printing an address")
 
 
+def ask(browser: Browser, url: str, status: str, model: str | None = None) -> str:
+    """Type the question into a new chat; gives the whole reply."""
+    page = browser.open_as(Api(url), None, model)
+    try:
+        page.ask(QUESTION)
+        page.wait_finished()
+        page.wait_status(status)
+        return page.visible_reply_text()
+    finally:
+        page.close()
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_the_demo_opens_ready_to_type_and_leaves_nothing_behind(
     demo: subprocess.Popen[str], browser: Browser
 ) -> None:
     url = read_url(demo)
-    page = browser.open_as(Api(url), None)
-    try:
-        page.ask(QUESTION)
-        page.wait_finished()
-        page.wait_status("Finished after 2 rounds · 6 turns")
-        shown = page.visible_reply_text()
-    finally:
-        page.close()
-    speakers = re.findall(r"[🔵🔴🟢] (\w+)", shown)
-    assert speakers == ["Ada", "Grace", "Alan"] * 2
+    everybody = ["Ada", "Grace", "Alan", "Edsger"]
+    shown = ask(browser, url, "Finished after 2 rounds · 8 turns")
+    assert re.findall(r"[🔵🔴🟢🟠] (\w+)", shown) == everybody * 2
     assert shown.count("Thought for") == 2
     assert shown.count("View Result from look_up") == 1
+    assert "⚠️" not in shown
+
+    council = ask(browser, url, "Chaired by Grace", f"{FUNCTION_ID}.council")
+    assert re.findall(r"[🔵🔴🟢🟠] (.+)", council) == [*everybody, "Grace · conclusion"]
+    assert council.count("Thought for") == 1
+    assert council.count("View Result from look_up") == 1
+    reason = BREAKS_OFF.rstrip(".")
+    assert f"Edsger broke off: {reason}" in council
+    outcome = f"3 of 4 answered · Edsger failed: {reason} · chaired by Grace"
+    ranking, conclusion = council.split(outcome)
+    assert "Ranking" in ranking
+    assert QUESTION in conclusion
+    assert "Alan and I agree" in conclusion
+    assert "The minority view is Ada’s" in conclusion
 
     of_the_demo = family(demo.pid)
     running = processes()

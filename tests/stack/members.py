@@ -13,7 +13,7 @@ from tests.stack.prompts import (
     read_candidates,
     read_prompt,
     split_speakers,
-    stage_of,
+    stage_of as stage_of,
 )
 from tests.stack.scripts import Behaviour, Body, Script, Status, Step, Text
 

@@ -779,7 +779,16 @@ def test_votes_are_counted() -> None:
 
 
 def test_who_ranked_most_differently_is_named() -> None:
-    assert mmc.most_dissenting(mmc.tally(ALL, FOUR), FOUR) == "Dan"
+    assert mmc.most_dissenting(mmc.tally(ALL, FOUR), FOUR) == ["Ann", "Dan"]
+
+
+def test_members_in_the_same_order_do_not_disagree() -> None:
+    same = [
+        ballot("Ann", "Bob Cat"),
+        ballot("Bob", "Ann Cat"),
+        ballot("Cat", "Ann Bob"),
+    ]
+    assert mmc.most_dissenting(mmc.tally(ALL[:3], same), same) == []
 
 
 @pytest.mark.parametrize(
@@ -792,7 +801,7 @@ def test_who_ranked_most_differently_is_named() -> None:
     ],
 )
 def test_where_all_agree_nobody_disagreed(ballots: list[mmc.Ballot]) -> None:
-    assert mmc.most_dissenting(mmc.tally(ALL, ballots), ballots) is None
+    assert mmc.most_dissenting(mmc.tally(ALL, ballots), ballots) == []
 
 
 def test_the_table_of_a_ranking() -> None:
@@ -803,7 +812,7 @@ def test_the_table_of_a_ranking() -> None:
         "| Bob | 1.7 | 3 | 2 |\n"
         "| Ann | 2.0 | 3 | 0 |\n"
         "| Dan | 3.0 | 3 | 0 |\n"
-        "\nDan disagreed most with the others."
+        "\nAnn and Dan disagreed most with the others."
     )
 
 
