@@ -1425,6 +1425,7 @@ def line_start(text: str) -> int:
 NOTICE = "> ⚠️ "
 PROGRESS, FIGURES, OUTCOME = "> ⏳ ", "> ⏱️ ", "> 🏁 "
 CONCLUSION = " · conclusion"
+LATE = "it was late"
 CONTINUE = "(Go on.)"
 TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
     "Here are the images from the tool results above. Please analyze them."
@@ -1439,7 +1440,7 @@ FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the r
 
 def clean_alias(alias: str) -> str:
     """A name fit for a heading and a label: one line, no markup, 40 characters."""
-    return plain_line(re.sub(r'[#*_"|\\]', "", alias), 40).strip()
+    return plain_line(re.sub(r'[#*_"|·\\]', "", alias), 40).strip()
 
 
 def unique_aliases(seats: Iterable[Seat]) -> list[Seat]:
@@ -1774,7 +1775,9 @@ def conclude(
     present = [standing.alias for standing in standings]
     chair = agenda.settings.chair.strip()
     wanted = [a for a in agenda.aliases if a.casefold() == chair.casefold()]
-    notes = [f"{alias} failed" for alias in wanted if alias not in present]
+    late = [turn.alias for turn in turns if turn.failure == LATE]
+    absent = [alias for alias in wanted if alias not in present]
+    notes = [f"{a} {'was late' if a in late else 'failed'}" for a in absent]
     if chair and not wanted:
         notes.append(f"nobody is called {plain_line(chair, 40)}")
     for alias in dict.fromkeys(a for a in (*wanted, *present) if a in present):
@@ -1957,15 +1960,17 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
     Members are compared by their mean normalised rank over the ballots they stand on.
-    A vote is a ballot with one name on it: there the number of firsts decides.
+    A shared first place counts as one for each. A vote is a ballot with one name on it:
+    there the number of firsts decides.
     """
     standings = []
     for alias in aliases:
         normal = [normal_ranks(b)[alias] for b in ballots if alias in b.ranks]
-        ranks = [b.ranks[alias] for b in ballots if alias in b.ranks]
+        standing_on = [b.ranks for b in ballots if alias in b.ranks]
+        ranks = [each[alias] for each in standing_on]
+        firsts = sum(each[alias] == min(each.values()) for each in standing_on)
         score = sum(normal) / len(normal) if normal else None
         mean_rank = sum(ranks) / len(ranks) if ranks else None
-        firsts = sum(rank == 1 for rank in ranks)
         standings.append(Standing(alias, score, mean_rank, len(ranks), firsts))
     return sorted(
         standings, key=lambda s: (1.0 if s.score is None else s.score, -s.firsts)
@@ -3909,7 +3914,7 @@ def close_turn(section: Section, task: asyncio.Task[Turn]) -> Turn:
     section.is_late = True
     alias = section.participant.alias
     section.run.late.append(alias)
-    return Turn(alias, "", failure="it was late")
+    return Turn(alias, "", failure=LATE)
 
 
 async def wait_for_quorum(

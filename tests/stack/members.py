@@ -13,9 +13,11 @@ from tests.stack.prompts import (
     read_candidates,
     read_prompt,
     split_speakers,
-    stage_of as stage_of,
+    stage_of,
 )
 from tests.stack.scripts import Behaviour, Body, Script, Status, Step, Text
+
+__all__ = ["busy", "member", "ranking", "stage_of"]
 
 
 def ranking(body: Body, prefers: str) -> str:
