@@ -2003,7 +2003,7 @@ def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> 
     title = f"{RULE}### {OURS} Ranking\n\n"
     if not ballots:
         return f"{title}No valid ballots: the members stay in their order."
-    lines = ["| Member | Mean rank | Ballots | First places |", "|---|--:|--:|--:|"]
+    lines = ["| Member | Mean rank | Ballots | First places |", "|---|---|---|---|"]
     for s in standings:
         mean = "–" if s.mean_rank is None else f"{s.mean_rank:.1f}"
         lines.append(f"| {s.alias} | {mean} | {s.ballots} | {s.firsts} |")
@@ -2018,7 +2018,7 @@ def render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> st
     title = f"{RULE}### {OURS} Votes\n\n"
     if not ballots:
         return f"{title}No valid votes: the members stay in their order."
-    lines = ["| Member | Votes | From |", "|---|--:|---|"]
+    lines = ["| Member | Votes | From |", "|---|---|---|"]
     for s in standings:
         voters = [ballot.voter for ballot in ballots if s.alias in ballot.ranks]
         lines.append(f"| {s.alias} | {len(voters)} | {', '.join(voters) or '–'} |")
@@ -3228,7 +3228,7 @@ class Run:
     emitter: Emitter
     transcript: Transcript
     continued: bool = False
-    shows_figures: bool = False
+    drafts: bool = False
     usage: Json = field(default_factory=dict)
     figures: dict[str, Figures] = field(default_factory=dict)
     turns: int = 0
@@ -3290,6 +3290,11 @@ class Run:
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
             self.shown[key] = self.show_line("", text, section, **fields)
+
+    def show_progress(self, key: str, text: str) -> None:
+        """A line that is replaced in place, and goes away; for a page only."""
+        if self.host.in_chat:
+            self.show(key, f"{PROGRESS}{text}", passing=True)
 
     def replace(self, key: str, text: str) -> None:
         """The section of ours with this key, if there is one, reads so now."""
@@ -3888,8 +3893,8 @@ async def speak_together(run: Run, step: Speak) -> list[Turn]:
     note = f" · {step.note}" if step.note else ""
     await run.host.show_status(f"{who}{note}", done=False)
     together = len(step.aliases) > 1
-    if together and run.host.in_chat:
-        run.show("progress", f"{PROGRESS}waiting for {who}", passing=True)
+    if together:
+        run.show_progress("answered", f"waiting for {who}")
     seats = {participant.alias: participant for participant in run.cast.participants}
     sections = [Section(run, seats[alias], step.concludes) for alias in step.aliases]
     tasks = {
@@ -3897,14 +3902,19 @@ async def speak_together(run: Run, step: Speak) -> list[Turn]:
         for section in sections
     }
     if together:
-        await wait_for_quorum(run, step.quorum, tasks)
-        run.replace("progress", "")
+        named = {section.participant.alias: task for section, task in tasks.items()}
+        await wait_in_view(run, named, "answered", has_answered, step.quorum)
     else:
         await asyncio.wait(tasks.values())
     turns = [close_turn(section, task) for section, task in tasks.items()]
     if step.joins:
         run.entries += turns
     return turns
+
+
+def has_answered(turn: Turn) -> bool:
+    """Whether a turn is an answer, not a failure."""
+    return turn.failure is None
 
 
 def close_turn(section: Section, task: asyncio.Task[Turn]) -> Turn:
@@ -3917,56 +3927,71 @@ def close_turn(section: Section, task: asyncio.Task[Turn]) -> Turn:
     return Turn(alias, "", failure=LATE)
 
 
-async def wait_for_quorum(
-    run: Run, quorum: int, tasks: Mapping[Section, asyncio.Task[Turn]]
+async def wait_in_view(
+    run: Run,
+    tasks: Mapping[str, asyncio.Task[Any]],
+    what: str,
+    counts: Callable[[Any], bool],
+    quorum: int = 0,
 ) -> None:
-    """Wait until enough have answered, everybody is done, or the deadline is over.
+    """Wait until the quorum is there, everybody is done, or the deadline is over.
 
-    Shows once a second who has answered and who is waited for.
+    Shows once a second who has answered (or judged: `what`) and who is waited for.
     """
     begun = shown_at = time.monotonic()
-    answered: dict[str, float] = {}
-    while pending := [section for section, task in tasks.items() if not task.done()]:
+    there: dict[str, float] = {}
+    while pending := {alias: task for alias, task in tasks.items() if not task.done()}:
         await asyncio.wait(
-            [tasks[section] for section in pending],
+            pending.values(),
             timeout=max(shown_at + 1 - time.monotonic(), 0),
             return_when=asyncio.FIRST_COMPLETED,
         )
         seconds = time.monotonic() - begun
-        for section, task in tasks.items():
-            if task.done() and task.result().failure is None:
-                answered.setdefault(section.participant.alias, seconds)
+        for alias, task in tasks.items():
+            if task.done() and counts(task.result()):
+                there.setdefault(alias, seconds)
         late = seconds > max(run.settings.answer_deadline, 0.1)
-        if (quorum and len(answered) >= quorum) or (late and answered):
-            return
+        if (quorum and len(there) >= quorum) or (late and there):
+            break
         if time.monotonic() - shown_at >= 1:
             shown_at = time.monotonic()
-            waiting = [s.participant.alias for s in pending if not tasks[s].done()]
-            text = describe_progress(len(tasks), answered, waiting, seconds)
-            run.replace("progress", text)
+            waiting = [alias for alias, task in pending.items() if not task.done()]
+            text = describe_progress(f"of {len(tasks)} {what}", there, waiting, seconds)
+            run.show_progress(what, text)
+    run.replace(what, "")
 
 
 def describe_progress(
-    total: int, answered: Mapping[str, float], waiting: Sequence[str], seconds: float
+    of_all: str, there: Mapping[str, float], waiting: Sequence[str], seconds: float
 ) -> str:
-    """Who has answered and who is waited for."""
-    parts = [f"{len(answered)} of {total} answered", f"{seconds:.1f} s"]
+    """How many are there, after how long, who is waited for, who was fastest."""
+    parts = [f"{len(there)} {of_all}", f"{seconds:.1f} s"]
     if waiting:
         parts.append(f"waiting for {', '.join(waiting)}")
-    if answered:
-        fastest, after = next(iter(answered.items()))
+    if there:
+        fastest, after = next(iter(there.items()))
         parts.append(f"fastest {fastest} {after:.1f} s")
-    return PROGRESS + " · ".join(parts)
+    return " · ".join(parts)
 
 
 async def collect_ballots(
     run: Run, papers: Sequence[Paper], read: Callable[..., Ballot | str]
 ) -> list[Ballot]:
-    """The valid ballots of all voters, asked at the same time."""
+    """The valid ballots of all voters, asked at the same time.
+
+    Who has not judged at the deadline is left out.
+    """
     await run.host.show_status("Members judge each other", done=False)
-    tasks = [run.tasks.create_task(cast_ballot(run, paper, read)) for paper in papers]
-    await asyncio.wait(tasks)
-    return [ballot for task in tasks if (ballot := task.result())]
+    run.show_progress("judged", "the members judge each other")
+    tasks = {
+        paper.voter: run.tasks.create_task(cast_ballot(run, paper, read))
+        for paper in papers
+    }
+    await wait_in_view(run, tasks, "judged", bool)
+    await end_tasks(*tasks.values())
+    ended = (task for task in tasks.values() if task.done() and not task.cancelled())
+    done = [task.result() for task in ended]
+    return [ballot for ballot in done if ballot]
 
 
 async def cast_ballot(
@@ -4142,10 +4167,13 @@ def describe_end(run: Run, reason: str) -> str:
     return " · ".join(parts)
 
 
+STOPPED = "Stopped"
+
+
 async def converse(run: Run, mode: Mode) -> None:
     """The whole conversation, shown through the run's emitter, which it closes."""
     host, cast = run.host, run.cast
-    reason = "Stopped"
+    reason = STOPPED
     try:
         for problem in cast.problems:
             run.note(problem)
@@ -4164,11 +4192,7 @@ async def converse(run: Run, mode: Mode) -> None:
         reason = "Ended by an internal error, see the server's log"
         run.note(reason)
     finally:
-        run.replace("progress", "")
-        finish_usage(run)
-        if run.shows_figures and run.turns:
-            run.show("figures", describe_figures(run))
-        run.settle()
+        show_end(run, reason)
         run.emitter.close()
         log.info("conversation ended: %d turns", run.turns)
         await host.show_status(describe_end(run, reason), done=True)
@@ -4184,6 +4208,19 @@ async def run_to_end(run: Run, mode: Mode) -> str:
     return reason
 
 
+def show_end(run: Run, reason: str) -> None:
+    """Put away what was only for the time being, and show what is now known."""
+    for key in ("answered", "judged"):
+        run.replace(key, "")
+    if run.drafts and reason == STOPPED and "outcome" not in run.shown:
+        run.show("outcome", f"{OUTCOME}stopped before there was a conclusion")
+    finish_usage(run)
+    wanted = ("always", "council and debate" if run.drafts else "always")
+    if run.host.in_chat and run.turns and run.settings.show_figures in wanted:
+        run.show("figures", describe_figures(run))
+    run.settle()
+
+
 def finish_usage(run: Run) -> None:
     """Put the number of calls and each speaker's speed beside the tokens."""
     if run.usage:
@@ -4194,26 +4231,25 @@ def finish_usage(run: Run) -> None:
         usage["calls"] = figures.calls
         if figures.first_token is not None:
             usage["first_token_seconds"] = round(figures.first_token, 3)
-        if figures.answering > 0 and figures.tokens:
+        if figures.answering > 0.2 and figures.tokens:  # else it came all at once
             speed = figures.tokens / figures.answering
             usage["tokens_per_second"] = round(speed, 1)
 
 
 def describe_figures(run: Run) -> str:
-    """The small line under a conversation: everybody's speed and tokens, and totals."""
+    """The small line under a conversation: everybody's speed and tokens, and calls."""
     parts = run.usage.get("participants") or {}
     lines = []
-    for speaker, figures in run.figures.items():
-        usage = parts.get(speaker) or {}
+    for speaker in dict.fromkeys((*run.cast.aliases, *run.figures)):
+        figures, usage = run.figures_of(speaker), parts.get(speaker) or {}
         words = []
         if figures.first_token is not None:
             words.append(f"first token {figures.first_token:.1f} s")
         if "tokens_per_second" in usage:
             words.append(f"{usage['tokens_per_second']:.0f} tokens/s")
         if usage:
-            words.append(
-                f"{usage['input_tokens']:,} in, {usage['output_tokens']:,} out"
-            )
+            tokens = (usage["input_tokens"], usage["output_tokens"])
+            words.append("{:,} in, {:,} out".format(*tokens))
         if words:
             lines.append(f"{speaker}: {' · '.join(words)}")
     lines.append(f"{run.calls} model call{'' if run.calls == 1 else 's'}")
@@ -4341,8 +4377,7 @@ async def begin(
     if cast.found:
         entries.append(Question(f"Found on the web for this question:\n{cast.found}"))
     run = make_run(host, settings, cast, entries, continued=last is not None)
-    wanted = ("always", "council and debate" if row.drafts else "always")
-    run.shows_figures = host.in_chat and settings.show_figures in wanted
+    run.drafts = row.drafts
     log.info(
         "conversation begins: %s, %d participants", mode_id, len(cast.participants)
     )

@@ -154,8 +154,8 @@ def table(reply: Reply) -> list[str]:
 
 ALL_ROWS = [
     "| Ben | 1.0 | 3 | 3 |",
-    "| Ann | 2.0 | 3 | 0 |",
-    "| Cy | 2.0 | 3 | 0 |",
+    "| Ann | 2.0 | 3 | 1 |",
+    "| Cy | 2.0 | 3 | 1 |",
     "| Dee | 3.0 | 3 | 0 |",
 ]
 
@@ -486,8 +486,8 @@ async def test_broken_ballots_are_repaired_once_then_left_out(talk: Talk) -> Non
     assert len(talk.models.turns(model("Cy"))) == 3
     assert table(reply) == [
         "| Ben | 1.0 | 1 | 1 |",
-        "| Ann | 1.5 | 1 | 0 |",
-        "| Cy | 1.8 | 2 | 0 |",
+        "| Ann | 1.5 | 1 | 1 |",
+        "| Cy | 1.8 | 2 | 1 |",
     ]
 
 
@@ -773,14 +773,14 @@ async def test_stop_while_somebody_is_late(talk: Talk) -> None:
 
 
 def progress(reply: Reply) -> list[tuple[float, str]]:
-    """When the line of progress changed, and what it then said."""
+    """When the line of progress of the answers changed, and what it then said."""
     ours: set[str] = set()
     found = []
     for event in reply.events:
         item: Json = (
             event.data.get("item") or {} if event.type[:8] == "response" else {}
         )
-        if item and text_of_item(item).startswith("> ⏳ "):
+        if item and text_of_item(item).startswith("> ⏳ waiting"):
             ours.add(item["id"])
         if item.get("id") in ours or (event.data or {}).get("item_id") in ours:
             found.append((event.at, text_of_item(item)))
@@ -813,7 +813,8 @@ async def test_waiting_writes_nothing_to_the_database(talk: Talk) -> None:
         before = await reached(talk.host.settled_counts)
         await talk.ask(QUESTION, COUNCIL)
         writes.append((await reached(talk.host.settled_counts) - before).writes)
-    assert writes[0] == writes[1] > 0
+    # The host's own timers write now and then; four seconds of progress would be more.
+    assert 0 < writes[0] and abs(writes[1] - writes[0]) < 3
 
 
 async def test_figures_are_in_the_usage_and_in_one_closing_line(talk: Talk) -> None:
@@ -926,7 +927,7 @@ async def test_a_busy_voter_is_waited_for_too(talk: Talk) -> None:
     gather(talk, 3, Ben=reviews_late)
     reply = await talk.ask(QUESTION, COUNCIL)
     assert table(reply)[0] == "| Ben | 1.0 | 2 | 2 |"
-    assert "| Ann | 1.8 | 2 | 0 |" in table(reply)
+    assert "| Ann | 1.8 | 2 | 1 |" in table(reply)
 
 
 async def test_who_stays_busy_fails_after_the_patience(talk: Talk) -> None:

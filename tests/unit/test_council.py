@@ -355,7 +355,7 @@ def test_a_debate_has_rounds_a_vote_and_the_winners_conclusion() -> None:
     assert room.outcomes == ["> 🏁 3 of 3 answered · chaired by Cat"]
     assert room.of(mmc.Show)[0].text == (
         "\n---\n\n### 🏆 Votes\n\n"
-        "| Member | Votes | From |\n|---|--:|---|\n"
+        "| Member | Votes | From |\n|---|---|---|\n"
         "| Cat | 2 | Ann, Bob |\n| Ann | 1 | Cat |\n| Bob | 0 | – |"
     )
     assert (
@@ -807,7 +807,7 @@ def test_where_all_agree_nobody_disagreed(ballots: list[mmc.Ballot]) -> None:
 def test_the_table_of_a_ranking() -> None:
     assert mmc.render_ranking(mmc.tally(ALL, FOUR), FOUR) == (
         "\n---\n\n### 🏆 Ranking\n\n"
-        "| Member | Mean rank | Ballots | First places |\n|---|--:|--:|--:|\n"
+        "| Member | Mean rank | Ballots | First places |\n|---|---|---|---|\n"
         "| Cat | 1.3 | 3 | 2 |\n"
         "| Bob | 1.7 | 3 | 2 |\n"
         "| Ann | 2.0 | 3 | 0 |\n"
@@ -855,7 +855,7 @@ COUNCIL = said(
     "\n---\n\n### 🟢 Cat",
     "> ⚠️ **Cat** could not answer: boom",
     "\n---\n\n### 🏆 Ranking\n\n| Member | Mean rank | Ballots | First places |\n"
-    "|---|--:|--:|--:|\n| Ann | 1.0 | 1 | 1 |\n\nAnn disagreed most with the others.",
+    "|---|---|---|---|\n| Ann | 1.0 | 1 | 1 |\n\nAnn disagreed most with the others.",
     "> 🏁 2 of 3 answered · Cat failed: boom · chaired by Ann",
     "\n---\n\n### 🔵 Ann · conclusion",
     "Oaks and elms.",
@@ -1168,9 +1168,10 @@ def test_the_closing_line_and_the_usage_say_the_same() -> None:
 
 
 def test_progress_says_who_has_answered_and_who_is_waited_for() -> None:
-    assert mmc.describe_progress(4, {}, ALL, 1.04) == (
-        "> ⏳ 0 of 4 answered · 1.0 s · waiting for Ann, Bob, Cat, Dan"
+    assert mmc.describe_progress("of 4 answered", {}, ALL, 1.04) == (
+        "0 of 4 answered · 1.0 s · waiting for Ann, Bob, Cat, Dan"
     )
-    assert mmc.describe_progress(4, {"Cat": 1.25, "Ann": 2.0}, ["Bob", "Dan"], 3.5) == (
-        "> ⏳ 2 of 4 answered · 3.5 s · waiting for Bob, Dan · fastest Cat 1.2 s"
+    there = {"Cat": 1.25, "Ann": 2.0}
+    assert mmc.describe_progress("of 4 judged", there, ["Bob", "Dan"], 3.5) == (
+        "2 of 4 judged · 3.5 s · waiting for Bob, Dan · fastest Cat 1.2 s"
     )
