@@ -51,7 +51,7 @@ from hashlib import sha256
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -181,6 +181,10 @@ TOP_K = Field(
     description="Top-k sampling for every participant. Unset: each model's own.",
     json_schema_extra=NUMBER,
 )
+
+
+class ConversationError(Exception):
+    """Something a user or admin can fix; the text says how and is shown as is."""
 
 
 class BlankAllowed(BaseModel):
@@ -421,20 +425,41 @@ def read_v2(stored: Mapping[str, Any]) -> Json:
     return found
 
 
-def merge_settings(admin: Settings, user: UserSettings | None) -> Settings:
-    """The settings of one run: the user's fields over the admin's, under the ceilings.
+PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
 
-    A field the user sets wins over the same field of the admin, and over a stored v2
-    field. Choosing participants is one decision in two fields: who fills only the list
-    does not want the admin's team text.
+
+def merge_settings(
+    admin: Settings,
+    user: UserSettings | None,
+    request: Mapping[str, Any] | None = None,
+) -> Settings:
+    """The settings of one run, under the admin's ceilings.
+
+    What the `request` presets wins (custom parameters of a workspace model, or an API
+    client's), then the user's fields, then stored v2 fields, then the admin's. Choosing
+    participants is one decision in two fields: who fills only the list does not want
+    the team text below it.
+
+    Raises:
+        ConversationError: a stored or preset value cannot be read.
     """
     own = user.model_dump(exclude_unset=True) if user else {}
-    v2 = read_v2(own)
     chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
-    if "participants" in chosen and "team" not in chosen:
-        chosen["team"] = ""
-    fields = {**admin.model_dump(), **v2, **chosen}
-    settings = Settings.model_validate(fields)
+    request = request or {}
+    preset = {name: request[name] for name in PRESETS if request.get(name)}
+    fields = {**admin.model_dump(), **read_v2(own)}
+    for layer in (chosen, preset):
+        if "participants" in layer and "team" not in layer:
+            layer["team"] = ""
+        fields.update(layer)
+    try:
+        settings = Settings.model_validate(fields)
+    except ValidationError as error:
+        names = ", ".join(str(each["loc"][0]) for each in error.errors())
+        raise ConversationError(
+            f"The settings of this conversation cannot be read: {names}. Correct them "
+            "in the valves, or in the custom parameters of this model."
+        ) from error
     settings.max_participants = min(max(settings.max_participants, 1), MOST_SEATS)
     settings.rounds = min(max(settings.rounds, 1), max(settings.max_rounds, 1))
     settings.max_tool_rounds = max(settings.max_tool_rounds, 0)
@@ -458,10 +483,6 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 
 COLOURS = "🔵🔴🟢🟠🟣🟡🟤⚫"  # one code point each: a heading is "### 🔵 Alias"
 OURS = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
-
-
-class ConversationError(Exception):
-    """Something a user or admin can fix; the text says how and is shown as is."""
 
 
 class ModelFailure(Exception):
@@ -4309,13 +4330,13 @@ class Pipe:
         if getattr(__request__.state, INNER_RUN, False):
             raise ConversationError("A conversation cannot take part in another one.")
         user_settings = __user__.get("valves")
-        settings = merge_settings(self.valves, user_settings)
         user = await Host.load_user(__user__["id"])
         host = Host(__request__, user, __metadata__, __event_emitter__, __event_call__)
-        if __metadata__.get("task"):
-            return await answer_task(host, settings, body)
         mode_id = body["model"].partition(".")[2] or default_mode(user_settings)
         try:
+            settings = merge_settings(self.valves, user_settings, body)
+            if __metadata__.get("task"):
+                return await answer_task(host, settings, body)
             run, mode = await begin(host, settings, body, mode_id)
         except ConversationError as error:
             if host.in_chat:

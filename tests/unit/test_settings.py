@@ -341,3 +341,32 @@ def test_the_default_prompts_name_exactly_what_their_descriptions_promise() -> N
         promised = set(re.findall(r"\{(\w+)\}", field.description or ""))
         used = set(re.findall(r"\{(\w+)\}", field.default))
         assert used == promised
+
+
+# -- presets ---------------------------------------------------------------------------
+
+
+def test_what_a_request_presets_wins_over_the_user_and_the_admin() -> None:
+    admin = mmc.Settings(team="Ann | oak", rounds=4, chair="Ann")
+    user = mmc.UserSettings(team="Bob | elm", rounds=3, instructions="Be brief.")
+    body = {"team": "Cat | fir", "rounds": 1, "messages": [], "temperature": 0.1}
+    merged = mmc.merge_settings(admin, user, body)
+    assert (merged.team, merged.rounds) == ("Cat | fir", 1)
+    assert (merged.instructions, merged.chair) == ("Be brief.", "Ann")
+    assert merged.temperature is None
+
+
+def test_preset_participants_do_not_want_the_team_below_them() -> None:
+    user = mmc.UserSettings(team="Bob | elm")
+    merged = mmc.merge_settings(mmc.Settings(), user, {"participants": ["fir"]})
+    assert (merged.participants, merged.team) == (["fir"], "")
+
+
+def test_presets_stay_under_the_ceilings() -> None:
+    admin = mmc.Settings(max_rounds=2)
+    assert mmc.merge_settings(admin, None, {"rounds": 50}).rounds == 2
+
+
+def test_a_preset_that_cannot_be_read_is_named() -> None:
+    with pytest.raises(mmc.ConversationError, match="cannot be read: rounds"):
+        mmc.merge_settings(mmc.Settings(), None, {"rounds": "many"})
