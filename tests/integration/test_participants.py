@@ -324,3 +324,24 @@ async def test_a_model_without_tools_or_knowledge_is_told_it_has_none(
     assert "tools" not in seen.body
     assert "You have no tools" in system_of(seen.messages)
     assert "knowledge" not in system_of(seen.messages)
+
+
+async def test_a_workspace_model_brings_a_team_of_its_own(talk: Talk) -> None:
+    talk.seat("Dan | dave", rounds=2)
+    team = {"team": "Ann | alice | You doubt.\nBen | bob", "rounds": "1"}
+    preset = talk.workspace_model("board", ROUND_ROBIN, params={"custom_params": team})
+    with preset as model:
+        reply = await talk.ask("Should we plant oaks?", model)
+    assert headings(reply) == ["🔵 Ann", "🔴 Ben"]
+    assert talk.order() == ["alice", "bob"]
+    assert "You doubt." in str(talk.sent("alice")[0]["content"])
+
+
+async def test_a_preset_team_seats_only_what_its_user_may_use(talk: Talk) -> None:
+    team = {"team": "Ann | alice\nBen | no-such-model"}
+    with talk.workspace_model(
+        "board", ROUND_ROBIN, params={"custom_params": team}
+    ) as model:
+        reply = await talk.ask("Should we plant oaks?", model)
+    assert "Team line 2 (Ben | no-such-model)" in reply.text
+    assert set(headings(reply)) == {"🔵 Ann"}

@@ -24,7 +24,9 @@ ROOT = Path(__file__).parent.parent.parent
 FUNCTION_ID = "multi_model_conversation"
 FUNCTION_NAME = "Multi-Model Conversation"
 MODEL = f"{FUNCTION_ID}.round_robin"
-SPEAKERS = ("ada", "grace", "alan", "edsger")
+SPEAKERS = ("ada", "grace", "alan")
+COUNCIL = "council-of-four"
+FOUR = (*SPEAKERS, "edsger")
 MODERATOR = "moderator"
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TOOL_ID = "almanac"
@@ -79,7 +81,7 @@ def provider(stack: ExitStack) -> tuple[str, str]:
     key = os.environ.get("OPENAI_API_KEY", "")
     if url and key:
         return url, key
-    server = stack.enter_context(ModelServer(models=(*SPEAKERS, MODERATOR)))
+    server = stack.enter_context(ModelServer(models=(*FOUR, MODERATOR)))
     return server.openai_url, "not-a-key"
 
 
@@ -100,7 +102,7 @@ def start_host(stack: ExitStack) -> OpenWebUI:
 
 
 def furnish(host: OpenWebUI) -> None:
-    """Install the function, and a tool that is switched on for it."""
+    """Install the function, a tool that is switched on for it, and a preset team."""
     host.sign_in_without_login()
     source = (ROOT / f"{FUNCTION_ID}.py").read_text("utf-8")
     host.install_function(FUNCTION_ID, FUNCTION_NAME, source)
@@ -110,9 +112,17 @@ def furnish(host: OpenWebUI) -> None:
             meta = {"toolIds": [TOOL_ID], "capabilities": {"builtin_tools": False}}
             host.create_model({"id": model["id"], "name": model["name"], "meta": meta})
     listed = {model["id"] for model in host.models()}
-    if listed.issuperset((*SPEAKERS, MODERATOR)):
+    if listed.issuperset((*FOUR, MODERATOR)):
         valves = {"participants": list(SPEAKERS), "manager_model": MODERATOR}
         host.set_valves(FUNCTION_ID, valves)
+        council = {
+            "id": COUNCIL,
+            "name": "Council of four",
+            "base_model_id": f"{FUNCTION_ID}.council",
+            "meta": {"toolIds": [TOOL_ID], "capabilities": {"builtin_tools": False}},
+            "params": {"custom_params": {"participants": list(FOUR)}},
+        }
+        host.create_model(council)
 
 
 def interrupt(number: int, frame: object) -> NoReturn:
