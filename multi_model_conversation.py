@@ -1284,12 +1284,17 @@ def is_number(value: Any) -> bool:
 
 
 class GrowingText:
-    """A text that grows by pieces: `append` is O(1), `str()` joins."""
+    """A text that grows by pieces: `append` is O(1), `str()` joins.
 
-    __slots__ = ("parts",)
+    `settle` makes one piece of those that came since it was last called; what was
+    settled before stays as it is.
+    """
+
+    __slots__ = ("_settled", "parts")
 
     def __init__(self, text: str = "") -> None:
         self.parts = [text] if text else []
+        self._settled = 0
 
     def append(self, piece: str) -> None:
         """Add a piece at the end."""
@@ -1301,7 +1306,13 @@ class GrowingText:
         if text.startswith(now):
             self.parts.append(text[len(now) :])
         else:
-            self.parts = [text]
+            self.parts, self._settled = [text], 0
+
+    def settle(self) -> None:
+        """Join the pieces that came lately: thousands of them cost memory."""
+        if len(self.parts) - self._settled > 1:
+            self.parts[self._settled :] = ["".join(self.parts[self._settled :])]
+        self._settled = len(self.parts)
 
     def __str__(self) -> str:
         return "".join(self.parts)
@@ -2484,6 +2495,7 @@ class Shown:
 
 def show(block: Block) -> Shown:
     """What the client has once everything of a block was sent."""
+    block.text.settle()
     return Shown(block.text.parts, len(block.text.parts), dict(block.fields))
 
 
@@ -3384,7 +3396,7 @@ class Section:
         """A new model call begins."""
         self._guard = ForgeryGuard()
         self._calls = ToolCallAccumulator()
-        self._text: list[str] = []  # of this reply, as far as it has come
+        self._texts: list[Block] = []  # of this reply
         self.spoke = False
         self.sources: list[Json] = []
 
@@ -3418,10 +3430,11 @@ class Section:
         """The reply is complete: its text, and its tool calls with ids of our own."""
         self._leave_text()
         self._close_open()
-        text = "".join(self._text).strip()
+        # joined as the host joins the blocks of a message
+        text = "\n".join(str(block.text) for block in self._texts).strip()
         if text:
             self.said.append(text)
-        self._text, self._unrecorded = [], text or self._unrecorded
+        self._texts, self._unrecorded = [], text or self._unrecorded
         calls = []
         for open_call, argument_texts in self._calls.close():
             for number, arguments in enumerate(argument_texts):
@@ -3520,17 +3533,11 @@ class Section:
         return Turn(alias, text, tuple(messages), self.failure, self.concludes)
 
     def _add_text(self, text: str) -> None:
-        if not text:
-            return
-        if not self._text:
+        if not self._texts:
             text = text.lstrip()
-            if not text:
-                return
-        elif self._open is None or self._open.kind != "message":
-            self._text.append("\n")  # as the host joins the blocks of a message
-        self.spoke = True
-        self._text.append(text)
-        self._grow("message", text)
+        if text:
+            self.spoke = True
+            self._grow("message", text)
 
     def _leave_text(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
@@ -3543,6 +3550,8 @@ class Section:
             self._close_open()
             block = self._add(kind)
             self._open, self._opened_at = block, time.monotonic()
+            if kind == "message":
+                self._texts.append(block)
         block.text.append(text)
         self.run.emitter.emit_replace(block, block.text)
 
@@ -3911,9 +3920,10 @@ async def speak_together(run: Run, step: Speak) -> list[Turn]:
     Who is not needed for the quorum goes on, and its turn says that it is late.
     """
     who = ", ".join(step.aliases)
-    note = f" · {step.note}" if step.note else ""
-    await run.host.show_status(f"{who}{note}", done=False)
     together = len(step.aliases) > 1
+    if run.calls or together:  # else the page shows the first heading, at no cost
+        note = f" · {step.note}" if step.note else ""
+        await run.host.show_status(f"{who}{note}", done=False)
     if together:
         run.show_progress("answered", f"waiting for {who}")
     seats = {participant.alias: participant for participant in run.cast.participants}
