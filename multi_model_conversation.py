@@ -367,7 +367,7 @@ class Settings(BlankAllowed):
         description="How long one tool call may take.",
     )
     flush_interval: float = Field(
-        default=60,
+        default=80,
         title="Flush interval (ms)",
         description="The least time between two updates of the page.",
     )
@@ -1290,23 +1290,25 @@ class GrowingText:
     settled before stays as it is.
     """
 
-    __slots__ = ("_settled", "parts")
+    __slots__ = ("_settled", "length", "parts")
 
     def __init__(self, text: str = "") -> None:
         self.parts = [text] if text else []
+        self.length = len(text)
         self._settled = 0
 
     def append(self, piece: str) -> None:
         """Add a piece at the end."""
         self.parts.append(piece)
+        self.length += len(piece)
 
     def replace(self, text: str) -> None:
         """Read `text` from now on; a text that only grew stays a growth."""
         now = str(self)
         if text.startswith(now):
-            self.parts.append(text[len(now) :])
+            self.append(text[len(now) :])
         else:
-            self.parts, self._settled = [text], 0
+            self.parts, self.length, self._settled = [text], len(text), 0
 
     def settle(self) -> None:
         """Join the pieces that came lately: thousands of them cost memory."""
@@ -3142,12 +3144,17 @@ async def close_reply(response: Any, items: AsyncIterator[Any]) -> None:
 # ======================================================================================
 
 
+MOST_INTERVALS = 4.0  # how much longer than the interval a costly update may wait
+
+
 class Emitter:
     """Makes the client's copy of the transcript follow the real one, at its pace.
 
     `emit_replace` is the one verb: it only notes that a block now reads so. At most
     every `interval` seconds the noted blocks are compared with what was sent, and per
     block nothing, the new suffix, or the block whole goes out: never the transcript.
+    The interval is longer where an update costs the page more, which draws a changed
+    block anew: for long blocks, and for several at once.
     A block the client does not have yet goes out at once. `may_send` holds back what
     a client that can only append must not get yet.
     """
@@ -3168,6 +3175,7 @@ class Emitter:
         self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._flushed_at = clock() - interval
+        self._cost = 1.0  # of the last flush, in intervals
         self._closed = False
 
     def emit_replace(self, block: Block, text: str | GrowingText) -> None:
@@ -3195,6 +3203,8 @@ class Emitter:
         """The events that bring the client up to date now."""
         noted, self._noted = self._noted, set()
         events = []
+        cost = sum(0.4 + block.text.length / 8000 for block in noted)
+        self._cost = min(max(cost, 1.0), MOST_INTERVALS)
         for block in sorted(noted, key=lambda block: block.index):
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
@@ -3217,7 +3227,7 @@ class Emitter:
                 return
 
     def _schedule(self, block: Block) -> None:
-        wait = self._flushed_at + self._interval - self._clock()
+        wait = self._flushed_at + self._interval * self._cost - self._clock()
         if wait <= 0 or block.id not in self._shown:
             self._due.set()
         else:

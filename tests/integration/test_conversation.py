@@ -296,8 +296,8 @@ async def test_images_of_a_question_reach_everybody(
 async def test_the_last_status_line_says_why_turns_time_and_tokens(talk: Talk) -> None:
     talk.seat("Ann | alice", "Ben | bob", rounds=2)
     reply = await talk.ask(QUESTION)
+    # Who is first stands on the page at once; the host pays for each status line.
     assert [status["description"] for status in reply.statuses[:-1]] == [
-        "Ann · round 1 of 2",
         "Ben · round 1 of 2",
         "Ann · round 2 of 2",
         "Ben · round 2 of 2",

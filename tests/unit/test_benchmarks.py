@@ -1,0 +1,106 @@
+"""The benchmarks measure what their table lists, and the pure rows run."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import core, plots
+from benchmarks.table import FIGURES, Measured, Results, compared, load, met
+
+BENCHMARKS = Path(core.__file__).parent
+RIVALS = sorted((BENCHMARKS / "rivals").glob("*_per_token.py"))
+
+
+def names_in(*files: str) -> set[str]:
+    """The texts that stand in these files of the benchmarks."""
+    trees = [ast.parse((BENCHMARKS / name).read_text("utf-8")) for name in files]
+    nodes = (node for tree in trees for node in ast.walk(tree))
+    return {str(n.value) for n in nodes if isinstance(n, ast.Constant)}
+
+
+def test_the_table_has_every_row() -> None:
+    assert {figure.row for figure in FIGURES.values()} == set(range(1, 15))
+
+
+def test_every_figure_is_taken_somewhere() -> None:
+    texts = names_in("core.py", "served.py", "page.py")
+    made = {f"{name}_{speed}" for name in ("bytes", "events", "cpu") for speed in texts}
+    made |= {f"page_{length}_{name}" for length in texts for name in texts}
+    assert FIGURES.keys() <= texts | made
+
+
+def test_the_pure_rows_run() -> None:
+    figures = core.tool_arguments(times=1)
+    figures |= core.stream_cost(megabytes=0.05, times=1)
+    figures |= core.memory(tokens=400)
+    pure = {key for key, figure in FIGURES.items() if figure.row in (9, 10, 14)}
+    assert figures.keys() == pure
+    assert all(measured.ours >= 0 for measured in figures.values())
+
+
+def test_what_is_measured_is_all_of_the_stream() -> None:
+    section = core.make_section()
+    events = core.consume(section, core.text_stream(100))
+    _, text = section.run.transcript.blocks
+    assert str(text.text) == (core.CHUNK_TEXT * 100).lstrip()
+    assert 5 < events < 15
+    section = core.make_section(tools=3)
+    core.consume(section, core.call_stream(20))
+    (card,) = (b for b in section.run.transcript.blocks if b.kind == "function_call")
+    assert str(card.text) == core.PIECE * 20
+
+
+@pytest.mark.parametrize(
+    ("key", "measured", "number", "verdict"),
+    [
+        ("bytes_200", Measured(10, 100), 0.1, True),
+        ("bytes_200", Measured(50, 100), 0.5, False),
+        ("bytes_200", Measured(50), None, None),
+        ("throughput", Measured(100, 100), 1.0, False),
+        ("throughput", Measured(150, 100), 1.5, True),
+        ("first_character", Measured(70, 50), 20, True),
+        ("chunk", Measured(9), 9, False),
+        ("pause", Measured(9), 9, None),
+    ],
+)
+def test_a_verdict_is_about_the_limit(
+    key: str, measured: Measured, number: float | None, verdict: bool | None
+) -> None:
+    assert compared(key, measured) == number
+    assert met(key, measured) is verdict
+
+
+def test_results_are_the_same_after_a_round_trip(tmp_path: Path) -> None:
+    figures = {"chunk": Measured(9.5), "bytes_200": Measured(1, 2, 3, 4)}
+    results = Results(figures, {"page": {"ours": [[1, 2]]}}, {"python": "3"})
+    results.save(tmp_path / "results.json")
+    assert load(tmp_path / "results.json") == results
+    assert results.missed() == ["chunk", "bytes_200"]
+    assert load(tmp_path / "nothing.json") == Results()
+
+
+def test_every_plot_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
+    samples = {side: [[10, 100, 0.1], [2000, 9000, 0.5]] for side in plots.NAMES}
+    curves = {needed: samples for needed, _, _ in plots.DRAWN.values()}
+    names = plots.write(curves, tmp_path)
+    assert names == list(plots.DRAWN)
+    for name in names:
+        drawing = (tmp_path / name).read_text("utf-8")
+        assert drawing.startswith("<svg") and drawing.count("<polyline") == 4
+    assert plots.write({}, tmp_path) == []
+
+
+@pytest.mark.parametrize("path", RIVALS, ids=lambda path: path.stem)
+def test_a_rival_is_small(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) <= 60
+
+
+def test_the_readme_lists_every_figure_and_plot() -> None:
+    readme = (BENCHMARKS / "README.md").read_text("utf-8")
+    assert len(RIVALS) == 2
+    for figure in FIGURES.values():
+        assert re.search(rf"\| {figure.row} \| {re.escape(figure.what)} \|", readme)
+    for name in plots.DRAWN:
+        assert f"../docs/{name}" in readme
