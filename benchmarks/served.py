@@ -1,0 +1,314 @@
+"""Rows 1 to 8, 11 and 13, and the curve of the flush interval: on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from benchmarks.measure import (
+    Ask,
+    Bench,
+    Cost,
+    Sample,
+    Side,
+    frame_gaps,
+    percentile,
+    resident_bytes,
+    sampled,
+)
+from benchmarks.models import STAMP
+from benchmarks.table import Measured, Results
+from tests.stack.host import difference
+from tests.stack.page import Page, Reply
+
+ALL_SIDES: tuple[Side, ...] = ("ours", "native", "message", "replace")
+INTERVALS = (10, 20, 40, 60, 100, 150, 250)
+DATABASE = ("writes_tokens", "writes_turn", "written_bytes")
+STATUS_LOOKUP = "Chats.get_current_message_id"
+"""What the host itself looks up for each status line."""
+
+
+def two(side: Side, model: str, tokens: int, rounds: int = 1) -> Ask:
+    """Two participants; `tokens` is for each turn."""
+    return Ask(side, (model, model), rounds, tokens * 2 * rounds)
+
+
+async def warm_up(bench: Bench, page: Page) -> None:
+    """Let every side run once, and take what an idle server costs."""
+    asks = [two(side, "tokens-50-0", 50) for side in ALL_SIDES]
+    for ask in asks:
+        await bench.cost(page, ask)
+    await bench.measure_idle()
+
+
+# --- rows 1 to 3 --------------------------------------------------------------------
+
+
+async def streaming_200(bench: Bench, page: Page, results: Results) -> None:
+    """Bytes, events and CPU at 200 tokens/s, and how they grow with the text."""
+    asks = [
+        two("ours", "tokens-400-200", 400, 8),
+        Ask("native", ("tokens-6400-200",), 1, 6400),
+        two("message", "tokens-400-200", 400, 4),
+        two("replace", "tokens-400-200", 400, 4),
+    ]
+    costs = [(await bench.cost(page, ask))[0] for ask in asks]
+    note_streaming(results, "200", costs)
+    results.curves["by_length"] = {
+        side: points(cost.samples) for side, cost in zip(ALL_SIDES, costs, strict=True)
+    }
+
+
+async def streaming_50(bench: Bench, page: Page, results: Results) -> None:
+    """The same at 50 tokens/s, ours and native."""
+    ours, _ = await bench.cost(page, two("ours", "tokens-400-50", 400, 2))
+    native, _ = await bench.cost(page, Ask("native", ("tokens-1600-50",), 1, 1600))
+    note_streaming(results, "50", [ours, native])
+
+
+def note_streaming(results: Results, speed: str, costs: Sequence[Cost]) -> None:
+    """Put rows 1 to 3 into the table."""
+    found = {
+        f"bytes_{speed}": [cost.bytes_per_token for cost in costs],
+        f"events_{speed}": [cost.events_per_token for cost in costs],
+        f"cpu_{speed}": [cost.cpu_per_thousand for cost in costs],
+    }
+    results.figures.update({key: Measured(*sides) for key, sides in found.items()})
+
+
+def points(samples: Sequence[Sample]) -> list[list[float]]:
+    """Samples as lists: characters, bytes, CPU seconds."""
+    return [[one.characters, one.bytes, round(one.cpu, 3)] for one in samples]
+
+
+async def council_events(bench: Bench, page: Page, results: Results) -> None:
+    """Events of five who speak at once."""
+    ask = Ask("ours", ("member-400-200",) * 5, 1, 2000, "council")
+    ours, _ = await bench.cost(page, ask)
+    native, _ = await bench.cost(page, Ask("native", ("tokens-1600-200",), 1, 1600))
+    sides = ours.events_per_token, native.events_per_token
+    results.figures["events_council"] = Measured(*sides)
+
+
+# --- row 4 --------------------------------------------------------------------------
+
+
+def stamp_of(reply: Reply) -> float:
+    """When the first model of a reply was asked.
+
+    The text of rivals is gone from the page at the end: then it is in their events.
+    """
+    pieces = (event.data.get("content") for event in reply.events if event.data)
+    text = reply.text or "".join(piece for piece in pieces if piece)
+    found = STAMP.search(text)
+    if not found:
+        raise RuntimeError(f"there is no stamp in {text[:200]!r}")
+    return float(found[1])
+
+
+async def speed(bench: Bench, page: Page, ask: Ask) -> float:
+    """Tokens/s from the first byte of a model to the last event."""
+    cost, _ = await bench.cost(page, ask)
+    ended = cost.reply.done_at or time.monotonic()
+    return ask.tokens / (ended - stamp_of(cost.reply))
+
+
+async def throughput(bench: Bench, page: Page, results: Results) -> None:
+    """How fast models come through that do not wait."""
+    long = Ask("native", ("stamped-20000-0",), 1, 20000)
+    asks = [two("ours", "stamped-5000-0", 5000, 2), long] * 3
+    speeds = [await speed(bench, page, ask) for ask in asks]
+    rivals = [two(side, "stamped-200-0", 200, 2) for side in ("message", "replace")]
+    sides = [median(speeds[::2]), median(speeds[1::2])]
+    sides += [await speed(bench, page, ask) for ask in rivals]
+    results.figures["throughput"] = Measured(*sides)
+
+
+# --- rows 5 and 11 ------------------------------------------------------------------
+
+
+async def first_seen(
+    bench: Bench, page: Page, model: str, tool_ids: Sequence[str] = ()
+) -> tuple[float, float, float]:
+    """Milliseconds to the first character, to a model's word, and from that's stamp."""
+    reply = await bench.send(page, model, tool_ids)
+    await reply.wait_for(lambda one: STAMP.search(one.text))
+    seen = time.monotonic()
+    await reply.wait_idle()
+    shown = (reply.first_text_at or seen) - reply.asked_at
+    word = seen - reply.asked_at
+    return shown * 1000, word * 1000, (seen - stamp_of(reply)) * 1000
+
+
+async def repeated(
+    bench: Bench, page: Page, asks: Sequence[Ask], times: int, *tool_ids: str
+) -> list[list[float]]:
+    """Medians of `first_seen` of each question, asked in turn."""
+    found: list[list[tuple[float, float, float]]] = [[] for _ in asks]
+    for _ in range(times):
+        for ask, trials in zip(asks, found, strict=True):
+            model = await asyncio.to_thread(bench.seat, ask)
+            trials.append(await first_seen(bench, page, model, tool_ids))
+    return [[median(column) for column in zip(*one, strict=True)] for one in found]
+
+
+async def first_character(bench: Bench, page: Page, results: Results) -> None:
+    """Five participants and twenty tools, beside one model with the same tools."""
+    asks = [Ask(side, ("stamped-20-0",) * 5) for side in ALL_SIDES]
+    found = await repeated(bench, page, asks, 12, "toolbox")
+    for at, key in enumerate(("first_character", "first_word")):
+        results.figures[key] = Measured(*(side[at] for side in found))
+
+
+async def council_first(bench: Bench, page: Page, results: Results) -> None:
+    """The fastest of five members, and the first word by the number of members."""
+    models = ("stamped-20-0", *("wait-0.4",) * 4)
+    asks = [
+        Ask("ours", models, mode="council"),
+        Ask("native", ("stamped-20-0",)),
+    ]
+    ours, native = await repeated(bench, page, asks, 8)
+    results.figures["council_first"] = Measured(ours[2], native[2])
+    curve: dict[str, Any] = {side: [] for side in ALL_SIDES}
+    for members in (1, 2, 4, 6, 8):
+        seats = ("stamped-20-0",) * members
+        asks = [Ask(side, seats, mode="council") for side in ALL_SIDES]
+        found = await repeated(bench, page, asks, 5)
+        for side, medians in zip(ALL_SIDES, found, strict=True):
+            curve[side].append([members, round(medians[1], 1)])
+    results.curves["by_members"] = curve
+
+
+# --- row 6 --------------------------------------------------------------------------
+
+
+def at_length(samples: Sequence[Sample], characters: float) -> tuple[float, float]:
+    """CPU and bytes when a run had come so far, between two looks in proportion."""
+    before = Sample(0, 0, 0.0)
+    for after in samples:
+        if after.characters >= characters:
+            share = characters - before.characters
+            share /= max(after.characters - before.characters, 1)
+            cpu = before.cpu + share * (after.cpu - before.cpu)
+            return cpu, before.bytes + share * (after.bytes - before.bytes)
+        before = after
+    return before.cpu, before.bytes
+
+
+def quarters(samples: Sequence[Sample]) -> tuple[float, float]:
+    """CPU and bytes of the last quarter of the characters over the first's."""
+    length = samples[-1].characters
+    steps = [at_length(samples, length * part / 4) for part in (0, 1, 3, 4)]
+    first = [one - zero for zero, one in zip(steps[0], steps[1], strict=True)]
+    last = [one - zero for zero, one in zip(steps[2], steps[3], strict=True)]
+    return last[0] / first[0], last[1] / first[1]
+
+
+async def growth(bench: Bench, page: Page, results: Results) -> None:
+    """A conversation of 300,000 characters, and a plain answer as long."""
+    ours, _ = await bench.cost(page, two("ours", "tokens-5700-2000", 5700, 5))
+    ask = Ask("native", ("tokens-57000-2000",), 1, 57000)
+    native, _ = await bench.cost(page, ask)
+    sides = [quarters(ours.streamed), quarters(native.streamed)]
+    for at, key in enumerate(("growth_cpu", "growth_bytes")):
+        results.figures[key] = Measured(*(side[at] for side in sides))
+    results.curves["to_300000"] = {
+        "ours": points(ours.streamed),
+        "native": points(native.streamed),
+    }
+
+
+# --- rows 7 and 8 -------------------------------------------------------------------
+
+
+async def database(bench: Bench, page: Page, results: Results) -> None:
+    """What is written, for few and many tokens in as many turns."""
+    rounds = 8
+    few, little = await bench.cost(page, two("ours", "tokens-50-0", 50, rounds))
+    many, much = await bench.cost(page, two("ours", "tokens-400-0", 400, rounds))
+    _, native = await bench.cost(page, Ask("native", ("tokens-400-0",), 1, 400))
+    beyond = (much.writes - native.writes) / (2 * rounds)
+    more_bytes = sum(much.sql_bytes.values()) - sum(little.sql_bytes.values())
+    more_text = len(many.reply.text) - len(few.reply.text)
+    found = (much.writes - little.writes, beyond, more_bytes / more_text)
+    for key, number in zip(DATABASE, found, strict=True):
+        results.figures[key] = Measured(number)
+
+
+async def lookups(bench: Bench, page: Page, results: Results) -> None:
+    """What is looked up, in one round and in twenty."""
+    found = []
+    for rounds in (1, 20):
+        ask = two("ours", "tokens-20-0", 20, rounds)
+        found.append((await bench.cost(page, ask, ["toolbox"]))[1].lookups)
+    grown = difference(found[1], found[0])
+    grown.pop(STATUS_LOOKUP, None)
+    results.figures["lookups"] = Measured(sum(map(abs, grown.values())))
+
+
+# --- row 13 -------------------------------------------------------------------------
+
+
+async def crowd(
+    bench: Bench, page: Page, ask: Ask, times: int = 50
+) -> tuple[float, float, float]:
+    """Wall time, p99 gap (ms), and peak memory a run in bytes of its text."""
+    model = await asyncio.to_thread(bench.seat, ask)
+    await bench.settle()
+    before = peak = resident_bytes(bench.pid)
+    begun = time.monotonic()
+
+    def look() -> None:
+        nonlocal peak
+        peak = max(peak, resident_bytes(bench.pid))
+
+    async def one() -> Reply:
+        reply = await bench.send(page, model)
+        return await reply.wait_idle(240)
+
+    replies: list[Reply] = []
+
+    async def everybody() -> None:
+        replies.extend(await asyncio.gather(*(one() for _ in range(times))))
+
+    await sampled(everybody(), look)
+    seconds = max(reply.done_at or 0.0 for reply in replies) - begun
+    gaps = [gap for reply in replies for gap in frame_gaps(reply.events)]
+    memory = (peak - before) / sum(len(reply.text) for reply in replies)
+    return seconds, percentile(gaps, 0.99) * 1000, memory
+
+
+async def fifty(bench: Bench, page: Page, results: Results) -> None:
+    """Fifty conversations at once, and fifty plain chats."""
+    ours = two("ours", "tokens-600-200", 600)
+    native = Ask("native", ("tokens-1200-200",), 1, 1200)
+    await crowd(bench, page, ours)  # so that the memory is already there for both
+    asks = [ours, native]
+    found = [await crowd(bench, page, ask) for ask in asks]
+    for at, key in enumerate(("crowd_wall", "crowd_gap", "crowd_memory")):
+        results.figures[key] = Measured(*(side[at] for side in found))
+
+
+# --- the flush interval -------------------------------------------------------------
+
+
+async def interval_curve(bench: Bench, page: Page, results: Results) -> None:
+    """What the interval costs and how smooth it looks."""
+    curve = []
+    for interval in INTERVALS:
+        await asyncio.to_thread(bench.set_interval, interval)
+        cost, _ = await bench.cost(page, two("ours", "tokens-800-200", 800))
+        curve.append([interval, *smoothness(cost)])
+    await asyncio.to_thread(bench.set_interval)
+    cost, _ = await bench.cost(page, Ask("native", ("tokens-1600-200",), 1, 1600))
+    results.curves["interval"] = {"ours": curve, "native": smoothness(cost)}
+
+
+def smoothness(cost: Cost) -> list[float]:
+    """Bytes a token, CPU per 1,000 tokens, median and p99 gap in ms."""
+    gaps = [percentile(cost.gaps, share) * 1000 for share in (0.5, 0.99)]
+    numbers = [cost.bytes_per_token, cost.cpu_per_thousand, *gaps]
+    return [round(number, 4) for number in numbers]
