@@ -660,6 +660,10 @@ class Cast:
         """The names, in the order of the seats."""
         return tuple(participant.alias for participant in self.participants)
 
+    def participant(self, alias: str) -> Participant:
+        """Who sits there under this name; names are unique."""
+        return self.participants[self.aliases.index(alias)]
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -2797,6 +2801,11 @@ class Host:
         status = {"description": text, "done": done}
         await self.emit({"type": "status", "data": status})
 
+    async def show_sources(self, sources: Iterable[Json]) -> None:
+        """Cite sources in the message, each in the host's shape."""
+        for source in sources:
+            await self.emit({"type": "source", "data": source})
+
     async def emit(self, event: Json) -> None:
         """Send an event to the page, if there is one."""
         if self.emitter:
@@ -2950,8 +2959,7 @@ class Host:
             sources = middleware.get_citation_source_from_tool_result(
                 call.name, arguments, text, tool_id
             )
-        for source in sources:
-            await self.emit({"type": "source", "data": source})
+        await self.show_sources(sources)
 
     async def use_legacy_tools(
         self, voice: Voice, messages: list[Json]
@@ -3727,8 +3735,7 @@ async def read_into(run: Run, section: Section, payload: Json) -> None:
         run.host.completion(payload) as items,
     ):
         await apply_items(section, decoder, items, patience)
-    for source in section.sources:
-        await run.host.emit({"type": "source", "data": source})
+    await run.host.show_sources(section.sources)
 
 
 async def apply_items(
@@ -3848,8 +3855,7 @@ async def answer(run: Run, section: Section, brief: str) -> None:
     specs: Sequence[Json] = () if voice.legacy else voice.specs
     if voice.legacy and voice.tools:
         messages, sources = await run.host.use_legacy_tools(voice, messages)
-        for source in sources:
-            await run.host.emit({"type": "source", "data": source})
+        await run.host.show_sources(sources)
     for left in range(run.settings.max_tool_rounds, -1, -1):
         text, calls = await ask(run, section, messages, specs if left else ())
         if calls and not left:
@@ -3936,8 +3942,8 @@ async def speak_together(run: Run, step: Speak) -> list[Turn]:
         await run.host.show_status(f"{who}{note}", done=False)
     if together:
         run.show_progress("answered", f"waiting for {who}")
-    seats = {participant.alias: participant for participant in run.cast.participants}
-    sections = [Section(run, seats[alias], step.concludes) for alias in step.aliases]
+    speakers = [run.cast.participant(alias) for alias in step.aliases]
+    sections = [Section(run, speaker, step.concludes) for speaker in speakers]
     tasks = {
         section: run.tasks.create_task(take_turn(run, section, step.brief))
         for section in sections
@@ -4039,8 +4045,7 @@ async def cast_ballot(
     run: Run, paper: Paper, read: Callable[..., Ballot | str]
 ) -> Ballot | None:
     """One voter's ballot: asked, asked again with what was wrong, read leniently."""
-    seats = {participant.alias: participant for participant in run.cast.participants}
-    voter = seats[paper.voter]
+    voter = run.cast.participant(paper.voter)
     messages = messages_for(voter, run.entries, paper.brief)
     text = ""
     for _ in range(2):
@@ -4225,8 +4230,7 @@ async def converse(run: Run, mode: Mode) -> None:
                 "with the Valves button beside the input",
                 done=False,
             )
-        for source in cast.sources:
-            await host.emit({"type": "source", "data": source})
+        await host.show_sources(cast.sources)
         reason = await run_to_end(run, mode)
     except Exception:  # the top of a run: a bug must not take the text with it
         log.exception("a conversation failed")
