@@ -2797,7 +2797,11 @@ class Host:
             await close_reply(response, items)
 
     async def show_status(self, text: str, done: bool) -> None:
-        """The line above the message; each one is a database write of the host."""
+        """The line above the message; each one is a database write of the host.
+
+        One that is not done shimmers, for which the page paints every frame: only for
+        work that nothing else shows.
+        """
         status = {"description": text, "done": done}
         await self.emit({"type": "status", "data": status})
 
@@ -3164,7 +3168,7 @@ class Emitter:
     The interval is longer where an update costs the page more, which draws a changed
     block anew: for long blocks, and for several at once.
     A block the client does not have yet goes out at once. `may_send` holds back what
-    a client that can only append must not get yet.
+    a client that can only append must not get yet. `flushes` counts them.
     """
 
     def __init__(
@@ -3174,13 +3178,15 @@ class Emitter:
         clock: Callable[[], float] = time.monotonic,
         may_send: Callable[[Block], bool] | None = None,
     ) -> None:
+        self.flushes = 0
         self._plan = plan
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
-        self._shown: dict[str, Shown] = {}
+        self._shown: dict[str, Shown | None] = {}  # None: held back
         self._noted: set[Block] = set()
         self._due = asyncio.Event()
+        self._nearly_due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._flushed_at = clock() - interval
         self._cost = 1.0  # of the last flush, in intervals
@@ -3191,10 +3197,16 @@ class Emitter:
         if text is not block.text:
             block.text.replace(str(text))
         self._noted.add(block)
-        if self._timer is None and not self._due.is_set():
-            self._schedule(block)
-        elif block.id not in self._shown:
+        if block.id not in self._shown:
             self._wake()
+        elif not self._due.is_set():
+            self._set_timer()
+
+    async def next_flush(self) -> None:
+        """Wait until just before the next flush; not at all if that is overdue."""
+        self._set_timer()
+        if self._timer:
+            await self._nearly_due.wait()
 
     def nudge(self) -> None:
         """Something that was held back may go out now."""
@@ -3210,14 +3222,16 @@ class Emitter:
     def flush(self) -> list[Json]:
         """The events that bring the client up to date now."""
         noted, self._noted = self._noted, set()
+        self.flushes += 1
         events = []
-        cost = sum(0.4 + block.text.length / 8000 for block in noted)
+        cost = sum(0.4 + block.text.length / 5000 for block in noted)
         self._cost = min(max(cost, 1.0), MOST_INTERVALS)
         for block in sorted(noted, key=lambda block: block.index):
+            shown = self._shown.setdefault(block.id)
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
                 continue
-            event = self._plan(block, self._shown.get(block.id))
+            event = self._plan(block, shown)
             self._shown[block.id] = show(block)
             if event is not None:
                 events.append(event)
@@ -3234,19 +3248,52 @@ class Emitter:
             if self._closed and not self._noted:
                 return
 
-    def _schedule(self, block: Block) -> None:
-        wait = self._flushed_at + self._interval * self._cost - self._clock()
-        if wait <= 0 or block.id not in self._shown:
-            self._due.set()
-        else:
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(wait, self._wake)
+    def _set_timer(self) -> None:
+        """See to it that there is a flush as soon as the interval is over."""
+        if self._timer is None:
+            wait = self._flushed_at + self._interval * self._cost - self._clock()
+            if wait > 0:
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_later(wait, self._wake)
+            else:
+                self._wake()
 
     def _wake(self) -> None:
         if self._timer:
             self._timer.cancel()
             self._timer = None
+        self._nearly_due.set()  # who waits for it comes before who waits for a frame
+        self._nearly_due.clear()
         self._due.set()
+
+
+class Pace:
+    """When to read on in a reply: what is shown together is read together.
+
+    To wake up for a token costs several times what the token does. So what arrives
+    after a flush stays with the host until the next one is due. A reply is read as it
+    comes for its first few flushes, and while it is faster than anybody reads: short
+    ones end at once, and no buffer fills.
+    """
+
+    FREE_FLUSHES = 3
+    FAST = 500  # items between two flushes
+
+    def __init__(self, emitter: Emitter) -> None:
+        self._emitter = emitter
+        self._flushes = emitter.flushes
+        self._seen = 0
+        self._items = 0
+
+    async def keep(self) -> None:
+        """An item was read; returns when it is time for the next."""
+        self._items += 1
+        if self._flushes == self._emitter.flushes:
+            return
+        self._seen += 1
+        if self._seen > self.FREE_FLUSHES and self._items < self.FAST:
+            await self._emitter.next_flush()
+        self._flushes, self._items = self._emitter.flushes, 0
 
 
 @dataclass(slots=True)
@@ -3745,10 +3792,12 @@ async def apply_items(
     patience: Patience,
 ) -> None:
     """Show the items of a reply as they come."""
+    pace = Pace(section.run.emitter)
     async for item in items:
         for event in decoder.feed(item):
             section.apply(event)
             patience.heard()
+        await pace.keep()
     for event in decoder.close():
         section.apply(event)
 
@@ -3939,7 +3988,7 @@ async def speak_together(run: Run, step: Speak) -> list[Turn]:
     together = len(step.aliases) > 1
     if run.calls or together:  # else the page shows the first heading, at no cost
         note = f" · {step.note}" if step.note else ""
-        await run.host.show_status(f"{who}{note}", done=False)
+        await run.host.show_status(f"{who}{note}", done=True)
     if together:
         run.show_progress("answered", f"waiting for {who}")
     speakers = [run.cast.participant(alias) for alias in step.aliases]

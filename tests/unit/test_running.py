@@ -239,6 +239,107 @@ def test_whatever_the_rhythm_the_page_ends_with_the_transcript(
     asyncio.run(scenario())
 
 
+def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece() -> None:
+    async def scenario() -> None:
+        transcript = mmc.Transcript("t")
+        first, second = transcript.open_section(), transcript.open_section()
+        emitter = mmc.Emitter(
+            mmc.plan_chunk, 60.0, HandTurnedClock(), transcript.is_next
+        )
+        transcript.add("message", "Ann", first)
+        held = transcript.add("message", "Bob", second)
+        frame = asyncio.create_task(anext(emitter.frames()))
+        for _ in range(5):
+            grow(emitter, held, "a")
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert emitter.flushes == 1
+        transcript.close_section(first)
+        emitter.nudge()
+        assert await soon(frame) == {"content": "\n\naaaaa"}
+
+    asyncio.run(scenario())
+
+
+# -- the pace of reading ---------------------------------------------------------------
+
+
+class Reading:
+    """A reply of "a" after "a" that is there already, read at the emitter's pace."""
+
+    def __init__(self, flushes_before: int = 0) -> None:
+        self.emitter, transcript, self.clock = emitter_of()
+        self.frames = self.emitter.frames()
+        self.block = transcript.add("message", "Ann")
+        self.pace = mmc.Pace(self.emitter)
+        self.flushes_before = flushes_before
+        self.read = 0
+
+    async def items(self, count: int) -> None:
+        for _ in range(count):
+            grow(self.emitter, self.block, "a")
+            self.read += 1
+            await self.pace.keep()
+
+    async def begin(self) -> None:
+        """Read and show so many pieces, one by one."""
+        for _ in range(self.flushes_before):
+            self.clock.now += 60
+            await soon(self.items(1))
+            await soon(anext(self.frames))
+
+
+def test_what_comes_after_a_flush_is_read_just_before_the_next() -> None:
+    async def scenario() -> None:
+        reading = Reading(mmc.Pace.FREE_FLUSHES + 1)
+        await reading.begin()
+        before = reading.read
+        task = asyncio.create_task(reading.items(100))
+        frame = asyncio.create_task(anext(reading.frames))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert reading.read == before + 1  # the rest stays with the host
+        reading.emitter.nudge()
+        assert (await soon(frame))["delta"] == "a" * 100
+        await soon(task)
+
+    asyncio.run(scenario())
+
+
+def test_a_reply_is_read_as_it_comes_for_its_first_flushes() -> None:
+    async def scenario() -> None:
+        reading = Reading(mmc.Pace.FREE_FLUSHES - 1)
+        await reading.begin()
+        await soon(reading.items(100))
+        reading.emitter.close()
+        assert await rest_of(reading.frames) != []
+
+    asyncio.run(scenario())
+
+
+def test_a_reply_faster_than_anybody_reads_is_not_held_up() -> None:
+    async def scenario() -> None:
+        reading = Reading(mmc.Pace.FREE_FLUSHES + 1)
+        await reading.begin()
+        reading.clock.now += 60
+        await soon(reading.items(mmc.Pace.FAST))
+        await soon(anext(reading.frames))
+        await soon(reading.items(1))
+
+    asyncio.run(scenario())
+
+
+def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
+    async def scenario() -> None:
+        reading = Reading(mmc.Pace.FREE_FLUSHES + 1)
+        await reading.begin()
+        reading.clock.now += 60
+        await soon(reading.emitter.next_flush())
+        await soon(reading.items(100))  # the consumer is slow: it takes no frame
+
+    asyncio.run(scenario())
+
+
 # -- a section by hand -----------------------------------------------------------------
 
 
