@@ -34,17 +34,16 @@ MODELS = (
     "tokens-400-0",
     "tokens-400-50",
     "tokens-1600-50",
+    "tokens-1000-100",
+    "tokens-2000-100",
     "tokens-400-200",
-    "tokens-600-200",
     "tokens-800-200",
-    "tokens-1200-200",
     "tokens-1600-200",
-    "tokens-1900-200",
-    "tokens-3800-200",
-    "tokens-6400-200",
-    "tokens-7600-200",
-    "tokens-4600-600",
-    "tokens-37000-600",
+    "tokens-3200-200",
+    "tokens-1900-600",
+    "tokens-7600-600",
+    "tokens-4600-1200",
+    "tokens-37000-1200",
     "tokens-5700-2000",
     "tokens-57000-2000",
     "stamped-20-0",
@@ -86,12 +85,6 @@ def cpu_seconds(pid: int) -> float:
         fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def resident_bytes(pid: int) -> int:
-    """Memory a process has in use now."""
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 # --- what a run costs ---------------------------------------------------------------

@@ -63,6 +63,7 @@ class Counts:
     `sql` and `sql_bytes` are by verb (`SELECT`, `UPDATE`, ...). `lookups` are calls
     of the host's look-ups by name (`Models.get_model_by_id`, `get_tools`, ...) except
     those made inside its own `generate_chat_completion`, which are in `inside`.
+    `memory` is bytes in use, where asked for.
     """
 
     sql: dict[str, int] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class Counts:
     lookups: dict[str, int] = field(default_factory=dict)
     inside: dict[str, int] = field(default_factory=dict)
     cpu_seconds: float = 0.0
+    memory: int = 0
 
     @property
     def writes(self) -> int:
@@ -83,6 +85,7 @@ class Counts:
             lookups=difference(self.lookups, earlier.lookups),
             inside=difference(self.inside, earlier.inside),
             cpu_seconds=self.cpu_seconds - earlier.cpu_seconds,
+            memory=self.memory - earlier.memory,
         )
 
 
@@ -456,9 +459,12 @@ class OpenWebUI(Api):
         """The last lines the server has logged."""
         return self.server.log_tail(lines)
 
-    def counts(self, timeout: float = 10.0) -> Counts:
-        """What the server has done so far, counted inside it."""
-        nonce = uuid4().hex
+    def counts(self, timeout: float = 10.0, memory: bool = False) -> Counts:
+        """What the server has done so far, counted inside it.
+
+        With `memory`, what it has in use too; for that it stops and collects garbage.
+        """
+        nonce = f"{'memory' if memory else 'counts'} {uuid4().hex}"
         question = Path(f"{self._probe}.ask")
         draft = Path(f"{question}.draft")
         draft.write_text(nonce)

@@ -248,7 +248,7 @@ def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece() -> N
         )
         transcript.add("message", "Ann", first)
         held = transcript.add("message", "Bob", second)
-        frame = asyncio.create_task(anext(emitter.frames()))
+        frame = asyncio.ensure_future(anext(emitter.frames()))
         for _ in range(5):
             grow(emitter, held, "a")
             await asyncio.sleep(0)
@@ -295,7 +295,7 @@ def test_what_comes_after_a_flush_is_read_just_before_the_next() -> None:
         await reading.begin()
         before = reading.read
         task = asyncio.create_task(reading.items(100))
-        frame = asyncio.create_task(anext(reading.frames))
+        frame = asyncio.ensure_future(anext(reading.frames))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert reading.read == before + 1  # the rest stays with the host

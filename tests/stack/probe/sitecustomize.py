@@ -7,14 +7,16 @@ nothing unless `MMC_PROBE` names a file. Then it counts
 - calls of the host's look-ups (`Models.get_model_by_id`, `get_tools`, ...) for the
   answers of pipes, apart for those made inside the host's own
   `generate_chat_completion`;
-- the processor time of the process.
+- the processor time of the process, and where asked for, its memory in use.
 
 A reader writes a nonce into `<MMC_PROBE>.ask`; the counts so far, with that nonce,
 then appear in `<MMC_PROBE>`. The host's own files are not changed: the named modules
 are wrapped once, right after they are first imported.
 """
 
+import ctypes
 import functools
+import gc
 import inspect
 import json
 import os
@@ -30,6 +32,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+MEMORY = "memory"
+"""How a nonce begins that asks for the memory in use too; that stops the server."""
 POLL = 0.02
 """Seconds between two looks for a question."""
 
@@ -202,6 +206,37 @@ def watch_engines(module: ModuleType) -> None:
     answer.start()
 
 
+class AllocatorFigures(ctypes.Structure):
+    """What the C library's `mallinfo2` returns."""
+
+    _fields_ = [
+        *((f"unused_{at}", ctypes.c_size_t) for at in range(4)),
+        ("mapped", ctypes.c_size_t),
+        *((f"unused_{at}", ctypes.c_size_t) for at in range(4, 6)),
+        ("allocated", ctypes.c_size_t),
+        *((f"unused_{at}", ctypes.c_size_t) for at in range(6, 8)),
+    ]
+
+
+def bytes_in_use() -> int:
+    """What is allocated and reachable: no garbage, no slack of the allocators."""
+    gc.collect()
+    reading, writing = os.pipe()
+    stderr = os.dup(2)
+    os.dup2(writing, 2)
+    sys._debugmallocstats()  # what it writes fits into a pipe
+    os.dup2(stderr, 2)
+    os.close(writing)
+    os.close(stderr)
+    with open(reading, encoding="utf-8") as stats:
+        found = re.search(r"# bytes in allocated blocks\s*=\s*([\d,]+)", stats.read())
+    small = int(found[1].replace(",", "")) if found else 0
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = AllocatorFigures
+    large = mallinfo()
+    return small + int(large.mapped) + int(large.allocated)
+
+
 def snapshot(nonce: str) -> str:
     """The counts so far as JSON."""
     with lock:
@@ -212,6 +247,7 @@ def snapshot(nonce: str) -> str:
             "lookups": dict(lookups),
             "inside": dict(inside),
             "cpu_seconds": time.process_time(),
+            "memory": bytes_in_use() if nonce.startswith(MEMORY) else 0,
         }
     return json.dumps(counts)
 
