@@ -3156,7 +3156,7 @@ async def close_reply(response: Any, items: AsyncIterator[Any]) -> None:
 # ======================================================================================
 
 
-MOST_INTERVALS = 4.0  # how much longer than the interval a costly update may wait
+MOST_INTERVALS = 5.0  # how much longer than the interval a costly update may wait
 
 
 class Emitter:
@@ -3224,7 +3224,7 @@ class Emitter:
         noted, self._noted = self._noted, set()
         self.flushes += 1
         events = []
-        cost = sum(0.4 + block.text.length / 5000 for block in noted)
+        cost = sum(0.4 + block.text.length / 4000 for block in noted)
         self._cost = min(max(cost, 1.0), MOST_INTERVALS)
         for block in sorted(noted, key=lambda block: block.index):
             shown = self._shown.setdefault(block.id)

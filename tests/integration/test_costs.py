@@ -1,5 +1,7 @@
 """What a run costs the host, counted inside it."""
 
+from functools import partial
+
 import pytest
 
 from tests.integration.talk import MANAGER, ROUND_ROBIN, Talk, reached
@@ -56,3 +58,15 @@ async def test_a_long_answer_reaches_the_page_in_few_small_events(talk: Talk) ->
     assert len(reply.text) > 15_000
     assert reply.size < 4 * len(reply.text)
     assert len(reply.events) < 1_000
+
+
+async def test_memory_in_use_is_what_is_kept(talk: Talk) -> None:
+    taken = partial(talk.host.counts, memory=True)
+    before = (await reached(taken)).memory
+    talk.seat("Ann | alice", "Ben | bob")
+    for _ in range(3):
+        await talk.ask("Talk.")
+    kept = (await reached(taken)).memory - before
+    assert before > 10_000_000
+    assert abs(kept) < before / 10
+    assert (await reached(talk.host.counts)).memory == 0
