@@ -159,7 +159,7 @@ LENGTH = "characters of the conversation so far"
 BYTES = Plot("Bytes on the socket (200 tokens/s)", LENGTH, "megabytes", True)
 CPU = Plot("Processor time of the server (200 tokens/s)", LENGTH, "seconds", True)
 MEMBERS = Plot("First word of a model on the page", "members", "milliseconds")
-PAGE = Plot("Busy time of the page (200 tokens/s)", LENGTH, "seconds of main thread")
+PAGE = Plot("Busy time of the page (600 tokens/s)", LENGTH, "seconds of main thread")
 
 
 def column(of: Mapping[str, Any], at: int, unit: float = 1.0) -> dict[str, Points]:
