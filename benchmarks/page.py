@@ -32,10 +32,13 @@ TIMES = 3
 STREAMED = {
     "ours": Ask("ours", ("tokens-1900-600",) * 2, 2),
     "native": Ask("native", ("tokens-7600-600",)),
+}
+"""40,000 characters, every one of them streamed."""
+RIVALS = {
     "message": Ask("message", ("tokens-950-600",) * 2),
     "replace": Ask("replace", ("tokens-950-600",) * 2),
 }
-"""40,000 characters, every one of them streamed; a quarter of that for the rivals."""
+"""A quarter of that."""
 LONG = {
     "ours": Ask("ours", ("tokens-4600-600",) * 2, 4),
     "native": Ask("native", ("tokens-37000-600",)),
@@ -121,14 +124,15 @@ def repeated(
 def measure(bench: Bench, results: Results) -> None:
     """Stream 40,000 characters on all sides and reach 200,000 on two."""
     bench.host.set_interface(bench.admin, {"title": {"auto": False}})
-    two = {side: STREAMED[side] for side in ("ours", "native")}
-    rivals = {side: STREAMED[side] for side in ("message", "replace")}
     with Browser() as browser:
-        streamed = repeated(browser, bench, two, TIMES)
-        streamed |= repeated(browser, bench, rivals, 1)
+        streamed = repeated(browser, bench, STREAMED, TIMES)
+        rivals = repeated(browser, bench, RIVALS, 1)
         long = repeated(browser, bench, LONG, 1)
     for length, found in (("40", streamed), ("200", long)):
         for name in ("main", "script", "longest", "heap"):
-            sides = [median(getattr(one, name) for one in found[side]) for side in two]
+            sides = (
+                median(getattr(one, name) for one in times) for times in found.values()
+            )
             results.figures[f"page_{length}_{name}"] = Measured(*sides)
-    results.curves["page"] = {side: times[0].curve for side, times in streamed.items()}
+    found = streamed | rivals
+    results.curves["page"] = {side: times[0].curve for side, times in found.items()}

@@ -45,9 +45,7 @@ def test_three_participants_are_seen_while_they_speak(
     assert shown.count("View Result from look_up_tide") == 2
     scene.snap(page, "4-finished")
 
-    page.reload()
-    page.wait_finished()
-    assert page.visible_reply_text() == shown
+    assert page.reply_text_after_reload() == shown
     tab.get_by_text("Thought for").first.click()
     tab.get_by_text("View Result from").first.click()
     page.wait_text("Let me think about Should we sail to Skye")

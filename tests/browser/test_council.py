@@ -219,9 +219,7 @@ def test_the_next_best_takes_over_from_a_chair_that_fails(
     assert headings(page)[4:] == ["🏆 Ranking", "🔴 Ella · conclusion"]
     page.wait_status("Chaired by Ella (Oda failed)")
     scene.snap(page, "27-chair-failed")
-    page.reload()
-    page.wait_finished()
-    assert page.visible_reply_text() == shown
+    assert page.reply_text_after_reload() == shown
 
 
 def test_what_a_member_said_before_it_died_stays(
@@ -239,9 +237,7 @@ def test_what_a_member_said_before_it_died_stays(
     outcome = "3 of 4 answered · Ella failed: The scripted server shut down · chaired"
     assert outcome in shown
     scene.snap(page, "28-died-half-way")
-    page.reload()
-    page.wait_finished()
-    assert page.visible_reply_text() == shown
+    assert page.reply_text_after_reload() == shown
 
 
 def test_stop_ends_every_stage_and_keeps_what_is_there(
@@ -299,9 +295,7 @@ def stop(page: OpenPage, council: Council) -> None:
 def seen_again(page: OpenPage) -> None:
     """What is shown is what is stored."""
     shown = page.visible_reply_text()
-    page.reload()
-    page.wait_finished()
-    assert page.visible_reply_text() == shown
+    assert page.reply_text_after_reload() == shown
 
 
 def test_a_page_that_is_loaded_again_in_the_middle_goes_on(

@@ -115,6 +115,12 @@ class OpenPage:
         self.wait_ready()
         self.tab.locator(REPLY).last.wait_for(state="attached")
 
+    def reply_text_after_reload(self) -> str:
+        """Load the page again, and read the last answer once it is all there."""
+        self.reload()
+        self.wait_finished()
+        return self.visible_reply_text()
+
     def visible_reply_text(self) -> str:
         """The last answer as a reader sees it, without what is folded away."""
         return self.tab.locator(REPLY).last.inner_text()

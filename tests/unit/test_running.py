@@ -267,12 +267,11 @@ def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece() -> N
 class Reading:
     """A reply of "a" after "a" that is there already, read at the emitter's pace."""
 
-    def __init__(self, flushes_before: int = 0) -> None:
+    def __init__(self) -> None:
         self.emitter, transcript, self.clock = emitter_of()
         self.frames = self.emitter.frames()
         self.block = transcript.add("message", "Ann")
         self.pace = mmc.Pace(self.emitter)
-        self.flushes_before = flushes_before
         self.read = 0
 
     async def items(self, count: int) -> None:
@@ -281,9 +280,9 @@ class Reading:
             self.read += 1
             await self.pace.keep()
 
-    async def begin(self) -> None:
+    async def begin(self, pieces: int) -> None:
         """Read and show so many pieces, one by one."""
-        for _ in range(self.flushes_before):
+        for _ in range(pieces):
             self.clock.now += 60
             await soon(self.items(1))
             await soon(anext(self.frames))
@@ -291,8 +290,8 @@ class Reading:
 
 def test_what_comes_after_a_flush_is_read_just_before_the_next() -> None:
     async def scenario() -> None:
-        reading = Reading(mmc.Pace.FREE_FLUSHES + 1)
-        await reading.begin()
+        reading = Reading()
+        await reading.begin(mmc.Pace.FREE_FLUSHES + 1)
         before = reading.read
         task = asyncio.create_task(reading.items(100))
         frame = asyncio.ensure_future(anext(reading.frames))
@@ -308,8 +307,8 @@ def test_what_comes_after_a_flush_is_read_just_before_the_next() -> None:
 
 def test_a_reply_is_read_as_it_comes_for_its_first_flushes() -> None:
     async def scenario() -> None:
-        reading = Reading(mmc.Pace.FREE_FLUSHES - 1)
-        await reading.begin()
+        reading = Reading()
+        await reading.begin(mmc.Pace.FREE_FLUSHES - 1)
         await soon(reading.items(100))
         reading.emitter.close()
         assert await rest_of(reading.frames) != []
@@ -319,8 +318,8 @@ def test_a_reply_is_read_as_it_comes_for_its_first_flushes() -> None:
 
 def test_a_reply_faster_than_anybody_reads_is_not_held_up() -> None:
     async def scenario() -> None:
-        reading = Reading(mmc.Pace.FREE_FLUSHES + 1)
-        await reading.begin()
+        reading = Reading()
+        await reading.begin(mmc.Pace.FREE_FLUSHES + 1)
         reading.clock.now += 60
         await soon(reading.items(mmc.Pace.FAST))
         await soon(anext(reading.frames))
@@ -331,8 +330,8 @@ def test_a_reply_faster_than_anybody_reads_is_not_held_up() -> None:
 
 def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
     async def scenario() -> None:
-        reading = Reading(mmc.Pace.FREE_FLUSHES + 1)
-        await reading.begin()
+        reading = Reading()
+        await reading.begin(mmc.Pace.FREE_FLUSHES + 1)
         reading.clock.now += 60
         await soon(reading.emitter.next_flush())
         await soon(reading.items(100))  # the consumer is slow: it takes no frame

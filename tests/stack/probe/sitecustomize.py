@@ -207,15 +207,9 @@ def watch_engines(module: ModuleType) -> None:
 
 
 class AllocatorFigures(ctypes.Structure):
-    """What the C library's `mallinfo2` returns."""
+    """What the C library's `mallinfo2` returns: [4] is mapped, [7] is allocated."""
 
-    _fields_ = [
-        *((f"unused_{at}", ctypes.c_size_t) for at in range(4)),
-        ("mapped", ctypes.c_size_t),
-        *((f"unused_{at}", ctypes.c_size_t) for at in range(4, 6)),
-        ("allocated", ctypes.c_size_t),
-        *((f"unused_{at}", ctypes.c_size_t) for at in range(6, 8)),
-    ]
+    _fields_ = [("figures", ctypes.c_size_t * 10)]
 
 
 def bytes_in_use() -> int:
@@ -230,15 +224,17 @@ def bytes_in_use() -> int:
     os.close(stderr)
     with open(reading, encoding="utf-8") as stats:
         found = re.search(r"# bytes in allocated blocks\s*=\s*([\d,]+)", stats.read())
-    small = int(found[1].replace(",", "")) if found else 0
+    if found is None:
+        raise RuntimeError("Python's allocator does not tell what it has given out")
     mallinfo = ctypes.CDLL(None).mallinfo2
     mallinfo.restype = AllocatorFigures
-    large = mallinfo()
-    return small + int(large.mapped) + int(large.allocated)
+    large = mallinfo().figures
+    return int(found[1].replace(",", "")) + int(large[4]) + int(large[7])
 
 
 def snapshot(nonce: str) -> str:
     """The counts so far as JSON."""
+    memory = bytes_in_use() if nonce.startswith(MEMORY) else 0
     with lock:
         counts = {
             "nonce": nonce,
@@ -247,7 +243,7 @@ def snapshot(nonce: str) -> str:
             "lookups": dict(lookups),
             "inside": dict(inside),
             "cpu_seconds": time.process_time(),
-            "memory": bytes_in_use() if nonce.startswith(MEMORY) else 0,
+            "memory": memory,
         }
     return json.dumps(counts)
 
