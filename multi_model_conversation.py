@@ -3165,8 +3165,9 @@ class Emitter:
     `emit_replace` is the one verb: it only notes that a block now reads so. At most
     every `interval` seconds the noted blocks are compared with what was sent, and per
     block nothing, the new suffix, or the block whole goes out: never the transcript.
-    The interval is longer where an update costs the page more, which draws a changed
-    block anew: for long blocks, and for several at once.
+    The interval is longer where an update costs the page more: it draws a changed
+    block anew, and copies the message and paints some frames, which takes the longer
+    the more text there is.
     A block the client does not have yet goes out at once. `may_send` holds back what
     a client that can only append must not get yet. `flushes` counts them.
     """
@@ -3183,7 +3184,7 @@ class Emitter:
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
-        self._shown: dict[str, Shown | None] = {}  # None: held back
+        self._shown: dict[Block, Shown | None] = {}  # None: held back
         self._noted: set[Block] = set()
         self._due = asyncio.Event()
         self._nearly_due = asyncio.Event()
@@ -3197,7 +3198,7 @@ class Emitter:
         if text is not block.text:
             block.text.replace(str(text))
         self._noted.add(block)
-        if block.id not in self._shown:
+        if block not in self._shown:
             self._wake()
         elif not self._due.is_set():
             self._set_timer()
@@ -3224,18 +3225,23 @@ class Emitter:
         noted, self._noted = self._noted, set()
         self.flushes += 1
         events = []
-        cost = sum(0.4 + block.text.length / 4000 for block in noted)
-        self._cost = min(max(cost, 1.0), MOST_INTERVALS)
         for block in sorted(noted, key=lambda block: block.index):
-            shown = self._shown.setdefault(block.id)
+            shown = self._shown.setdefault(block)
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
                 continue
             event = self._plan(block, shown)
-            self._shown[block.id] = show(block)
+            self._shown[block] = show(block)
             if event is not None:
                 events.append(event)
+        self._cost = self._cost_of(noted)
         return events
+
+    def _cost_of(self, noted: Iterable[Block]) -> float:
+        """What an update of these blocks costs the page, in intervals."""
+        drawn = sum(0.4 + block.text.length / 4000 for block in noted)
+        whole = sum(block.text.length for block in self._shown) / 60_000
+        return min(max(drawn + whole, 1.0), MOST_INTERVALS)
 
     async def frames(self) -> AsyncIterator[Json]:
         """The events as they are due, until `close`; the consumer sets the pace."""
@@ -3272,11 +3278,11 @@ class Pace:
 
     To wake up for a token costs several times what the token does. So what arrives
     after a flush stays with the host until the next one is due. A reply is read as it
-    comes for its first few flushes, and while it is faster than anybody reads: short
-    ones end at once, and no buffer fills.
+    comes for its first flushes, and while it is faster than anybody reads: short ones
+    end at once, and no buffer fills.
     """
 
-    FREE_FLUSHES = 3
+    FREE_FLUSHES = 1
     FAST = 500  # items between two flushes
 
     def __init__(self, emitter: Emitter) -> None:

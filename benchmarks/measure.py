@@ -33,7 +33,7 @@ MODELS = (
     "tokens-50-0",
     "tokens-400-0",
     "tokens-400-50",
-    "tokens-800-50",
+    "tokens-1600-50",
     "tokens-1000-50",
     "tokens-2000-50",
     "tokens-400-200",
@@ -43,7 +43,7 @@ MODELS = (
     "tokens-950-600",
     "tokens-1900-600",
     "tokens-7600-600",
-    "tokens-4600-600",
+    "tokens-925-600",
     "tokens-37000-600",
     "tokens-5700-2000",
     "tokens-57000-2000",
@@ -51,6 +51,8 @@ MODELS = (
     "stamped-200-0",
     "stamped-5000-0",
     "stamped-20000-0",
+    "stamped-1600-200",
+    "stamped-3200-200",
     "member-400-200",
     "wait-0.4",
 )
@@ -216,7 +218,7 @@ class Bench:
         """Wait until the server is quiet, and give its counts."""
         return await asyncio.to_thread(self.host.settled_counts)
 
-    async def measure_idle(self, seconds: float = 4.0) -> None:
+    async def measure_idle(self, seconds: float = 20.0) -> None:
         """Take what the server costs when nobody asks."""
         await self.settle()
         before = cpu_seconds(self.pid)

@@ -465,10 +465,9 @@ class OpenWebUI(Api):
         With `memory`, what it has in use too; for that it stops and collects garbage.
         """
         nonce = f"{'memory' if memory else 'counts'} {uuid4().hex}"
-        question = Path(f"{self._probe}.ask")
-        draft = Path(f"{question}.draft")
-        draft.write_text(nonce)
-        draft.replace(question)
+        question = os.open(f"{self._probe}.ask", os.O_WRONLY | os.O_NONBLOCK)
+        with open(question, "w", encoding="utf-8") as pipe:
+            pipe.write(f"{nonce}\n")
 
         def answer() -> Json:
             text = self._probe.read_text() if self._probe.exists() else "{}"

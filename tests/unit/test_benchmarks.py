@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import core, plots
+from benchmarks import core, plots, served
+from benchmarks.page import longest_task
 from benchmarks.table import FIGURES, Measured, Results, compared, load, met
+from tests.stack.host import Json
+from tests.stack.page import Chat, Event, Reply
 
 BENCHMARKS = Path(core.__file__).parent
 RIVALS = sorted((BENCHMARKS / "rivals").glob("*_per_token.py"))
@@ -70,6 +73,50 @@ def test_a_verdict_is_about_the_limit(
 ) -> None:
     assert compared(key, measured) == number
     assert met(key, measured) is verdict
+
+
+def test_a_word_is_late_by_what_lies_between_its_model_and_the_socket() -> None:
+    def added(text: str) -> Json:
+        item = {"type": "message", "content": [{"type": "output_text", "text": text}]}
+        return {"type": "response.output_item.added", "item": item}
+
+    pieces: list[tuple[str, Json, float]] = [
+        ("response:completion", added("### P0"), 9.9),
+        ("response:completion", added("t=10.0 One tw"), 10.5),
+        ("status", {"delta": "nothing"}, 11.0),
+        ("response:completion", {"delta": "o "}, 12.0),
+        ("response:completion", {"choices": [{"delta": {"content": "three"}}]}, 12.1),
+        ("chat:completion", {"done": True, "content": "t=10.0 One"}, 99.0),
+    ]
+    reply = Reply(Chat(), {})
+    reply.events = [Event(kind, data, at, 0) for kind, data, at in pieces]
+    late = served.delays(reply, pace=2.0)
+    assert late == pytest.approx([10.5 - 10.5, 12.0 - 11.0, 12.1 - 11.5])
+
+
+def test_the_longest_task_is_the_main_threads() -> None:
+    def mark(phase: str, task: str, thread: int, milliseconds: float) -> Json:
+        where = {"pid": 1, "tid": thread, "ts": milliseconds * 1000}
+        return {"name": "Task", "ph": phase, "id2": {"local": task}, **where}
+
+    def named(thread: int, name: str) -> Json:
+        return mark("M", "", thread, 0) | {
+            "name": "thread_name",
+            "args": {"name": name},
+        }
+
+    trace = [
+        mark("e", "a", 1, 5),
+        mark("b", "a", 1, 0),
+        *(mark("b", "b", 2, 0), mark("e", "b", 2, 900)),
+        *(mark("b", "a", 1, 20), mark("e", "a", 1, 140)),
+        mark("b", "c", 1, 150),
+        named(1, "CrRendererMain"),
+        named(2, "Compositor"),
+    ]
+    assert longest_task(trace) == 120
+    with pytest.raises(ValueError, match="empty"):
+        longest_task(trace[-2:])
 
 
 def test_results_are_the_same_after_a_round_trip(tmp_path: Path) -> None:

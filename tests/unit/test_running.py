@@ -192,6 +192,34 @@ def test_a_piece_that_came_too_early_goes_out_when_its_time_has_come() -> None:
     asyncio.run(scenario())
 
 
+async def goes_at_once(there: int, growing: int, intervals: float) -> bool:
+    """Whether a piece may go out so long after the last update, where a block of
+    `growing` characters grew in a message of `there` more."""
+    emitter, transcript, clock = emitter_of()
+    frames = emitter.frames()
+    for length in (there, growing):
+        block = transcript.add("message", "Ann")
+        grow(emitter, block, "a" * length)
+        await soon(anext(frames))
+    clock.now += 60 * intervals
+    grow(emitter, block, "a")
+    frame = asyncio.ensure_future(anext(frames))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    return frame.done() or not frame.cancel()
+
+
+@pytest.mark.parametrize(
+    ("there", "growing", "intervals"),
+    [(0, 1, 1.0), (0, 12_000, 3.6), (120_000, 1, 2.4), (900_000, 1, 5.0)],
+)
+def test_what_costs_the_page_more_is_updated_less_often(
+    there: int, growing: int, intervals: float
+) -> None:
+    assert not asyncio.run(goes_at_once(there, growing, intervals - 0.1))
+    assert asyncio.run(goes_at_once(there, growing, intervals + 0.1))
+
+
 def test_saying_the_same_again_sends_nothing() -> None:
     async def scenario() -> None:
         emitter, transcript, _ = emitter_of()
@@ -308,7 +336,7 @@ def test_what_comes_after_a_flush_is_read_just_before_the_next() -> None:
 def test_a_reply_is_read_as_it_comes_for_its_first_flushes() -> None:
     async def scenario() -> None:
         reading = Reading()
-        await reading.begin(mmc.Pace.FREE_FLUSHES - 1)
+        await reading.begin(mmc.Pace.FREE_FLUSHES)
         await soon(reading.items(100))
         reading.emitter.close()
         assert await rest_of(reading.frames) != []

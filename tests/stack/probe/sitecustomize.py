@@ -9,9 +9,10 @@ nothing unless `MMC_PROBE` names a file. Then it counts
   `generate_chat_completion`;
 - the processor time of the process, and where asked for, its memory in use.
 
-A reader writes a nonce into `<MMC_PROBE>.ask`; the counts so far, with that nonce,
-then appear in `<MMC_PROBE>`. The host's own files are not changed: the named modules
-are wrapped once, right after they are first imported.
+A reader writes a nonce, as a line, into the pipe `<MMC_PROBE>.ask`; the counts so
+far, with that nonce, then appear in `<MMC_PROBE>`. Where nobody asks, the probe does
+nothing. The host's own files are not changed: the named modules are wrapped once,
+right after they are first imported.
 """
 
 import ctypes
@@ -34,8 +35,6 @@ from typing import Any
 
 MEMORY = "memory"
 """How a nonce begins that asks for the memory in use too; that stops the server."""
-POLL = 0.02
-"""Seconds between two looks for a question."""
 
 inside_host: ContextVar[bool] = ContextVar("inside_host", default=False)
 answering: ContextVar[bool] = ContextVar("answering", default=False)
@@ -252,14 +251,13 @@ def answer_forever() -> None:
     """Write the counts each time somebody asks, until the process ends."""
     path = Path(os.environ["MMC_PROBE"])
     question, draft = Path(f"{path}.ask"), Path(f"{path}.draft")
-    answered = ""
-    pause = threading.Event()
-    while not pause.wait(POLL):
-        nonce = question.read_text() if question.exists() else ""
-        if nonce and nonce != answered:
-            draft.write_text(snapshot(nonce))
+    question.unlink(missing_ok=True)
+    os.mkfifo(question)
+    # Open for writing too: a pipe without writers would end.
+    with open(os.open(question, os.O_RDWR), encoding="utf-8") as nonces:
+        for nonce in nonces:
+            draft.write_text(snapshot(nonce.strip()))
             draft.replace(path)
-            answered = nonce
 
 
 WRAPPERS: dict[str, Callable[[ModuleType], None]] = {
