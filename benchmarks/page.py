@@ -106,7 +106,9 @@ class Meter:
         self.look()
         self._session.send("Tracing.end")
         deadline = time.monotonic() + TIMEOUT
-        while not self._traced and time.monotonic() < deadline:
+        while not self._traced:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no end of the trace after {TIMEOUT:g} s")
             self.page.tab.wait_for_timeout(100)
         self.spent.longest = longest_task(self._trace)
 
