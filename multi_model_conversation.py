@@ -482,7 +482,7 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 # ======================================================================================
 
 COLOURS = "🔵🔴🟢🟠🟣🟡🟤⚫"  # one code point each: a heading is "### 🔵 Alias"
-OURS = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
+SYSTEM_MARK = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
 
 
 class ModelFailure(Exception):
@@ -709,7 +709,7 @@ class Speak:
 
 
 @dataclass(frozen=True, slots=True)
-class Paper:
+class BallotPaper:
     """What one voter is asked: to rank or choose among these.
 
     `choices` maps what may be named on the ballot (a letter, a name) to an alias.
@@ -733,18 +733,18 @@ class Ballot:
 class Rank:
     """Step: members rank the others' answers. Answer: the valid ballots."""
 
-    papers: tuple[Paper, ...]
+    papers: tuple[BallotPaper, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
     """Step: members vote for one of the others. Answer: the valid ballots."""
 
-    papers: tuple[Paper, ...]
+    papers: tuple[BallotPaper, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Show:
+class Publish:
     """Step: show this text of ours; a later one with the same key takes its place."""
 
     key: str
@@ -761,7 +761,7 @@ class AskManager:
     wrong_answer: str = ""
 
 
-Step = Speak | AskManager | Rank | Vote | Show
+Step = Speak | AskManager | Rank | Vote | Publish
 Mode = Generator[Step, Any, str]
 
 
@@ -1015,7 +1015,7 @@ def error_text(error: Any) -> str:
     return plain_line(error) or "an error without a message"
 
 
-NONSENSE = (
+MALFORMED = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -1086,7 +1086,7 @@ class ReplyDecoder:
             return
         try:
             yield from self._read_value(value)
-        except NONSENSE as error:
+        except MALFORMED as error:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
 
     def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
@@ -1290,16 +1290,16 @@ def is_number(value: Any) -> bool:
 class GrowingText:
     """A text that grows by pieces: `append` is O(1), `str()` joins.
 
-    `settle` makes one piece of those that came since it was last called; what was
-    settled before stays as it is.
+    `compact` makes one piece of those that came since it was last called; what was
+    compacted before stays as it is.
     """
 
-    __slots__ = ("_settled", "length", "parts")
+    __slots__ = ("_compacted", "length", "parts")
 
     def __init__(self, text: str = "") -> None:
         self.parts = [text] if text else []
         self.length = len(text)
-        self._settled = 0
+        self._compacted = 0
 
     def append(self, piece: str) -> None:
         """Add a piece at the end."""
@@ -1312,13 +1312,13 @@ class GrowingText:
         if text.startswith(now):
             self.append(text[len(now) :])
         else:
-            self.parts, self.length, self._settled = [text], len(text), 0
+            self.parts, self.length, self._compacted = [text], len(text), 0
 
-    def settle(self) -> None:
+    def compact(self) -> None:
         """Join the pieces that came lately: thousands of them cost memory."""
-        if len(self.parts) - self._settled > 1:
-            self.parts[self._settled :] = ["".join(self.parts[self._settled :])]
-        self._settled = len(self.parts)
+        if len(self.parts) - self._compacted > 1:
+            self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
+        self._compacted = len(self.parts)
 
     def __str__(self) -> str:
         return "".join(self.parts)
@@ -1400,7 +1400,7 @@ def split_objects(text: str) -> list[str]:
 
 FORGED_LINE = re.compile(
     r"(?:\A|(?<=[\r\n]))([^\S\r\n]*)"
-    rf"(?=#{{1,6}}[^\S\r\n]*[{COLOURS}{OURS}]|>[^\S\r\n]*[⚠⏳⏱🏁])"
+    rf"(?=#{{1,6}}[^\S\r\n]*[{COLOURS}{SYSTEM_MARK}]|>[^\S\r\n]*[⚠⏳⏱🏁])"
 )
 FORGED_DETAILS = re.compile(r"<(?=details\s)")  # gets a zero-width space behind it
 LINE_END = re.compile(r"[\r\n]")
@@ -1469,7 +1469,7 @@ TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
     "Here are the images from the tool results above. Please analyze them."
 )
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
-HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{OURS}]) (.+)$")
+HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 
 
@@ -1764,7 +1764,7 @@ def council(agenda: Agenda) -> Mode:
         return (yield from leave_alone(answers, present[0].alias))
     ballots: list[Ballot] = yield Rank(ranking_papers(agenda, present))
     standings = tally([turn.alias for turn in present], ballots)
-    yield Show("ranking", render_ranking(standings, ballots))
+    yield Publish("ranking", render_ranking(standings, ballots))
     values = {
         "question": agenda.question,
         "answers": "\n\n".join(render_turn(turn) for turn in present),
@@ -1784,7 +1784,7 @@ def debate(agenda: Agenda) -> Mode:
         return (yield from leave_alone(turns, present[0]))
     ballots: list[Ballot] = yield Vote(vote_papers(agenda, present))
     standings = tally(present, ballots)
-    yield Show("ranking", render_votes(standings, ballots))
+    yield Publish("ranking", render_votes(standings, ballots))
     result = describe_votes(standings, ballots)
     values = {"question": agenda.question, "result": result}
     brief = fill_template(agenda.settings.debate_conclusion_prompt, values)
@@ -1820,28 +1820,28 @@ def conclude(
         notes.append(f"nobody is called {plain_line(chair, 40)}")
     for alias in dict.fromkeys(a for a in (*wanted, *present) if a in present):
         behind = f" ({', '.join(notes)})" if notes else ""
-        yield Show("outcome", describe_outcome(turns, f"chaired by {alias}{behind}"))
+        yield Publish("outcome", describe_outcome(turns, f"chaired by {alias}{behind}"))
         spoken: list[Turn] = yield Speak(
             (alias,), "concluding", brief, joins=False, concludes=True
         )
         if spoken[0].text:
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
-    yield Show("outcome", describe_outcome(turns, "nobody could write a conclusion"))
+    yield Publish("outcome", describe_outcome(turns, "nobody could write a conclusion"))
     return f"No conclusion: {', '.join(notes)}"
 
 
 def leave_alone(turns: Sequence[Turn], alias: str) -> Generator[Step, Any, str]:
     """Only one has answered: there is nothing to rank or to conclude from."""
     what = f"no conclusion, this is {alias}'s answer alone"
-    yield Show("outcome", describe_outcome(turns, what))
+    yield Publish("outcome", describe_outcome(turns, what))
     return f"Only {alias} answered"
 
 
 def leave_nobody(turns: Sequence[Turn]) -> Generator[Step, Any, str]:
     """Nobody has answered: say why, for each."""
     reasons = "; ".join(map(describe_failure, turns))
-    yield Show("outcome", f"{NOTICE}Nobody could answer: {reasons}")
+    yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
     return "Nobody could answer"
 
 
@@ -1881,7 +1881,7 @@ def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]
     return dict(zip("ABCDEFGH", others, strict=False))
 
 
-def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> tuple[Paper, ...]:
+def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> tuple[BallotPaper, ...]:
     """What each member is asked about the others' answers, under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
     texts = {turn.alias: turn.text for turn in answers}
@@ -1891,11 +1891,11 @@ def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> tuple[Paper, ...]
         shown = [render_turn(Turn(each, texts[a])) for each, a in letters.items()]
         values = {"question": agenda.question, "answers": "\n\n".join(shown)}
         brief = fill_template(agenda.settings.review_prompt, values)
-        papers.append(Paper(voter, brief, letters))
+        papers.append(BallotPaper(voter, brief, letters))
     return tuple(papers)
 
 
-def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> tuple[Paper, ...]:
+def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> tuple[BallotPaper, ...]:
     """What each member of a debate is asked: whom of the others it votes for."""
     papers = []
     for voter in aliases:
@@ -1903,11 +1903,13 @@ def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> tuple[Paper, ...]:
         candidates = json.dumps(others, ensure_ascii=False)
         values = {"question": agenda.question, "candidates": candidates}
         brief = fill_template(agenda.settings.vote_prompt, values)
-        papers.append(Paper(voter, brief, {alias: alias for alias in others}))
+        papers.append(BallotPaper(voter, brief, {alias: alias for alias in others}))
     return tuple(papers)
 
 
-def read_ranking(answer: str, paper: Paper, lenient: bool = False) -> Ballot | str:
+def read_ranking(
+    answer: str, paper: BallotPaper, lenient: bool = False
+) -> Ballot | str:
     """A reviewer's answer -> its ballot, or what is wrong with it.
 
     Leniently, whoever a ranking does not name shares the last place, and a chain of all
@@ -1942,7 +1944,7 @@ CHAIN_LINK = r"(?:[>=,;/→]|then\b|and\b|\n\s*(?:\d+[.)]|[-*]))"
 CHAIN = re.compile(rf"\b[A-H]\b(?:(?:\s*{CHAIN_LINK})+\s*\b[A-H]\b)*")
 
 
-def read_chain(text: str, paper: Paper) -> list[str]:
+def read_chain(text: str, paper: BallotPaper) -> list[str]:
     """`B > A = C` or a numbered list in any text -> its places, if it names all."""
     for chain in CHAIN.findall(text):
         if set(re.findall(r"\b[A-H]\b", chain)) >= paper.choices.keys():
@@ -1967,7 +1969,7 @@ def share_place(ranks: dict[str, float], aliases: Iterable[str]) -> None:
     ranks.update(dict.fromkeys(tied, rank))
 
 
-def read_remarks(verdict: Json, paper: Paper) -> dict[str, str]:
+def read_remarks(verdict: Json, paper: BallotPaper) -> dict[str, str]:
     """The sentences a reviewer wrote, by alias."""
     remarks = verdict.get("comments")
     if not isinstance(remarks, dict):
@@ -1978,7 +1980,7 @@ def read_remarks(verdict: Json, paper: Paper) -> dict[str, str]:
     return {paper.choices[each]: plain_line(text, 200) for each, text in known.items()}
 
 
-def read_vote(answer: str, paper: Paper, lenient: bool = False) -> Ballot | str:
+def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot | str:
     """A voter's answer -> its ballot, or what is wrong with it."""
     named = str(find_object(answer, "vote").get("vote") or "")
     found = find_names(named or (answer if lenient else ""), list(paper.choices))
@@ -2038,7 +2040,7 @@ def most_dissenting(
 
 def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
     """The table of a council's ranking, under a heading of ours."""
-    title = f"{RULE}### {OURS} Ranking\n\n"
+    title = f"{RULE}### {SYSTEM_MARK} Ranking\n\n"
     if not ballots:
         return f"{title}No valid ballots: the members stay in their order."
     lines = ["| Member | Mean rank | Ballots | First places |", "|---|---|---|---|"]
@@ -2053,7 +2055,7 @@ def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> 
 
 def render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
     """The table of a debate's votes, under a heading of ours."""
-    title = f"{RULE}### {OURS} Votes\n\n"
+    title = f"{RULE}### {SYSTEM_MARK} Votes\n\n"
     if not ballots:
         return f"{title}No valid votes: the members stay in their order."
     lines = ["| Member | Votes | From |", "|---|---|---|"]
@@ -2151,7 +2153,7 @@ def read_reply(messages: Sequence[Json]) -> Iterator[Turn]:
         if message.get("tool_calls"):
             add_tool_calls(sections[-1][2], message["tool_calls"])
     for colour, alias, own in sections:
-        if (own or alias) and colour != OURS:  # a silent one has a heading only
+        if (own or alias) and colour != SYSTEM_MARK:  # a silent one has a heading only
             said = (text_of(m["content"]) for m in own if m["role"] == "assistant")
             text = "\n\n".join(filter(None, said))
             concludes = alias.endswith(CONCLUSION)
@@ -2491,7 +2493,7 @@ def render_markdown(transcript: Transcript) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class Snapshot:
     """What the client has of a block: so many parts of this text, and these fields."""
 
     parts: list[str]
@@ -2499,13 +2501,13 @@ class Shown:
     fields: Json
 
 
-def show(block: Block) -> Shown:
+def take_snapshot(block: Block) -> Snapshot:
     """What the client has once everything of a block was sent."""
-    block.text.settle()
-    return Shown(block.text.parts, len(block.text.parts), dict(block.fields))
+    block.text.compact()
+    return Snapshot(block.text.parts, len(block.text.parts), dict(block.fields))
 
 
-def new_text(block: Block, shown: Shown) -> str | None:
+def new_text(block: Block, shown: Snapshot) -> str | None:
     """The text the client still lacks; None if its text is no longer a beginning."""
     if shown.parts is block.text.parts:
         return "".join(shown.parts[shown.count :])
@@ -2513,7 +2515,7 @@ def new_text(block: Block, shown: Shown) -> str | None:
     return now[len(before) :] if now.startswith(before) else None
 
 
-def plan_items(block: Block, shown: Shown | None) -> Json | None:
+def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
@@ -2537,7 +2539,7 @@ def plan_items(block: Block, shown: Shown | None) -> Json | None:
     return event
 
 
-def plan_chunk(block: Block, shown: Shown | None) -> Json | None:
+def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
     """The same for an API client, which can only append: a Chat-Completions delta.
 
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
@@ -2585,7 +2587,7 @@ INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running 
 
 
 @contextmanager
-def foreign_code(failure: type[Exception]) -> Iterator[None]:
+def foreign_errors(failure: type[Exception]) -> Iterator[None]:
     """Run somebody else's code, which may raise anything: it becomes a `failure`.
 
     The host's completion raises bare exceptions, and so do tools and other pipes; this
@@ -2781,7 +2783,7 @@ class Host:
         """
         from open_webui.utils.chat import generate_chat_completion
 
-        with foreign_code(ModelFailure):
+        with foreign_errors(ModelFailure):
             response = await generate_chat_completion(
                 self._inner_request(),
                 {**payload, "metadata": self._inner_metadata()},
@@ -2813,7 +2815,7 @@ class Host:
     async def emit(self, event: Json) -> None:
         """Send an event to the page, if there is one."""
         if self.emitter:
-            with suppress(HostFailure), foreign_code(HostFailure):
+            with suppress(HostFailure), foreign_errors(HostFailure):
                 await self.emitter(event)
 
     async def approve(self, call: ToolCall, arguments: Json) -> bool:
@@ -2828,7 +2830,7 @@ class Host:
         if not self.caller:
             return False
         answer: Any = None
-        with suppress(HostFailure, TimeoutError), foreign_code(HostFailure):
+        with suppress(HostFailure, TimeoutError), foreign_errors(HostFailure):
             async with asyncio.timeout(APPROVAL_TIMEOUT):
                 answer = await self.caller({"type": "confirmation", "data": question})
         return answer is True
@@ -2858,7 +2860,7 @@ class Host:
         messages = [{"role": "user", "content": question}]
         extra = {"__event_emitter__": self.emitter, "__chat_id__": None}
         body: Json = {"model": model_id, "messages": messages, "files": []}
-        with foreign_code(ModelFailure):
+        with foreign_errors(ModelFailure):
             body = await middleware.chat_web_search_handler(
                 request, body, extra, self.user
             )
@@ -2883,7 +2885,7 @@ class Host:
             spec = (tool.get("spec") or {}).get("parameters") or {}
             known = spec.get("properties") or {}
             arguments = {name: arguments[name] for name in arguments if name in known}
-        with foreign_code(ToolFailure):
+        with foreign_errors(ToolFailure):
             if tool.get("direct"):
                 return await self._run_in_page(tool, call, arguments)
             files = self.metadata.get("files") or []
@@ -2912,7 +2914,7 @@ class Host:
         from open_webui.utils import middleware
 
         kind, direct = tool.get("type", ""), bool(tool.get("direct"))
-        with foreign_code(ToolFailure):
+        with foreign_errors(ToolFailure):
             text, files, embeds = await middleware.process_tool_result(
                 self.request, call.name, value, kind, direct, self.metadata, self.user
             )
@@ -2959,7 +2961,7 @@ class Host:
             return
         tool_id = tool.get("tool_id", "")
         sources: list[Json] = []
-        with suppress(HostFailure), foreign_code(HostFailure):
+        with suppress(HostFailure), foreign_errors(HostFailure):
             sources = middleware.get_citation_source_from_tool_result(
                 call.name, arguments, text, tool_id
             )
@@ -2985,7 +2987,7 @@ class Host:
         }
         body = {"model": voice.model_id, "messages": messages, "metadata": {}}
         models = self.request.app.state.MODELS
-        with foreign_code(ModelFailure):
+        with foreign_errors(ModelFailure):
             _, flags = await middleware.chat_completion_tools_handler(
                 request, body, extra, self.user, models, voice.tools
             )
@@ -3135,7 +3137,7 @@ async def one_item(value: Any) -> AsyncGenerator[Any, None]:
 
 async def guarded(items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
     """The same items; what the foreign iterator raises becomes a `ModelFailure`."""
-    with foreign_code(ModelFailure):
+    with foreign_errors(ModelFailure):
         async for item in items:
             yield item
 
@@ -3143,7 +3145,7 @@ async def guarded(items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
 async def close_reply(response: Any, items: AsyncIterator[Any]) -> None:
     """Free the upstream connection, also of a reply that was not read to its end."""
     close = getattr(items, "aclose", None)
-    with suppress(HostFailure), foreign_code(HostFailure):
+    with suppress(HostFailure), foreign_errors(HostFailure):
         if close:
             await close()
         background = getattr(response, "background", None)
@@ -3174,7 +3176,7 @@ class Emitter:
 
     def __init__(
         self,
-        plan: Callable[[Block, Shown | None], Json | None],
+        plan: Callable[[Block, Snapshot | None], Json | None],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
         may_send: Callable[[Block], bool] | None = None,
@@ -3184,7 +3186,7 @@ class Emitter:
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
-        self._shown: dict[Block, Shown | None] = {}  # None: held back
+        self._shown: dict[Block, Snapshot | None] = {}  # None: held back
         self._noted: set[Block] = set()
         self._due = asyncio.Event()
         self._nearly_due = asyncio.Event()
@@ -3231,7 +3233,7 @@ class Emitter:
                 self._noted.add(block)
                 continue
             event = self._plan(block, shown)
-            self._shown[block] = show(block)
+            self._shown[block] = take_snapshot(block)
             if event is not None:
                 events.append(event)
         self._cost = self._cost_of(noted)
@@ -3656,7 +3658,7 @@ class Section:
         self.run.emitter.emit_replace(card, call.arguments)
 
 
-class Patience:
+class ReplyDeadline:
     """A deadline for a reply that moves when the model says something.
 
     `silence` is how long it has said nothing; `spoke` is set when it says something.
@@ -3707,7 +3709,7 @@ class Patience:
         self._deadline.reschedule(asyncio.get_running_loop().time())
 
 
-async def offer_to_skip(run: Run, alias: str, patience: Patience) -> None:
+async def offer_to_skip(run: Run, alias: str, patience: ReplyDeadline) -> None:
     """Ask the person at the page, whenever a model is silent for long, whether to skip.
 
     The dialog closes by itself when the model speaks. Who says no is asked again after
@@ -3730,7 +3732,7 @@ async def offer_to_skip(run: Run, alias: str, patience: Patience) -> None:
         wait = patience.silence + limit
 
 
-async def ask_to_skip(run: Run, alias: str, patience: Patience) -> bool:
+async def ask_to_skip(run: Run, alias: str, patience: ReplyDeadline) -> bool:
     """One dialog; False where the model spoke before there was an answer."""
     patience.spoke.clear()
     question = {
@@ -3783,8 +3785,8 @@ async def read_into(run: Run, section: Section, payload: Json) -> None:
     streams, settings = payload["stream"], run.settings
     first = settings.first_token_timeout if streams else settings.turn_timeout
     async with (
-        admitted(run, section),
-        limited(run, alias, first) as patience,
+        connection_slot(run, section),
+        reply_limits(run, alias, first) as patience,
         run.host.completion(payload) as items,
     ):
         await apply_items(section, decoder, items, patience)
@@ -3795,7 +3797,7 @@ async def apply_items(
     section: Section,
     decoder: ReplyDecoder,
     items: AsyncIterator[Any],
-    patience: Patience,
+    patience: ReplyDeadline,
 ) -> None:
     """Show the items of a reply as they come."""
     pace = Pace(section.run.emitter)
@@ -3809,7 +3811,7 @@ async def apply_items(
 
 
 @asynccontextmanager
-async def admitted(run: Run, section: Section) -> AsyncIterator[None]:
+async def connection_slot(run: Run, section: Section) -> AsyncIterator[None]:
     """A place among the calls to the model's connection; the turn's clock waits."""
     gate = run.gate(section.participant.voice.connection)
     loop, clock = asyncio.get_running_loop(), section.clock
@@ -3826,7 +3828,9 @@ async def admitted(run: Run, section: Section) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def limited(run: Run, alias: str, first: float) -> AsyncIterator[Patience]:
+async def reply_limits(
+    run: Run, alias: str, first: float
+) -> AsyncIterator[ReplyDeadline]:
     """The limits of one model call: its deadlines, the offer to skip it, its figures.
 
     `first` is how long it may take until it says something, in s.
@@ -3835,7 +3839,7 @@ async def limited(run: Run, alias: str, first: float) -> AsyncIterator[Patience]
         ModelSilent: the model was silent for too long, or skipped.
     """
     settings = run.settings
-    patience = Patience(first, settings.silence_timeout)
+    patience = ReplyDeadline(first, settings.silence_timeout)
     asks = settings.skip_after > 0 and run.host.caller and run.host.in_chat
     watch = [asyncio.create_task(offer_to_skip(run, alias, patience))] if asks else []
     try:
@@ -3847,7 +3851,7 @@ async def limited(run: Run, alias: str, first: float) -> AsyncIterator[Patience]
         run.figures_of(alias).count(patience.begun, patience.first_at, now)
 
 
-async def when_not_busy(
+async def retry_while_busy(
     settings: Settings, call: Callable[[], Awaitable[Result]]
 ) -> Result:
     """Make a model call, again after a pause where the provider is overloaded.
@@ -3885,7 +3889,7 @@ async def ask(
     for attempt in (1, 2):
         read = partial(read_into, run, section, payload)
         try:
-            await when_not_busy(run.settings, read)
+            await retry_while_busy(run.settings, read)
         except ModelFailure as failure:
             final = isinstance(failure, ModelSilent) or failure.is_busy
             if final or section.spoke or attempt == 2:
@@ -4077,7 +4081,7 @@ def describe_progress(
 
 
 async def collect_ballots(
-    run: Run, papers: Sequence[Paper], read: Callable[..., Ballot | str]
+    run: Run, papers: Sequence[BallotPaper], read: Callable[..., Ballot | str]
 ) -> list[Ballot]:
     """The valid ballots of all voters, asked at the same time.
 
@@ -4097,7 +4101,7 @@ async def collect_ballots(
 
 
 async def cast_ballot(
-    run: Run, paper: Paper, read: Callable[..., Ballot | str]
+    run: Run, paper: BallotPaper, read: Callable[..., Ballot | str]
 ) -> Ballot | None:
     """One voter's ballot: asked, asked again with what was wrong, read leniently."""
     voter = run.cast.participant(paper.voter)
@@ -4107,7 +4111,7 @@ async def cast_ballot(
         payload = build_payload(run.settings, voter.voice, messages, stream=False)
         call = partial(complete_text, run, voter.alias, voter.voice, payload)
         try:
-            text = await when_not_busy(run.settings, call)
+            text = await retry_while_busy(run.settings, call)
         except ModelFailure as failure:
             log.debug("no ballot: %s", failure)
             return None
@@ -4130,7 +4134,7 @@ async def complete_text(run: Run, speaker: str, voice: Voice, payload: Json) -> 
         ModelFailure: it failed, or took too long.
     """
     first = run.settings.first_token_timeout
-    async with run.gate(voice.connection), limited(run, speaker, first):
+    async with run.gate(voice.connection), reply_limits(run, speaker, first):
         text, usages = await read_completion(run.host, voice, payload)
     for usage in usages:
         run.count_usage(speaker, usage)
@@ -4190,7 +4194,7 @@ async def run_mode(run: Run, mode: Mode) -> str:
                 result = await collect_ballots(run, papers, read_ranking)
             case Vote(papers):
                 result = await collect_ballots(run, papers, read_vote)
-            case Show(key, text):
+            case Publish(key, text):
                 run.show(key, text)
                 result = None
 
@@ -4513,7 +4517,7 @@ async def answer_task(host: Host, settings: Settings, body: Json) -> str:
     model_id = seats[0].model_id
     payload = {**body, "model": model_id, "stream": False}
     payload.pop("stream_options", None)
-    patience = Patience(settings.first_token_timeout, settings.silence_timeout)
+    patience = ReplyDeadline(settings.first_token_timeout, settings.silence_timeout)
     try:
         async with patience.waiting():
             text, _ = await read_completion(host, Voice(model_id), payload)

@@ -55,7 +55,7 @@ class ScriptedHost(mmc.Host):
     async def run_tool(
         self, tool: Json, call: mmc.ToolCall, arguments: Json, messages: list[Json]
     ) -> Any:
-        with mmc.foreign_code(mmc.ToolFailure):
+        with mmc.foreign_errors(mmc.ToolFailure):
             return await tool["callable"](**arguments)
 
     async def read_tool_result(

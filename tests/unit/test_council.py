@@ -81,7 +81,7 @@ class Room:
     @property
     def outcomes(self) -> list[str]:
         """The outcome lines, in order."""
-        return [show.text for show in self.of(mmc.Show) if show.key == "outcome"]
+        return [show.text for show in self.of(mmc.Publish) if show.key == "outcome"]
 
     @property
     def chairs(self) -> list[str]:
@@ -114,8 +114,8 @@ def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     assert answers == mmc.Speak(ALL, "answering", joins=False)
     assert isinstance(rank, mmc.Rank)
     assert [paper.voter for paper in rank.papers] == list(ALL)
-    assert isinstance(ranking, mmc.Show) and ranking.key == "ranking"
-    assert outcome == mmc.Show("outcome", "> 🏁 4 of 4 answered · chaired by Cat")
+    assert isinstance(ranking, mmc.Publish) and ranking.key == "ranking"
+    assert outcome == mmc.Publish("outcome", "> 🏁 4 of 4 answered · chaired by Cat")
     assert isinstance(conclusion, mmc.Speak)
     assert conclusion.aliases == ("Cat",)
     assert conclusion.concludes and not conclusion.joins
@@ -216,7 +216,7 @@ def test_with_no_answer_every_reason_is_listed() -> None:
 def test_with_no_ballot_the_first_seat_concludes() -> None:
     room = Room()
     assert room.play(mmc.council(agenda())) == "Chaired by Ann"
-    ranking = room.of(mmc.Show)[0]
+    ranking = room.of(mmc.Publish)[0]
     assert ranking.text == (
         "\n---\n\n### 🏆 Ranking\n\nNo valid ballots: the members stay in their order."
     )
@@ -353,7 +353,7 @@ def test_a_debate_has_rounds_a_vote_and_the_winners_conclusion() -> None:
     assert all(step.joins and step.brief == mmc.DEBATE_PROMPT for step in spoken)
     assert room.chairs == ["Cat"]
     assert room.outcomes == ["> 🏁 3 of 3 answered · chaired by Cat"]
-    assert room.of(mmc.Show)[0].text == (
+    assert room.of(mmc.Publish)[0].text == (
         "\n---\n\n### 🏆 Votes\n\n"
         "| Member | Votes | From |\n|---|---|---|\n"
         "| Cat | 2 | Ann, Bob |\n| Ann | 1 | Cat |\n| Bob | 0 | – |"
@@ -393,7 +393,7 @@ def test_the_chair_of_the_valves_concludes_a_debate() -> None:
 def test_with_no_valid_vote_the_members_stay_in_their_order() -> None:
     room = Room()
     room.play(mmc.debate(agenda(ALL[:2], rounds=1)))
-    assert room.of(mmc.Show)[0].text == (
+    assert room.of(mmc.Publish)[0].text == (
         "\n---\n\n### 🏆 Votes\n\nNo valid votes: the members stay in their order."
     )
     assert room.chairs == ["Ann"]
@@ -496,7 +496,7 @@ def test_the_templates_of_review_and_vote_are_the_users() -> None:
 
 # -- reading ballots -------------------------------------------------------------------
 
-PAPER = mmc.Paper("Zoe", "", {"A": "Ann", "B": "Bob", "C": "Cat"})
+PAPER = mmc.BallotPaper("Zoe", "", {"A": "Ann", "B": "Bob", "C": "Cat"})
 WRONG = "Your ranking must name each of A, B, C once, as a JSON object."
 
 
@@ -642,7 +642,7 @@ def test_a_ballot_has_everybody_once_or_is_none(answer: str, lenient: bool) -> N
         assert found == WRONG
 
 
-VOTERS = mmc.Paper("Zoe", "", {name: name for name in ("Ann", "Ann Lee", "Bob")})
+VOTERS = mmc.BallotPaper("Zoe", "", {name: name for name in ("Ann", "Ann Lee", "Bob")})
 
 
 def vote(answer: str, lenient: bool = False) -> Any:

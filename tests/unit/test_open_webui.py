@@ -193,7 +193,7 @@ def test_a_body_nested_without_end_is_only_a_text() -> None:
 def test_whatever_foreign_code_raises_is_a_failure_that_says_why(
     raised: Exception, reason: str
 ) -> None:
-    with pytest.raises(mmc.ToolFailure) as failure, mmc.foreign_code(mmc.ToolFailure):
+    with pytest.raises(mmc.ToolFailure) as failure, mmc.foreign_errors(mmc.ToolFailure):
         raise raised
     assert str(failure.value) == reason
     assert failure.value.__cause__ is raised
@@ -203,7 +203,7 @@ def test_whatever_foreign_code_raises_is_a_failure_that_says_why(
     "raised", [asyncio.CancelledError(), TimeoutError(), mmc.ModelFailure("known")]
 )
 def test_what_is_no_failure_of_foreign_code_passes(raised: BaseException) -> None:
-    with pytest.raises(type(raised)) as passed, mmc.foreign_code(mmc.ToolFailure):
+    with pytest.raises(type(raised)) as passed, mmc.foreign_errors(mmc.ToolFailure):
         raise raised
     assert passed.value is raised
 
