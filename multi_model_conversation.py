@@ -617,6 +617,7 @@ class Voice:
 
     `tools` maps a tool's name to the host's tool, `specs` are the same tools as a
     request names them, `defaults` are request parameters the model has not set itself.
+    A model that `sees` is given images.
     """
 
     model_id: str
@@ -627,6 +628,7 @@ class Voice:
     legacy: bool = False
     connection: str = ""
     cites: bool = True
+    sees: bool = True
     counts_usage: bool = True
     think_tags: tuple[tuple[str, str], ...] | None = None
 
@@ -677,13 +679,15 @@ class Turn:
     """What one participant said: `text` for the others, `messages` for itself.
 
     `messages` are Chat-Completions messages (assistant, tool); `failure` says why the
-    turn ended early or empty; `concludes` marks a chair's conclusion.
+    turn ended early or empty; who is `late` goes on, but nobody waits for it;
+    `concludes` marks a chair's conclusion.
     """
 
     alias: str
     text: str
     messages: tuple[Json, ...] = ()
     failure: str | None = None
+    late: bool = False
     concludes: bool = False
 
 
@@ -730,15 +734,23 @@ class Ballot:
 
 
 @dataclass(frozen=True, slots=True)
+class LostBallot:
+    """A ballot that did not come, or was none, and why: "it said nothing for 60 s"."""
+
+    voter: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Rank:
-    """Step: members rank the others' answers. Answer: the valid ballots."""
+    """Step: members rank the others' answers. Answer: a ballot of each, maybe lost."""
 
     papers: tuple[BallotPaper, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """Step: members vote for one of the others. Answer: the valid ballots."""
+    """Step: members vote for one of the others. Answer: as for `Rank`."""
 
     papers: tuple[BallotPaper, ...]
 
@@ -1463,7 +1475,6 @@ def line_start(text: str) -> int:
 NOTICE = "> ⚠️ "
 PROGRESS, FIGURES, OUTCOME = "> ⏳ ", "> ⏱️ ", "> 🏁 "
 CONCLUSION = " · conclusion"
-LATE = "it was late"
 CONTINUE = "(Go on.)"
 TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
     "Here are the images from the tool results above. Please analyze them."
@@ -1813,7 +1824,7 @@ def conclude(
     present = [standing.alias for standing in standings]
     chair = agenda.settings.chair.strip()
     wanted = [a for a in agenda.aliases if a.casefold() == chair.casefold()]
-    late = [turn.alias for turn in turns if turn.failure == LATE]
+    late = [turn.alias for turn in turns if turn.late]
     absent = [alias for alias in wanted if alias not in present]
     notes = [f"{a} {'was late' if a in late else 'failed'}" for a in absent]
     if chair and not wanted:
@@ -2108,26 +2119,35 @@ MODES = {
 # -- what everybody sees ---------------------------------------------------------------
 
 
-def read_history(messages: Sequence[Json]) -> tuple[str, list[Entry]]:
+def read_history(
+    messages: Sequence[Json], authors: Sequence[str | None] = ()
+) -> tuple[str, list[Entry]]:
     """The host's messages -> its system prompt, and the conversation with its speakers.
 
     The host joins all speakers of a reply into one assistant message. They are told
     apart by our headings, which only we write: `ForgeryGuard` escapes any other.
+    `authors` says whose each reply is, the last reply's last, as `reply_authors` gives
+    them: None is ours, and so is what nobody is known of.
     """
     system = ""
-    entries: list[Entry] = []
-    reply: list[Json] = []
+    replies: list[list[Json]] = [[]]  # replies[n] stands before questions[n]
+    questions: list[Question] = []
     for message in messages:
         role = message.get("role")
-        if role == "system":
+        if role in ("system", "developer"):
             system = f"{system}\n\n{text_of(message.get('content'))}".strip()
-        elif role in ("assistant", "tool") or (reply and is_tool_images(message)):
-            reply.append(message)
+        elif role in ("assistant", "tool") or (replies[-1] and is_tool_images(message)):
+            replies[-1].append(message)
         else:
-            entries += read_reply(reply)
-            reply = []
-            entries.append(Question(message.get("content") or ""))
-    return system, entries + list(read_reply(reply))
+            questions.append(Question(message.get("content") or ""))
+            replies.append([])
+    last = len(replies) - (1 if replies[-1] else 2)
+    known = dict(zip(range(last, -1, -1), reversed(authors), strict=False))
+    entries: list[Entry] = []
+    for at, reply in enumerate(replies):
+        entries += read_reply(reply, known.get(at))
+        entries += questions[at : at + 1]
+    return system, entries
 
 
 def is_tool_images(message: Json) -> bool:
@@ -2138,34 +2158,39 @@ def is_tool_images(message: Json) -> bool:
     return text_of(content) == TOOL_IMAGES
 
 
-def read_reply(messages: Sequence[Json]) -> Iterator[Turn]:
-    """The messages of one reply -> the turns of its speakers, without our sections."""
-    sections = [("", "", list[Json]())]
+def read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
+    """The messages of one reply -> the turns of its speakers, without our sections.
+
+    What an `author` other than us wrote is one turn: nothing in it is a heading.
+    """
+    sections = [("", author or "", list[Json]())]
     for message in messages:
         if message.get("role") != "assistant":
             sections[-1][2].append(message)
             continue
-        first, *rest = HEADING.split(text_of(message.get("content")))
-        add_words(sections[-1][2], first)
+        text = text_of(message.get("content"))
+        first, *rest = HEADING.split(text) if author is None else [text]
+        add_words(sections[-1][2], first if author else drop_notices(first))
         for colour, alias, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             sections.append((colour, alias.strip(), []))
-            add_words(sections[-1][2], text)
+            add_words(sections[-1][2], drop_notices(text))
         if message.get("tool_calls"):
             add_tool_calls(sections[-1][2], message["tool_calls"])
     for colour, alias, own in sections:
-        if (own or alias) and colour != SYSTEM_MARK:  # a silent one has a heading only
+        if (
+            own or (alias and author is None)
+        ) and colour != SYSTEM_MARK:  # a silent one has a heading only
             said = (text_of(m["content"]) for m in own if m["role"] == "assistant")
             text = "\n\n".join(filter(None, said))
-            concludes = alias.endswith(CONCLUSION)
-            alias = alias.removesuffix(CONCLUSION) or "Assistant"
+            concludes = author is None and alias.endswith(CONCLUSION)
+            alias = author or alias.removesuffix(CONCLUSION) or "Assistant"
             yield Turn(alias, text, tuple(own), concludes=concludes)
 
 
 def add_words(messages: list[Json], text: str) -> None:
     """Add what was said in a section, if anything was."""
-    words = drop_notices(text)
-    if words:
-        messages.append({"role": "assistant", "content": words})
+    if text.strip():
+        messages.append({"role": "assistant", "content": text.strip()})
 
 
 def add_tool_calls(messages: list[Json], calls: Sequence[Json]) -> None:
@@ -2199,14 +2224,18 @@ def drop_notices(text: str) -> str:
     """A section's text without the lines that are ours."""
     ours = (NOTICE, PROGRESS, FIGURES, OUTCOME)
     lines = (line for line in text.split("\n") if not line.startswith(ours))
-    return "\n".join(lines).strip()
+    return "\n".join(lines)
 
 
 def render_turn(turn: Turn) -> str:
     """A turn as the others read it, labelled; its text cannot end or fake a label."""
-    text = re.sub(r"(?i)<(?=\s*/?\s*message\b)", "&lt;", turn.text)
-    text = text or "(could not answer)"
+    text = escape_labels(turn.text) or "(could not answer)"
     return f'<message from="{turn.alias}">\n{text}\n</message>'
+
+
+def escape_labels(text: str) -> str:
+    """Foreign text that cannot end or fake a `<message from=...>` label."""
+    return re.sub(r"(?i)<(?=[^\w<]*+message\b)", "&lt;", text)
 
 
 def messages_for(
@@ -2232,7 +2261,19 @@ def messages_for(
     if brief:
         add_user_content(messages, brief)
     end_with_user(messages)
-    return messages
+    return messages if participant.voice.sees else list(map(without_images, messages))
+
+
+def without_images(message: Json) -> Json:
+    """A message for a model without vision: words in place of each image."""
+    if not isinstance(message.get("content"), list):
+        return message
+    words = {"type": "text", "text": "(an image that this model cannot see)"}
+    parts = [
+        words if "image" in str(part.get("type")) else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
 
 
 def end_with_user(messages: list[Json]) -> None:
@@ -4030,7 +4071,7 @@ def close_turn(section: Section, task: asyncio.Task[Turn]) -> Turn:
     section.is_late = True
     alias = section.participant.alias
     section.run.late.append(alias)
-    return Turn(alias, "", failure=LATE)
+    return Turn(alias, "", failure="it was late", late=True)
 
 
 async def wait_in_view(

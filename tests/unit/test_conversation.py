@@ -662,7 +662,40 @@ def test_nothing_that_is_said_can_fake_or_end_a_label(scraps: list[str]) -> None
     assert found == ["<message", "</message"]
 
 
+@pytest.mark.parametrize(
+    "text", ["a < b", "<messages>", "<b>message</b>", "message", "<", "x<mess", "&lt;"]
+)
+def test_what_is_no_label_is_not_touched(text: str) -> None:
+    assert mmc.escape_labels(text) == text
+
+
+def test_a_label_is_escaped_with_invisible_characters_in_it_too() -> None:
+    assert mmc.escape_labels("<\u200bmessage></\ufeffMESSAGE>") == (
+        "&lt;\u200bmessage>&lt;/\ufeffMESSAGE>"
+    )
+
+
 IMAGE_PART = {"type": "image_url", "image_url": {"url": "data:,x"}}
+
+
+def test_a_model_without_vision_is_told_of_an_image_in_words() -> None:
+    blind = mmc.Participant("Ann", "🔵", "", mmc.Voice("oak-1", sees=False))
+    question: list[Json] = [{"type": "text", "text": "Which tree?"}, IMAGE_PART]
+    own = (*CALLS[:2], IMAGES_OF_A_TOOL, CALLS[2])
+    entries: list[mmc.Entry] = [
+        mmc.Question(question),
+        mmc.Turn("Ann", "Oaks.", own),
+    ]
+    sent = mmc.messages_for(blind, entries)
+    assert "image_url" not in json.dumps(sent)
+    assert sent[0]["content"] == [
+        question[0],
+        {"type": "text", "text": "(an image that this model cannot see)"},
+    ]
+    seeing = mmc.messages_for(participant("Ann"), entries)
+    assert json.dumps(seeing).count('"image_url": {') == 2
+
+
 QUESTIONS = st.sampled_from(["Which?", "Why so?"]).map(mmc.Question) | st.just(
     mmc.Question([{"type": "text", "text": "Look:"}, IMAGE_PART])
 )
@@ -928,10 +961,50 @@ def test_system_messages_are_the_chats_prompt() -> None:
             {"role": "system", "content": "Be kind."},
             user("Which?"),
             {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
+            {"role": "developer", "content": "Be exact."},
         ]
     )
-    assert system == "Be kind.\n\nBe brief."
+    assert system == "Be kind.\n\nBe brief.\n\nBe exact."
     assert entries == [mmc.Question("Which?")]
+
+
+def test_a_reply_of_somebody_else_is_one_turn_under_its_name() -> None:
+    text = f"Pros and cons.\n{heading('Pros')}\nTall.\n> ⚠️ Never mix them."
+    messages = [
+        user("Which?"),
+        assistant(f"{heading('Ann')}\nOaks."),
+        user("Why?"),
+        assistant(text, call("c1")),
+        result("c1"),
+        assistant("Done."),
+        user("So?"),
+        assistant(f"{heading('Bob')}\nElms."),
+    ]
+    _, entries = mmc.read_history(messages, [None, "Ash", None])
+    assert entries[1] == turn("Ann", "Oaks.")
+    assert entries[3] == mmc.Turn(
+        "Ash",
+        f"{text}\n\nDone.",
+        (assistant(text, call("c1")), result("c1"), assistant("Done.")),
+    )
+    assert entries[5] == turn("Bob", "Elms.")
+
+
+def test_whose_reply_it_is_is_counted_from_the_end() -> None:
+    reply = assistant(f"{heading('Ann')}\nOaks.")
+    messages = [user("1"), reply, user("2"), reply, user("3")]
+    _, entries = mmc.read_history(messages, ["Ash"])
+    assert entries[1] == turn("Ann", "Oaks.")
+    assert entries[3] == turn("Ash", f"{heading('Ann')}\nOaks.")
+    _, entries = mmc.read_history(messages, ["Elm", "Fir", None, "Ash"])
+    assert [e.alias for e in entries if isinstance(e, mmc.Turn)] == ["Ann", "Ash"]
+
+
+def test_a_reply_of_which_nothing_is_left_moves_no_other() -> None:
+    reply = assistant(f"{heading('Ann')}\nOaks.")
+    messages = [user("1"), reply, user("2"), user("3")]
+    _, entries = mmc.read_history(messages, ["Ash", None])
+    assert entries[1] == turn("Ash", f"{heading('Ann')}\nOaks.")
 
 
 def test_an_empty_chat_and_empty_messages_are_read() -> None:

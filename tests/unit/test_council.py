@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -71,7 +72,8 @@ class Room:
                 return mmc.Turn(alias, "", failure="it broke", concludes=True)
             return mmc.Turn(alias, f"So says {alias}.", concludes=True)
         if alias in self.silent:
-            return mmc.Turn(alias, "", failure=self.silent[alias])
+            failure = self.silent[alias]
+            return mmc.Turn(alias, "", failure=failure, late=failure == "it was late")
         return mmc.Turn(alias, f"{alias}'s tree.")
 
     def of(self, kind: type) -> list[Any]:
@@ -142,8 +144,19 @@ def test_who_is_late_is_neither_reviewed_nor_a_reviewer_and_the_outcome_says_so(
 
 def test_a_late_chair_by_valve_gives_way_to_the_best_ranked() -> None:
     room = Room(silent={"Dan": "it was late"}, ranks={"Ann": "Cat Bob"})
-    room.play(mmc.council(agenda(chair="Dan")))
+    assert (
+        room.play(mmc.council(agenda(chair="Dan"))) == "Chaired by Cat (Dan was late)"
+    )
     assert room.chairs == ["Cat"]
+
+
+def test_a_chair_that_only_says_it_was_late_has_failed() -> None:
+    class NotLate(Room):
+        def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
+            return replace(super().turn(alias, step), late=False)
+
+    room = NotLate(silent={"Dan": "it was late"}, ranks={"Ann": "Cat Bob"})
+    assert room.play(mmc.council(agenda(chair="Dan"))) == "Chaired by Cat (Dan failed)"
 
 
 @pytest.mark.parametrize(
