@@ -797,16 +797,6 @@ def plain_line(text: object, limit: int = 300) -> str:
 # ==== 3 Decoding
 # ======================================================================================
 
-THINK_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<reason>", "</reason>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<thought>", "</thought>"),
-    ("<Thought>", "</Thought>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("◁think▷", "◁/think▷"),
-)  # Open WebUI's DEFAULT_REASONING_TAGS
 TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
 SSE_FIELDS = (":", "event:", "id:", "retry:")
 
@@ -910,7 +900,7 @@ class ThinkSplitter:
     Holds back only what could still become a tag.
     """
 
-    def __init__(self, tags: Sequence[tuple[str, str]] = THINK_TAGS) -> None:
+    def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
         self._tags = tuple(tags)
         self._first = "".join({start[0] for start, _ in self._tags})
         self._start = self._start_pattern()
@@ -1064,9 +1054,9 @@ class ReplyDecoder:
     skipped with a debug line.
     """
 
-    def __init__(self, think_tags: Sequence[tuple[str, str]] | None = None) -> None:
+    def __init__(self, think_tags: Sequence[tuple[str, str]] = ()) -> None:
         self._sse = SSEDecoder()
-        self._think = ThinkSplitter(THINK_TAGS if think_tags is None else think_tags)
+        self._think = ThinkSplitter(think_tags)
         self._has_text = False
         self._has_deltas = False
         self._has_calls = False
@@ -1120,7 +1110,9 @@ class ReplyDecoder:
             yield from self._think.feed(text)
 
     def _read_chunk(self, chunk: Json) -> Iterator[ReplyEvent]:
-        yield from read_chunk_usage(chunk)
+        names = ("prompt_eval_count", "eval_count")  # Ollama counts beside the message
+        counts = {name: chunk.get(name) for name in names}
+        yield from _read_usage(chunk.get("usage"), chunk.get("timings"), counts)
         if chunk.get("error"):
             yield StreamError(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
@@ -1185,8 +1177,7 @@ class ReplyDecoder:
                     yield from read_annotation(annotation)
 
     def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
-        if response.get("usage"):
-            yield from read_usage(response["usage"])
+        yield from _read_usage(response.get("usage"))
         if not self._has_text:
             for item in response.get("output") or ():
                 if item.get("type") == "message":
@@ -1249,91 +1240,32 @@ def read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
         yield SourceFound({"source": source, "document": [title], "metadata": metadata})
 
 
-USAGE_NAMES = {
-    "input_tokens": ("input_tokens", "prompt_tokens", "prompt_eval_count", "prompt_n"),
-    "output_tokens": (
-        "output_tokens",
-        "completion_tokens",
-        "eval_count",
-        "predicted_n",
-    ),
-}
-
-
-def read_chunk_usage(chunk: Json) -> Iterator[ReplyEvent]:
-    """The usage of a chunk, wherever its provider puts it."""
-    usage = {**(chunk.get("usage") or {}), **(chunk.get("timings") or {})}
-    if chunk.get("eval_count") is not None:  # Ollama counts beside the message
-        usage = chunk
+def _read_usage(*reports: Any) -> Iterator[ReplyEvent]:
+    """What of these reports of one call can be counted, as one report."""
+    usage: Json = {}
+    for report in reports:
+        usage |= _counts_of(report)
     if usage:
-        yield from read_usage(usage)
+        yield UsageReport(usage)
 
 
-def read_usage(usage: Json) -> Iterator[ReplyEvent]:
-    """Usage of any provider -> canonical counts, with its details and costs."""
+def _counts_of(report: Any) -> Json:
+    """The numbers of a usage report under the provider's names, those of its details
+    in dicts; what is no count is left out."""
     counts: Json = {}
-    for ours, names in USAGE_NAMES.items():
-        found = next((usage[name] for name in names if usage.get(name) is not None), 0)
-        counts[ours] = int(found)
-    counts["total_tokens"] = int(usage.get("total_tokens") or sum(counts.values()))
-    for name, value in usage.items():
-        if name.endswith("_details") or name == "cost" or name.endswith("_cost"):
+    for name, value in report.items() if isinstance(report, dict) else ():
+        if isinstance(value, dict):
+            value = _counts_of(value)
+        if (isinstance(value, dict) and value) or is_number(value):
             counts[name] = value
-    yield UsageReport(counts)
-
-
-def add_usage(total: Mapping[str, Any], more: Mapping[str, Any]) -> Json:
-    """The sum of two usages: every number added, in details too."""
-    result: Json = dict(total)
-    for name, value in more.items():
-        before = result.get(name)
-        if isinstance(value, dict) and isinstance(before, (dict, type(None))):
-            result[name] = add_usage(before or {}, value)
-        elif is_number(value) and (before is None or is_number(before)):
-            result[name] = (before or 0) + value
-    return result
+    return counts
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that can be added up."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-class GrowingText:
-    """A text that grows by pieces: `append` is O(1), `str()` joins.
-
-    `compact` makes one piece of those that came since it was last called; what was
-    compacted before stays as it is.
-    """
-
-    __slots__ = ("_compacted", "length", "parts")
-
-    def __init__(self, text: str = "") -> None:
-        self.parts = [text] if text else []
-        self.length = len(text)
-        self._compacted = 0
-
-    def append(self, piece: str) -> None:
-        """Add a piece at the end."""
-        self.parts.append(piece)
-        self.length += len(piece)
-
-    def replace(self, text: str) -> None:
-        """Read `text` from now on; a text that only grew stays a growth."""
-        now = str(self)
-        if text.startswith(now):
-            self.append(text[len(now) :])
-        else:
-            self.parts, self.length, self._compacted = [text], len(text), 0
-
-    def compact(self) -> None:
-        """Join the pieces that came lately: thousands of them cost memory."""
-        if len(self.parts) - self._compacted > 1:
-            self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
-        self._compacted = len(self.parts)
-
-    def __str__(self) -> str:
-        return "".join(self.parts)
+    """Whether a value is a number that can be added up: no bool, no NaN, no infinity,
+    and nothing so large that a float could not count on."""
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return whole and abs(value) < 1e15
 
 
 @dataclass(slots=True, eq=False)
@@ -1342,7 +1274,7 @@ class OpenCall:
 
     id: str
     name: str = ""
-    arguments: GrowingText = field(default_factory=GrowingText)
+    arguments: list[str] = field(default_factory=list)
 
 
 class ToolCallAccumulator:
@@ -1379,7 +1311,7 @@ class ToolCallAccumulator:
         There is more than one text where a provider wrote several JSON objects in one
         call: each of them is a call of its own.
         """
-        return [(call, split_objects(str(call.arguments))) for call in self._order]
+        return [(call, split_objects("".join(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
         if delta.id and (delta.index, delta.id) in self._known:
@@ -2439,6 +2371,43 @@ DELTA_TYPES: dict[BlockKind, str] = {
 }
 
 
+class GrowingText:
+    """A text that grows by pieces: `append` is O(1), `str()` joins.
+
+    `compact` makes one piece of those that came since it was last called; what was
+    compacted before stays as it is.
+    """
+
+    __slots__ = ("_compacted", "length", "parts")
+
+    def __init__(self, text: str = "") -> None:
+        self.parts = [text] if text else []
+        self.length = len(text)
+        self._compacted = 0
+
+    def append(self, piece: str) -> None:
+        """Add a piece at the end."""
+        self.parts.append(piece)
+        self.length += len(piece)
+
+    def replace(self, text: str) -> None:
+        """Read `text` from now on; a text that only grew stays a growth."""
+        now = str(self)
+        if text.startswith(now):
+            self.append(text[len(now) :])
+        else:
+            self.parts, self.length, self._compacted = [text], len(text), 0
+
+    def compact(self) -> None:
+        """Join the pieces that came lately: thousands of them cost memory."""
+        if len(self.parts) - self._compacted > 1:
+            self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
+        self._compacted = len(self.parts)
+
+    def __str__(self) -> str:
+        return "".join(self.parts)
+
+
 @dataclass(slots=True, eq=False)
 class Block:
     """One visible part of the message: a heading or text, reasoning, a call, a result.
@@ -3198,6 +3167,53 @@ async def close_reply(response: Any, items: AsyncIterator[Any]) -> None:
 # ==== 7 Running
 # ======================================================================================
 
+DEFAULT_THINK_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reason>", "</reason>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<thought>", "</thought>"),
+    ("<Thought>", "</Thought>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("◁think▷", "◁/think▷"),
+)  # Open WebUI's DEFAULT_REASONING_TAGS
+
+
+def normal_usage(usage: Json) -> Json:
+    """Usage of any provider -> canonical counts, with its details and costs."""
+    counts: Json = {}
+    for ours, names in USAGE_NAMES.items():
+        found = (usage[name] for name in names if is_number(usage.get(name)))
+        counts[ours] = int(next(found, 0))
+    counts["total_tokens"] = int(usage.get("total_tokens") or sum(counts.values()))
+    for name, value in usage.items():
+        if name.endswith("_details") or name == "cost" or name.endswith("_cost"):
+            counts[name] = value
+    return counts
+
+
+def add_usage(total: Mapping[str, Any], more: Mapping[str, Any]) -> Json:
+    """The sum of two usages: every number added, in details too."""
+    result: Json = dict(total)
+    for name, value in more.items():
+        before = result.get(name)
+        if isinstance(value, dict) and isinstance(before, (dict, type(None))):
+            result[name] = add_usage(before or {}, value)
+        elif is_number(value) and (before is None or is_number(before)):
+            result[name] = (before or 0) + value
+    return result
+
+
+USAGE_NAMES = {
+    "input_tokens": ("input_tokens", "prompt_tokens", "prompt_eval_count", "prompt_n"),
+    "output_tokens": (
+        "output_tokens",
+        "completion_tokens",
+        "eval_count",
+        "predicted_n",
+    ),
+}
+
 
 MOST_INTERVALS = 5.0  # how much longer than the interval a costly update may wait
 
@@ -3531,7 +3547,8 @@ class Section:
                 self.spoke = True
                 self._leave_text()
                 self._add_call_piece(event)
-            case UsageReport(usage):
+            case UsageReport(reported):
+                usage = normal_usage(reported)
                 alias = self.participant.alias
                 self.run.count_usage(alias, usage)
                 self.run.figures_of(alias).tokens += usage["output_tokens"]
@@ -3822,7 +3839,8 @@ async def read_into(run: Run, section: Section, payload: Json) -> None:
     """
     section.begin_reply()
     alias, voice = section.participant.alias, section.participant.voice
-    decoder = ReplyDecoder(voice.think_tags)
+    tags = DEFAULT_THINK_TAGS if voice.think_tags is None else voice.think_tags
+    decoder = ReplyDecoder(tags)
     streams, settings = payload["stream"], run.settings
     first = settings.first_token_timeout if streams else settings.turn_timeout
     async with (
@@ -4190,7 +4208,8 @@ async def read_completion(
     Raises:
         ModelFailure: it failed.
     """
-    decoder = ReplyDecoder(voice.think_tags)
+    tags = DEFAULT_THINK_TAGS if voice.think_tags is None else voice.think_tags
+    decoder = ReplyDecoder(tags)
     texts: list[str] = []
     usages: list[Json] = []
     async with host.completion(payload) as items:
@@ -4200,7 +4219,7 @@ async def read_completion(
             case TextDelta(text):
                 texts.append(text)
             case UsageReport(usage):
-                usages.append(usage)
+                usages.append(normal_usage(usage))
             case StreamError(reason):
                 raise ModelFailure(reason)
     return "".join(texts), usages

@@ -82,7 +82,7 @@ def test_a_models_own_think_tags_are_taken_where_they_make_sense(
 ) -> None:
     found = mmc.read_think_tags(tags)
     assert found == expected
-    mmc.ReplyDecoder(found)
+    mmc.ReplyDecoder(found or ())
 
 
 # -- what a participant gets -----------------------------------------------------------

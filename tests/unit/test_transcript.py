@@ -268,3 +268,15 @@ def test_markdown_is_the_headings_and_texts_with_blank_lines_between() -> None:
 def test_the_ids_of_blocks_begin_with_the_runs_own_prefix() -> None:
     ids = {mmc.Transcript(prefix).add("message", "").id for prefix in "abc"}
     assert ids == {"a_0", "b_0", "c_0"}
+
+
+@given(st.lists(st.text("ab", max_size=3)), st.text("ab", max_size=6))
+def test_a_text_that_grows_reads_as_what_was_last_said(
+    pieces: list[str], replaced: str
+) -> None:
+    text = mmc.GrowingText()
+    for piece in pieces:
+        text.append(piece)
+    assert str(text) == "".join(pieces)
+    text.replace(replaced)
+    assert str(text) == replaced
