@@ -3,8 +3,8 @@
 USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 FIND_PYTHON = for p in python3.12 python3.11 python3; do \
 	$$p -c '$(USABLE)' 2>/dev/null && { command -v $$p; break; }; done
-TOOLS := aiohttp black hypothesis mypy openai playwright pytest pytest-timeout \
-	python-socketio[asyncio-client] ruff
+TOOLS := aiohttp black hypothesis mypy openai playwright pytest pytest-asyncio \
+	pytest-timeout python-socketio[asyncio-client] ruff
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	-c .venv/constraints.txt
 RUN := .venv/bin/python

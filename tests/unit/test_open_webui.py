@@ -144,18 +144,15 @@ async def two_items() -> AsyncIterator[bytes]:
         yield item
 
 
-def items_of(response: Any) -> list[Any]:
-    async def collect() -> list[Any]:
-        return [item async for item in mmc.reply_items(response)]
-
-    return asyncio.run(collect())
+async def items_of(response: Any) -> list[Any]:
+    return [item async for item in mmc.reply_items(response)]
 
 
-def test_the_items_of_a_reply_are_found_in_whatever_the_host_returns() -> None:
-    assert items_of({"choices": []}) == [{"choices": []}]
-    assert items_of(JSONResponse({"choices": []})) == [{"choices": []}]
-    assert items_of(PlainTextResponse("Oaks.")) == ["Oaks."]
-    assert items_of(StreamingResponse(two_items())) == [b"a", b"b"]
+async def test_the_items_of_a_reply_are_found_in_whatever_the_host_returns() -> None:
+    assert await items_of({"choices": []}) == [{"choices": []}]
+    assert await items_of(JSONResponse({"choices": []})) == [{"choices": []}]
+    assert await items_of(PlainTextResponse("Oaks.")) == ["Oaks."]
+    assert await items_of(StreamingResponse(two_items())) == [b"a", b"b"]
 
 
 @pytest.mark.parametrize(
@@ -167,16 +164,16 @@ def test_the_items_of_a_reply_are_found_in_whatever_the_host_returns() -> None:
         (PlainTextResponse("", 500), "an error without a message (HTTP 500)"),
     ],
 )
-def test_an_error_response_is_a_failure_with_its_reason(
+async def test_an_error_response_is_a_failure_with_its_reason(
     response: Any, reason: str
 ) -> None:
     with pytest.raises(mmc.ModelFailure) as failure:
-        items_of(response)
+        await items_of(response)
     assert str(failure.value) == reason
 
 
-def test_a_body_nested_without_end_is_only_a_text() -> None:
-    (item,) = items_of(PlainTextResponse("[" * 100_000))
+async def test_a_body_nested_without_end_is_only_a_text() -> None:
+    (item,) = await items_of(PlainTextResponse("[" * 100_000))
     assert item.startswith("[[")
 
 
@@ -226,7 +223,9 @@ def test_a_reply_is_a_chats_where_it_has_a_chat_and_a_message() -> None:
         ("yes", False),
     ],
 )
-def test_a_tool_runs_only_where_the_user_said_yes(answer: Any, approved: bool) -> None:
+async def test_a_tool_runs_only_where_the_user_said_yes(
+    answer: Any, approved: bool
+) -> None:
     asked: list[Json] = []
 
     async def person(request: Json) -> Any:
@@ -240,7 +239,7 @@ def test_a_tool_runs_only_where_the_user_said_yes(answer: Any, approved: bool) -
         caller=person,
     )
     call = mmc.ToolCall("c1", "look", "{}")
-    assert asyncio.run(host.approve(call, {"at": "oak"})) is approved
+    assert await host.approve(call, {"at": "oak"}) is approved
     assert asked == [
         {
             "type": "confirmation",
@@ -251,11 +250,11 @@ def test_a_tool_runs_only_where_the_user_said_yes(answer: Any, approved: bool) -
     ]
 
 
-def test_without_a_page_nobody_can_approve_and_without_the_mode_nobody_is_asked() -> (
+async def test_without_a_page_nobody_approves_without_the_mode_nobody_is_asked() -> (
     None
 ):
     request = make_run()[1].request
     call = mmc.ToolCall("c1", "look", "{}")
     asking = mmc.Host(request, None, {"params": {"tool_approval_mode": "ask"}})
-    assert asyncio.run(asking.approve(call, {})) is False
-    assert asyncio.run(mmc.Host(request, None, {}).approve(call, {})) is True
+    assert await asking.approve(call, {}) is False
+    assert await mmc.Host(request, None, {}).approve(call, {}) is True

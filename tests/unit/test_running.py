@@ -56,140 +56,113 @@ def grow(emitter: mmc.Emitter, block: mmc.Block, piece: str) -> None:
     emitter.emit_replace(block, block.text)
 
 
-def test_the_first_character_goes_out_at_once() -> None:
-    async def scenario() -> None:
-        emitter, transcript, _ = emitter_of()
-        frames = emitter.frames()
-        grow(emitter, transcript.add("message", "Ann"), "O")
-        event = await soon(anext(frames))
-        assert event["item"]["content"][0]["text"] == "O"
-
-    asyncio.run(scenario())
+async def test_the_first_character_goes_out_at_once() -> None:
+    emitter, transcript, _ = emitter_of()
+    frames = emitter.frames()
+    grow(emitter, transcript.add("message", "Ann"), "O")
+    event = await soon(anext(frames))
+    assert event["item"]["content"][0]["text"] == "O"
 
 
-def test_a_thousand_calls_between_two_flushes_are_one_event() -> None:
-    async def scenario() -> None:
-        emitter, transcript, _ = emitter_of()
-        frames = emitter.frames()
-        block = transcript.add("message", "Ann")
-        grow(emitter, block, "O")
-        await soon(anext(frames))
-        for _ in range(1000):
-            grow(emitter, block, "a")
-            emitter.emit_replace(block, str(block.text))
-        emitter.close()
-        (event,) = await rest_of(frames)
-        assert event["delta"] == "a" * 1000
-
-    asyncio.run(scenario())
-
-
-def test_the_last_frame_is_exact() -> None:
-    async def scenario() -> None:
-        emitter, transcript, _ = emitter_of()
-        output: Output = []
-        kinds: list[mmc.BlockKind] = ["message", "reasoning", "function_call"]
-        for number, kind in enumerate(kinds * 3):
-            block = transcript.add(kind, "Ann")
-            grow(emitter, block, f"block {number}")
-            if number % 2:
-                block.fields["status"] = "completed"
-                emitter.emit_replace(block, "replaced")
-        emitter.close()
-        for event in await rest_of(emitter.frames()):
-            output = apply_response_event(output, event)
-        assert output == mmc.render_items(transcript)
-
-    asyncio.run(scenario())
-
-
-def test_a_slow_reader_gets_fewer_and_bigger_events() -> None:
-    async def scenario() -> None:
-        emitter, transcript, _ = emitter_of(interval=0.0)
-        frames = emitter.frames()
-        block = transcript.add("message", "Ann")
-        grow(emitter, block, "O")
-        assert "item" in await soon(anext(frames))
-        for _ in range(3):
-            for _ in range(100):
-                grow(emitter, block, "a")
-                await asyncio.sleep(0)
-            event = await soon(anext(frames))
-            assert event["delta"] == "a" * 100
-        emitter.close()
-        assert await rest_of(frames) == []
-
-    asyncio.run(scenario())
-
-
-def test_closing_without_anything_ends_the_frames() -> None:
-    async def scenario() -> None:
-        emitter, _, _ = emitter_of()
-        emitter.close()
-        assert await rest_of(emitter.frames()) == []
-
-    asyncio.run(scenario())
-
-
-def test_blocks_that_grow_in_turn_send_one_suffix_each_in_their_order() -> None:
-    async def scenario() -> None:
-        emitter, transcript, _ = emitter_of()
-        frames = emitter.frames()
-        one, two = (transcript.add("message", alias) for alias in ("Ann", "Bob"))
-        for block in (two, one):
-            grow(emitter, block, ".")
-        first, second = await soon(anext(frames)), await soon(anext(frames))
-        assert (first["output_index"], second["output_index"]) == (0, 1)
-        for _ in range(50):
-            grow(emitter, two, "b")
-            grow(emitter, one, "a")
-        emitter.close()
-        deltas = [(e["output_index"], e["delta"]) for e in await rest_of(frames)]
-        assert deltas == [(0, "a" * 50), (1, "b" * 50)]
-
-    asyncio.run(scenario())
-
-
-def test_a_new_block_does_not_wait_for_the_next_flush() -> None:
-    async def scenario() -> None:
-        emitter, transcript, _ = emitter_of()
-        frames = emitter.frames()
-        one = transcript.add("message", "Ann")
-        grow(emitter, one, "O")
-        await soon(anext(frames))
-        grow(emitter, one, "aks")
-        grow(emitter, transcript.add("message", "Bob"), "E")
-        assert (await soon(anext(frames)))["delta"] == "aks"
-        assert (await soon(anext(frames)))["type"] == "response.output_item.added"
-
-    asyncio.run(scenario())
-
-
-def test_after_the_interval_the_next_piece_goes_out_at_once() -> None:
-    async def scenario() -> None:
-        emitter, transcript, clock = emitter_of()
-        frames = emitter.frames()
-        block = transcript.add("message", "Ann")
-        grow(emitter, block, "O")
-        await soon(anext(frames))
-        clock.now += 60
+async def test_a_thousand_calls_between_two_flushes_are_one_event() -> None:
+    emitter, transcript, _ = emitter_of()
+    frames = emitter.frames()
+    block = transcript.add("message", "Ann")
+    grow(emitter, block, "O")
+    await soon(anext(frames))
+    for _ in range(1000):
         grow(emitter, block, "a")
-        assert (await soon(anext(frames)))["delta"] == "a"
+        emitter.emit_replace(block, str(block.text))
+    emitter.close()
+    (event,) = await rest_of(frames)
+    assert event["delta"] == "a" * 1000
 
-    asyncio.run(scenario())
+
+async def test_the_last_frame_is_exact() -> None:
+    emitter, transcript, _ = emitter_of()
+    output: Output = []
+    kinds: list[mmc.BlockKind] = ["message", "reasoning", "function_call"]
+    for number, kind in enumerate(kinds * 3):
+        block = transcript.add(kind, "Ann")
+        grow(emitter, block, f"block {number}")
+        if number % 2:
+            block.fields["status"] = "completed"
+            emitter.emit_replace(block, "replaced")
+    emitter.close()
+    for event in await rest_of(emitter.frames()):
+        output = apply_response_event(output, event)
+    assert output == mmc.render_items(transcript)
 
 
-def test_a_piece_that_came_too_early_goes_out_when_its_time_has_come() -> None:
-    async def scenario() -> None:
-        emitter, transcript, _ = emitter_of(interval=0.01)
-        frames = emitter.frames()
-        block = transcript.add("message", "Ann")
-        for piece in "Oak":
-            grow(emitter, block, piece)
-            event = await soon(anext(frames))
-        assert event["delta"] == "k"
+async def test_a_slow_reader_gets_fewer_and_bigger_events() -> None:
+    emitter, transcript, _ = emitter_of(interval=0.0)
+    frames = emitter.frames()
+    block = transcript.add("message", "Ann")
+    grow(emitter, block, "O")
+    assert "item" in await soon(anext(frames))
+    for _ in range(3):
+        for _ in range(100):
+            grow(emitter, block, "a")
+            await asyncio.sleep(0)
+        event = await soon(anext(frames))
+        assert event["delta"] == "a" * 100
+    emitter.close()
+    assert await rest_of(frames) == []
 
-    asyncio.run(scenario())
+
+async def test_closing_without_anything_ends_the_frames() -> None:
+    emitter, _, _ = emitter_of()
+    emitter.close()
+    assert await rest_of(emitter.frames()) == []
+
+
+async def test_blocks_that_grow_in_turn_send_one_suffix_each_in_their_order() -> None:
+    emitter, transcript, _ = emitter_of()
+    frames = emitter.frames()
+    one, two = (transcript.add("message", alias) for alias in ("Ann", "Bob"))
+    for block in (two, one):
+        grow(emitter, block, ".")
+    first, second = await soon(anext(frames)), await soon(anext(frames))
+    assert (first["output_index"], second["output_index"]) == (0, 1)
+    for _ in range(50):
+        grow(emitter, two, "b")
+        grow(emitter, one, "a")
+    emitter.close()
+    deltas = [(e["output_index"], e["delta"]) for e in await rest_of(frames)]
+    assert deltas == [(0, "a" * 50), (1, "b" * 50)]
+
+
+async def test_a_new_block_does_not_wait_for_the_next_flush() -> None:
+    emitter, transcript, _ = emitter_of()
+    frames = emitter.frames()
+    one = transcript.add("message", "Ann")
+    grow(emitter, one, "O")
+    await soon(anext(frames))
+    grow(emitter, one, "aks")
+    grow(emitter, transcript.add("message", "Bob"), "E")
+    assert (await soon(anext(frames)))["delta"] == "aks"
+    assert (await soon(anext(frames)))["type"] == "response.output_item.added"
+
+
+async def test_after_the_interval_the_next_piece_goes_out_at_once() -> None:
+    emitter, transcript, clock = emitter_of()
+    frames = emitter.frames()
+    block = transcript.add("message", "Ann")
+    grow(emitter, block, "O")
+    await soon(anext(frames))
+    clock.now += 60
+    grow(emitter, block, "a")
+    assert (await soon(anext(frames)))["delta"] == "a"
+
+
+async def test_a_piece_that_came_too_early_goes_out_when_its_time_has_come() -> None:
+    emitter, transcript, _ = emitter_of(interval=0.01)
+    frames = emitter.frames()
+    block = transcript.add("message", "Ann")
+    for piece in "Oak":
+        grow(emitter, block, piece)
+        event = await soon(anext(frames))
+    assert event["delta"] == "k"
 
 
 async def goes_at_once(there: int, growing: int, intervals: float) -> bool:
@@ -215,25 +188,22 @@ async def goes_at_once(there: int, growing: int, intervals: float) -> bool:
     ("there", "growing", "intervals"),
     [(0, 1, 1.0), (0, 12_000, 3.6), (120_000, 1, 2.4), (900_000, 1, 5.0)],
 )
-def test_what_costs_the_page_more_is_updated_less_often(
+async def test_what_costs_the_page_more_is_updated_less_often(
     there: int, growing: int, intervals: float
 ) -> None:
-    assert not asyncio.run(goes_at_once(there, growing, intervals - 0.1))
-    assert asyncio.run(goes_at_once(there, growing, intervals + 0.1))
+    assert not await goes_at_once(there, growing, intervals - 0.1)
+    assert await goes_at_once(there, growing, intervals + 0.1)
 
 
-def test_saying_the_same_again_sends_nothing() -> None:
-    async def scenario() -> None:
-        emitter, transcript, _ = emitter_of()
-        block = transcript.add("message", "Ann")
+async def test_saying_the_same_again_sends_nothing() -> None:
+    emitter, transcript, _ = emitter_of()
+    block = transcript.add("message", "Ann")
+    emitter.emit_replace(block, "Oaks")
+    assert len(emitter.flush()) == 1
+    for _ in range(10):
         emitter.emit_replace(block, "Oaks")
-        assert len(emitter.flush()) == 1
-        for _ in range(10):
-            emitter.emit_replace(block, "Oaks")
-        assert emitter.flush() == []
-        assert emitter.flush() == []
-
-    asyncio.run(scenario())
+    assert emitter.flush() == []
+    assert emitter.flush() == []
 
 
 @given(
@@ -242,53 +212,47 @@ def test_saying_the_same_again_sends_nothing() -> None:
         max_size=30,
     )
 )
-def test_whatever_the_rhythm_the_page_ends_with_the_transcript(
+async def test_whatever_the_rhythm_the_page_ends_with_the_transcript(
     pieces: list[tuple[int, str, bool]],
 ) -> None:
-    async def scenario() -> None:
-        emitter, transcript, clock = emitter_of()
-        output: Output = []
+    emitter, transcript, clock = emitter_of()
+    output: Output = []
 
-        async def read() -> None:
-            nonlocal output
-            async for event in emitter.frames():
-                output = apply_response_event(output, event)
+    async def read() -> None:
+        nonlocal output
+        async for event in emitter.frames():
+            output = apply_response_event(output, event)
 
-        reader = asyncio.create_task(read())
-        for number, piece, pause in pieces:
-            while len(transcript.blocks) <= number:
-                grow(emitter, transcript.add("message", "Ann"), "-")
-            grow(emitter, transcript.blocks[number], piece)
-            if pause:
-                clock.now += 30
-                await asyncio.sleep(0)
-        emitter.close()
-        await soon(reader)
-        assert output == mmc.render_items(transcript)
-
-    asyncio.run(scenario())
-
-
-def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece() -> None:
-    async def scenario() -> None:
-        transcript = mmc.Transcript("t")
-        first, second = transcript.open_section(), transcript.open_section()
-        emitter = mmc.Emitter(
-            mmc.plan_chunk, 60.0, HandTurnedClock(), transcript.is_next
-        )
-        transcript.add("message", "Ann", first)
-        held = transcript.add("message", "Bob", second)
-        frame = asyncio.ensure_future(anext(emitter.frames()))
-        for _ in range(5):
-            grow(emitter, held, "a")
+    reader = asyncio.create_task(read())
+    for number, piece, pause in pieces:
+        while len(transcript.blocks) <= number:
+            grow(emitter, transcript.add("message", "Ann"), "-")
+        grow(emitter, transcript.blocks[number], piece)
+        if pause:
+            clock.now += 30
             await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        assert emitter.flushes == 1
-        transcript.close_section(first)
-        emitter.nudge()
-        assert await soon(frame) == {"content": "\n\naaaaa"}
+    emitter.close()
+    await soon(reader)
+    assert output == mmc.render_items(transcript)
 
-    asyncio.run(scenario())
+
+async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece() -> (
+    None
+):
+    transcript = mmc.Transcript("t")
+    first, second = transcript.open_section(), transcript.open_section()
+    emitter = mmc.Emitter(mmc.plan_chunk, 60.0, HandTurnedClock(), transcript.is_next)
+    transcript.add("message", "Ann", first)
+    held = transcript.add("message", "Bob", second)
+    frame = asyncio.ensure_future(anext(emitter.frames()))
+    for _ in range(5):
+        grow(emitter, held, "a")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert emitter.flushes == 1
+    transcript.close_section(first)
+    emitter.nudge()
+    assert await soon(frame) == {"content": "\n\naaaaa"}
 
 
 # -- the pace of reading ---------------------------------------------------------------
@@ -318,55 +282,43 @@ class Reading:
             await soon(anext(self.frames))
 
 
-def test_what_comes_after_a_flush_is_read_just_before_the_next() -> None:
-    async def scenario() -> None:
-        reading = Reading()
-        await reading.begin(mmc.Pace.FREE_FLUSHES + 1)
-        before = reading.read
-        task = asyncio.create_task(reading.items(100))
-        frame = asyncio.ensure_future(anext(reading.frames))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert reading.read == before + 1  # the rest stays with the host
-        reading.emitter.nudge()
-        assert (await soon(frame))["delta"] == "a" * 100
-        await soon(task)
-
-    asyncio.run(scenario())
+async def test_what_comes_after_a_flush_is_read_just_before_the_next() -> None:
+    reading = Reading()
+    await reading.begin(mmc.Pace.FREE_FLUSHES + 1)
+    before = reading.read
+    task = asyncio.create_task(reading.items(100))
+    frame = asyncio.ensure_future(anext(reading.frames))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert reading.read == before + 1  # the rest stays with the host
+    reading.emitter.nudge()
+    assert (await soon(frame))["delta"] == "a" * 100
+    await soon(task)
 
 
-def test_a_reply_is_read_as_it_comes_for_its_first_flushes() -> None:
-    async def scenario() -> None:
-        reading = Reading()
-        await reading.begin(mmc.Pace.FREE_FLUSHES)
-        await soon(reading.items(100))
-        reading.emitter.close()
-        assert await rest_of(reading.frames) != []
-
-    asyncio.run(scenario())
+async def test_a_reply_is_read_as_it_comes_for_its_first_flushes() -> None:
+    reading = Reading()
+    await reading.begin(mmc.Pace.FREE_FLUSHES)
+    await soon(reading.items(100))
+    reading.emitter.close()
+    assert await rest_of(reading.frames) != []
 
 
-def test_a_reply_faster_than_anybody_reads_is_not_held_up() -> None:
-    async def scenario() -> None:
-        reading = Reading()
-        await reading.begin(mmc.Pace.FREE_FLUSHES + 1)
-        reading.clock.now += 60
-        await soon(reading.items(mmc.Pace.FAST))
-        await soon(anext(reading.frames))
-        await soon(reading.items(1))
-
-    asyncio.run(scenario())
+async def test_a_reply_faster_than_anybody_reads_is_not_held_up() -> None:
+    reading = Reading()
+    await reading.begin(mmc.Pace.FREE_FLUSHES + 1)
+    reading.clock.now += 60
+    await soon(reading.items(mmc.Pace.FAST))
+    await soon(anext(reading.frames))
+    await soon(reading.items(1))
 
 
-def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
-    async def scenario() -> None:
-        reading = Reading()
-        await reading.begin(mmc.Pace.FREE_FLUSHES + 1)
-        reading.clock.now += 60
-        await soon(reading.emitter.next_flush())
-        await soon(reading.items(100))  # the consumer is slow: it takes no frame
-
-    asyncio.run(scenario())
+async def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
+    reading = Reading()
+    await reading.begin(mmc.Pace.FREE_FLUSHES + 1)
+    reading.clock.now += 60
+    await soon(reading.emitter.next_flush())
+    await soon(reading.items(100))  # the consumer is slow: it takes no frame
 
 
 # -- a section by hand -----------------------------------------------------------------
@@ -625,7 +577,7 @@ def test_every_call_is_answered_and_every_turn_is_read_back(
 # -- a run on a scripted host ----------------------------------------------------------
 
 
-def converse(
+async def converse(
     replies: Sequence[Sequence[Any]],
     mode: Callable[[Sequence[str], int, str | None], mmc.Mode] = mmc.round_robin,
     *,
@@ -634,15 +586,12 @@ def converse(
 ) -> tuple[mmc.Run, ScriptedHost, Output]:
     """A whole conversation as a page sees it: run, host, the page's items."""
 
-    async def scenario() -> tuple[mmc.Run, ScriptedHost, Output]:
-        run, host = make_run(replies, **options)
-        output: Output = []
-        made = mode(run.cast.aliases, rounds, None)
-        for event in await rest_of(mmc.stream_items(run, made)):
-            output = apply_response_event(output, event)
-        return run, host, output
-
-    return asyncio.run(scenario())
+    run, host = make_run(replies, **options)
+    output: Output = []
+    made = mode(run.cast.aliases, rounds, None)
+    for event in await rest_of(mmc.stream_items(run, made)):
+        output = apply_response_event(output, event)
+    return run, host, output
 
 
 def lines_of(output: Output) -> list[str]:
@@ -651,8 +600,8 @@ def lines_of(output: Output) -> list[str]:
     return [line.removeprefix(mmc.RULE).strip() for line in texts]
 
 
-def test_participants_answer_in_turn_and_hear_each_other() -> None:
-    run, host, output = converse([text("Oa", "ks."), text("Elms.")])
+async def test_participants_answer_in_turn_and_hear_each_other() -> None:
+    run, host, output = await converse([text("Oa", "ks."), text("Elms.")])
     assert lines_of(output) == ["### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
     assert output == mmc.render_items(run.transcript)
     assert host.payloads[0]["messages"] == [
@@ -669,8 +618,8 @@ def test_participants_answer_in_turn_and_hear_each_other() -> None:
     assert re.match(r"Finished after 1 round · 2 turns · \d\.\d s$", host.statuses[-1])
 
 
-def test_usage_is_summed_and_told_apart_by_speaker() -> None:
-    run, host, _ = converse(
+async def test_usage_is_summed_and_told_apart_by_speaker() -> None:
+    run, host, _ = await converse(
         [[*text("Oaks."), usage(10, 2)], [*text("Elms."), usage(20, 3)]]
     )
     assert run.usage["total_tokens"] == 35
@@ -678,15 +627,15 @@ def test_usage_is_summed_and_told_apart_by_speaker() -> None:
     assert host.statuses[-1].endswith("35 tokens")
 
 
-def test_where_no_usage_is_reported_none_is_claimed() -> None:
-    run, host, _ = converse([text("Oaks."), text("Elms.")])
+async def test_where_no_usage_is_reported_none_is_claimed() -> None:
+    run, host, _ = await converse([text("Oaks."), text("Elms.")])
     assert run.usage == {}
     assert "tokens" not in host.statuses[-1]
 
 
-def test_a_stream_that_fails_at_once_is_tried_again_without_streaming() -> None:
+async def test_a_stream_that_fails_at_once_is_tried_again_without_streaming() -> None:
     whole = {"choices": [{"message": {"content": "Oaks."}}]}
-    _, host, output = converse(
+    _, host, output = await converse(
         [[mmc.ModelFailure("no streaming here")], [whole]], aliases=["Ann"]
     )
     assert lines_of(output) == ["### 🔵 Ann", "Oaks."]
@@ -694,8 +643,8 @@ def test_a_stream_that_fails_at_once_is_tried_again_without_streaming() -> None:
     assert "stream_options" not in host.payloads[1]
 
 
-def test_a_stream_that_fails_later_keeps_its_text_and_the_others_go_on() -> None:
-    run, host, output = converse(
+async def test_a_stream_that_fails_later_keeps_its_text_and_the_others_go_on() -> None:
+    run, host, output = await converse(
         [[*text("Oaks are"), mmc.ModelFailure("the wire was cut")], text("Elms.")]
     )
     assert lines_of(output) == [
@@ -709,24 +658,24 @@ def test_a_stream_that_fails_later_keeps_its_text_and_the_others_go_on() -> None
     assert run.turns == 2
 
 
-def test_an_error_in_the_stream_is_a_failure() -> None:
+async def test_an_error_in_the_stream_is_a_failure() -> None:
     error = {"error": {"message": "Overloaded"}}
-    _, _, output = converse([[*text("Oaks"), error]], aliases=["Ann"])
+    _, _, output = await converse([[*text("Oaks"), error]], aliases=["Ann"])
     assert lines_of(output)[-1] == "> ⚠️ **Ann** broke off: Overloaded"
 
 
-def test_an_empty_answer_is_asked_for_once_more_and_then_named() -> None:
-    _, host, output = converse([text("  ", "\n"), text("Oaks.")], aliases=["Ann"])
+async def test_an_empty_answer_is_asked_for_once_more_and_then_named() -> None:
+    _, host, output = await converse([text("  ", "\n"), text("Oaks.")], aliases=["Ann"])
     assert lines_of(output) == ["### 🔵 Ann", "Oaks."]
-    _, host, output = converse([[], [], text("Elms.")])
+    _, host, output = await converse([[], [], text("Elms.")])
     assert lines_of(output)[1].startswith(
         "> ⚠️ **Ann** could not answer: it gave an empty"
     )
     assert lines_of(output)[-1] == "Elms."
 
 
-def test_a_silent_model_is_given_up() -> None:
-    _, host, output = converse(
+async def test_a_silent_model_is_given_up() -> None:
+    _, host, output = await converse(
         [[asyncio.Event()], text("Elms.")], first_token_timeout=0.1
     )
     assert lines_of(output)[1].endswith("it said nothing for 0.1 s")
@@ -737,9 +686,9 @@ async def tall(at: str) -> str:
     return f"{at} is tall"
 
 
-def test_tools_are_run_and_the_model_is_asked_again() -> None:
+async def test_tools_are_run_and_the_model_is_asked_again() -> None:
     look = {"look": tool(tall, at="string")}
-    run, host, output = converse(
+    run, host, output = await converse(
         [[*text("Let me look."), call("look", '{"at": "oak"}')], text("Oaks.")],
         aliases=["Ann"],
         tools=look,
@@ -786,7 +735,7 @@ async def never_ends(**_: Any) -> str:
         (call("hangs"), "Error: the tool took longer than 0.1 s."),
     ],
 )
-def test_a_tool_that_does_not_work_gives_a_result_that_says_so(
+async def test_a_tool_that_does_not_work_gives_a_result_that_says_so(
     made: Json, answer: str
 ) -> None:
     tools = {
@@ -794,7 +743,7 @@ def test_a_tool_that_does_not_work_gives_a_result_that_says_so(
         "breaks": tool(breaks),
         "hangs": tool(never_ends),
     }
-    _, host, output = converse(
+    _, host, output = await converse(
         [[made], text("Oaks.")], aliases=["Ann"], tools=tools, tool_timeout=0.1
     )
     result = output[2]
@@ -804,7 +753,7 @@ def test_a_tool_that_does_not_work_gives_a_result_that_says_so(
     assert lines_of(output)[-1] == "Oaks."
 
 
-def test_the_tools_of_one_reply_run_at_the_same_time_up_to_the_limit() -> None:
+async def test_the_tools_of_one_reply_run_at_the_same_time_up_to_the_limit() -> None:
     running, most = 0, 0
 
     async def counts(n: int) -> str:
@@ -817,7 +766,7 @@ def test_the_tools_of_one_reply_run_at_the_same_time_up_to_the_limit() -> None:
         return f"answer {n}"
 
     calls = [call("count", f'{{"n": {n}}}', f"c{n}", n) for n in range(6)]
-    _, host, _ = converse(
+    _, host, _ = await converse(
         [calls, text("Oaks.")],
         aliases=["Ann"],
         tools={"count": tool(counts, n="integer")},
@@ -830,9 +779,9 @@ def test_the_tools_of_one_reply_run_at_the_same_time_up_to_the_limit() -> None:
     assert answers == [f"answer {n}" for n in range(6)]
 
 
-def test_in_the_last_round_there_are_no_tools() -> None:
+async def test_in_the_last_round_there_are_no_tools() -> None:
     look = call("look", '{"at": "oak"}')
-    _, host, output = converse(
+    _, host, output = await converse(
         [[look], [look], text("Oaks.")],
         aliases=["Ann"],
         tools={"look": tool(tall, at="string")},
@@ -842,9 +791,9 @@ def test_in_the_last_round_there_are_no_tools() -> None:
     assert lines_of(output)[-1] == "Oaks."
 
 
-def test_who_only_calls_tools_to_the_end_has_not_answered() -> None:
+async def test_who_only_calls_tools_to_the_end_has_not_answered() -> None:
     look = call("look", '{"at": "oak"}')
-    run, _, output = converse(
+    run, _, output = await converse(
         [[look], [look], text("Elms.")],
         tools={"look": tool(tall, at="string")},
         max_tool_rounds=1,
@@ -858,7 +807,7 @@ def test_who_only_calls_tools_to_the_end_has_not_answered() -> None:
     assert any(line.startswith("> ⚠️ **Ann**") for line in lines_of(output))
 
 
-def test_a_manager_leads_and_its_reason_is_a_status() -> None:
+async def test_a_manager_leads_and_its_reason_is_a_status() -> None:
     answers = [
         [{"choices": [{"message": {"content": content}}]}]
         for content in (
@@ -866,7 +815,7 @@ def test_a_manager_leads_and_its_reason_is_a_status() -> None:
             '{"done": true, "reason": "All is said"}',
         )
     ]
-    _, host, output = converse(
+    _, host, output = await converse(
         [answers[0], text("Firs."), answers[1]],
         mmc.managed,
         aliases=["Ann", "Bob", "Cat"],
@@ -876,80 +825,71 @@ def test_a_manager_leads_and_its_reason_is_a_status() -> None:
     assert host.statuses[-1].startswith("The manager ended it: All is said · 1 turn")
 
 
-def test_a_manager_that_fails_does_not_end_it() -> None:
-    _, host, output = converse(
+async def test_a_manager_that_fails_does_not_end_it() -> None:
+    _, host, output = await converse(
         [[mmc.ModelFailure("gone")], text("Oaks."), text("Elms.")], mmc.managed
     )
     assert lines_of(output) == ["### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
 
 
-def test_a_bug_does_not_take_the_text_with_it() -> None:
-    run, host, output = converse([text("Oaks."), [TypeError("a bug")]])
+async def test_a_bug_does_not_take_the_text_with_it() -> None:
+    run, host, output = await converse([text("Oaks."), [TypeError("a bug")]])
     assert lines_of(output)[:2] == ["### 🔵 Ann", "Oaks."]
     assert lines_of(output)[-1].startswith("> ⚠️ Ended by an internal error")
     assert host.statuses[-1].startswith("Ended by an internal error")
 
 
-def test_stop_answers_every_call_and_shows_the_last_frame() -> None:
-    async def scenario() -> None:
-        made = [*text("Let me look."), call("hangs"), call("hangs", "{}", "c2", 1)]
-        run, host = make_run([made], tools={"hangs": tool(never_ends)})
-        output: Output = []
+async def test_stop_answers_every_call_and_shows_the_last_frame() -> None:
+    made = [*text("Let me look."), call("hangs"), call("hangs", "{}", "c2", 1)]
+    run, host = make_run([made], tools={"hangs": tool(never_ends)})
+    output: Output = []
 
-        async def read() -> None:
-            nonlocal output
-            mode = mmc.round_robin(run.cast.aliases, 1, None)
-            async for event in mmc.stream_items(run, mode):
-                output = apply_response_event(output, event)
-                if "completed" in [i.get("status") for i in output[2:]]:
-                    started.set()
-
-        started = asyncio.Event()
-        reader = asyncio.create_task(read())
-        await soon(started.wait())
-        reader.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await soon(reader)
-        assert output == mmc.render_items(run.transcript)
-        calls = [i["call_id"] for i in output if i["type"] == "function_call"]
-        answers = [i["call_id"] for i in output if i["type"] == "function_call_output"]
-        assert sorted(calls) == sorted(answers)
-        assert len(calls) == 2
-        assert host.statuses[-1].startswith("Stopped")
-
-    asyncio.run(scenario())
-
-
-def test_an_api_client_reads_chunks_that_add_up() -> None:
-    async def scenario() -> None:
-        replies = [[*text("Oa", "ks."), usage(10, 2)], text("Elms.")]
-        run, _ = make_run(replies, in_chat=False)
+    async def read() -> None:
+        nonlocal output
         mode = mmc.round_robin(run.cast.aliases, 1, None)
-        chunks = await rest_of(mmc.stream_chunks(run, mode, "pipe.round_robin"))
-        deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"]]
-        assert deltas[0]["role"] == "assistant"
-        content = "".join(delta.get("content") or "" for delta in deltas)
-        markdown = mmc.render_markdown(run.transcript)
-        assert content.split() == markdown.split()
-        assert "Oaks.\n\n" in content
-        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-        assert len({chunk["id"] for chunk in chunks}) == 1
-        assert chunks[-1]["usage"]["prompt_tokens"] == 10
+        async for event in mmc.stream_items(run, mode):
+            output = apply_response_event(output, event)
+            if "completed" in [i.get("status") for i in output[2:]]:
+                started.set()
 
-    asyncio.run(scenario())
+    started = asyncio.Event()
+    reader = asyncio.create_task(read())
+    await soon(started.wait())
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await soon(reader)
+    assert output == mmc.render_items(run.transcript)
+    calls = [i["call_id"] for i in output if i["type"] == "function_call"]
+    answers = [i["call_id"] for i in output if i["type"] == "function_call_output"]
+    assert sorted(calls) == sorted(answers)
+    assert len(calls) == 2
+    assert host.statuses[-1].startswith("Stopped")
 
 
-def test_without_streaming_the_whole_conversation_is_one_completion() -> None:
-    async def scenario() -> None:
-        run, _ = make_run([text("Oaks."), text("Elms.")], in_chat=False)
-        mode = mmc.round_robin(run.cast.aliases, 1, None)
-        whole = await soon(mmc.reply_whole(run, mode, "pipe.round_robin"))
-        message = whole["choices"][0]["message"]
-        assert message["content"] == mmc.render_markdown(run.transcript)
-        assert "output" not in whole
-        assert "usage" not in whole
+async def test_an_api_client_reads_chunks_that_add_up() -> None:
+    replies = [[*text("Oa", "ks."), usage(10, 2)], text("Elms.")]
+    run, _ = make_run(replies, in_chat=False)
+    mode = mmc.round_robin(run.cast.aliases, 1, None)
+    chunks = await rest_of(mmc.stream_chunks(run, mode, "pipe.round_robin"))
+    deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"]]
+    assert deltas[0]["role"] == "assistant"
+    content = "".join(delta.get("content") or "" for delta in deltas)
+    markdown = mmc.render_markdown(run.transcript)
+    assert content.split() == markdown.split()
+    assert "Oaks.\n\n" in content
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert chunks[-1]["usage"]["prompt_tokens"] == 10
 
-    asyncio.run(scenario())
+
+async def test_without_streaming_the_whole_conversation_is_one_completion() -> None:
+    run, _ = make_run([text("Oaks."), text("Elms.")], in_chat=False)
+    mode = mmc.round_robin(run.cast.aliases, 1, None)
+    whole = await soon(mmc.reply_whole(run, mode, "pipe.round_robin"))
+    message = whole["choices"][0]["message"]
+    assert message["content"] == mmc.render_markdown(run.transcript)
+    assert "output" not in whole
+    assert "usage" not in whole
 
 
 def test_settings_of_sampling_go_out_only_where_they_are_set() -> None:
