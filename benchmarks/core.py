@@ -56,30 +56,32 @@ def make_section(tools: int = 0) -> mmc.Section:
     """A participant's section on a run of its own, with so many tools in the table."""
     table = {f"tool_{at}": make_tool(print, place="string") for at in range(tools)}
     run, _ = make_run(tools=table)
-    return mmc.Section(run, run.cast.participants[0])
+    clock = mmc.TurnClock(600.0)
+    return mmc.Section(run.screen, run.cast.participants[0], clock)
 
 
 def consume(section: mmc.Section, items: Iterable[bytes]) -> int:
     """Bytes of a stream to planned events, as a reply is read; the events planned."""
-    decoder = mmc.ReplyDecoder()
-    flush, events = section.run.emitter.flush, 0
+    decoder, reply = mmc.ReplyDecoder(), section.begin_reply()
+    flush, events = section.screen.emitter.flush, 0
     for number, item in enumerate(items):
         for event in decoder.feed(item):
-            section.apply(event)
+            reply.apply(event)
         if number % FLUSH_EVERY == 0:
             events += len(flush())
     for event in decoder.close():
-        section.apply(event)
+        reply.apply(event)
     return events + len(flush())
 
 
 def consume_pieces(section: mmc.Section, pieces: Iterable[mmc.ToolCallDelta]) -> None:
     """Decoded pieces of a tool call to planned events."""
+    reply, flush = section.begin_reply(), section.screen.emitter.flush
     for number, piece in enumerate(pieces):
-        section.apply(piece)
+        reply.apply(piece)
         if number % FLUSH_EVERY == 0:
-            section.run.emitter.flush()
-    section.run.emitter.flush()
+            flush()
+    flush()
 
 
 def best(work: Callable[[], object], times: int) -> float:

@@ -49,8 +49,15 @@ class ScriptedHost(mmc.Host):
             else:
                 yield item
 
-    async def emit(self, event: Json) -> None:
+    async def _emit(self, event: Json) -> None:
         self.events.append(event)
+
+    @staticmethod
+    def add_usage(total: Json, report: Json) -> Json:
+        names = ("input_tokens", "output_tokens", "total_tokens")
+        counts = (report["prompt_tokens"], report["completion_tokens"])
+        more = (*counts, sum(counts))
+        return {n: total.get(n, 0) + m for n, m in zip(names, more, strict=True)}
 
     async def run_tool(
         self, tool: Json, call: mmc.ToolCall, arguments: Json, messages: list[Json]
@@ -127,13 +134,17 @@ def make_run(
         for alias, colour in zip(aliases, mmc.COLOURS, strict=False)
     )
     settings = mmc.merge_settings(mmc.Settings(**fields), None)
+    transcript = mmc.Transcript("t")
+    emitter = mmc.Emitter(mmc.plan_items if in_chat else mmc.plan_chunk, 0.0)
+    ledger = mmc.Ledger(host.add_usage)
     run = mmc.Run(
         host,
         settings,
         mmc.Cast(participants, voice),
         [mmc.Question("Which tree?")],
-        mmc.Emitter(mmc.plan_items if in_chat else mmc.plan_chunk, 0.0),
-        mmc.Transcript("t"),
+        mmc.Screen(transcript, emitter, in_chat, False),
+        ledger,
+        mmc.ModelCalls(host, settings, ledger, emitter),
     )
     return run, host
 

@@ -760,12 +760,11 @@ def test_the_manager_reads_everything_with_labels_in_its_own_template() -> None:
     ]
     template = '{history}\nLast {last_speaker}, of {participant_list} {"next": 1}'
     messages = mmc.messages_for_manager(
-        settings(manager_prompt=template, manager_system_prompt="You lead."),
+        settings(manager_prompt=template),
         entries,
         step,
     )
     assert messages == [
-        {"role": "system", "content": "You lead."},
         {
             "role": "user",
             "content": "Which {last_speaker}?\n\n"
@@ -778,8 +777,8 @@ def test_the_manager_reads_everything_with_labels_in_its_own_template() -> None:
 def test_a_wrong_answer_is_shown_to_the_manager_with_the_problem() -> None:
     step = mmc.AskManager(("Ann", "Bob"), None, "Name one.", "Zoe")
     messages = mmc.messages_for_manager(settings(), [mmc.Question("Which?")], step)
-    assert "The last speaker was nobody yet." in messages[1]["content"]
-    assert messages[2:] == [
+    assert "The last speaker was nobody yet." in messages[0]["content"]
+    assert messages[1:] == [
         {"role": "assistant", "content": "Zoe"},
         {"role": "user", "content": "Name one."},
     ]

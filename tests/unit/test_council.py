@@ -1159,14 +1159,15 @@ def test_figures_have_the_first_token_of_all_and_the_time_of_answering() -> None
 
 def test_the_closing_line_and_the_usage_say_the_same() -> None:
     run, _ = make_run()
-    run.figures_of("Ann").count(0.0, 0.25, 2.25)
-    run.figures_of("Ann").tokens = 80
-    run.figures_of("Ann").calls += 1  # a ballot
-    run.figures_of("Bob").count(0.0, None, 1.0)
-    run.count_usage("Ann", {"input_tokens": 1200, "output_tokens": 80})
-    run.count_usage("Ann", {"input_tokens": 300, "output_tokens": 10})
-    mmc.finish_usage(run)
-    assert run.usage["participants"] == {
+    counts = {"input_tokens": 1500, "output_tokens": 90}
+    ann = mmc.Figures(usage=counts)
+    ann.count(0.0, 0.25, 1.25)
+    ann.count(2.0, 2.5, 3.75)  # a ballot
+    bob = mmc.Figures()
+    bob.count(0.0, None, 1.0)
+    run.ledger.usage = counts
+    run.ledger.figures |= {"Ann": ann, "Bob": bob}
+    assert run.ledger.report()["participants"] == {
         "Ann": {
             "input_tokens": 1500,
             "output_tokens": 90,
@@ -1175,16 +1176,17 @@ def test_the_closing_line_and_the_usage_say_the_same() -> None:
             "tokens_per_second": 40.0,
         }
     }
-    assert mmc.describe_figures(run) == (
+    assert mmc._describe_figures(run) == (
         "> ⏱️ Ann: first token 0.2 s · 40 tokens/s · 1,500 in, 90 out | 3 model calls"
     )
 
 
 def test_progress_says_who_has_answered_and_who_is_waited_for() -> None:
-    assert mmc.describe_progress("of 4 answered", {}, ALL, 1.04) == (
-        "0 of 4 answered · 1.0 s · waiting for Ann, Bob, Cat, Dan"
+    admitted = dict.fromkeys(ALL, 1.0)
+    assert mmc._describe_progress(4, "answered", {}, admitted) == (
+        "0 of 4 answered · waiting for Ann, Bob, Cat, Dan"
     )
-    there = {"Cat": 1.25, "Ann": 2.0}
-    assert mmc.describe_progress("of 4 judged", there, ["Bob", "Dan"], 3.5) == (
-        "2 of 4 judged · 3.5 s · waiting for Bob, Dan · fastest Cat 1.2 s"
+    there, since = {"Cat": 1.25, "Ann": 2.0}, {"Bob": 1.0, "Dan": None}
+    assert mmc._describe_progress(4, "judged", there, since) == (
+        "2 of 4 judged · waiting for Bob, Dan (queued) · fastest Cat 1.2 s"
     )

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tests.unit.plugin import SOURCE, mmc
@@ -27,7 +28,14 @@ def row(name: str, field: FieldInfo) -> str:
     """A setting's row in the table."""
     description = str(field.description).replace("|", r"\|")
     default = default_text(field.default)
-    return f"| {field.title} | `{name}` | {default} | {description} |"
+    title = name.replace("_", " ").title()
+    return f"| {title} | `{name}` | {default} | {description} |"
+
+
+def rows(valves: type[BaseModel]) -> list[str]:
+    """The rows of what a panel shows."""
+    shown = valves.model_json_schema()["properties"]
+    return [row(name, valves.model_fields[name]) for name in shown]
 
 
 def between(start: str, end: str) -> list[str]:
@@ -37,16 +45,14 @@ def between(start: str, end: str) -> list[str]:
 
 
 def test_the_readme_lists_every_setting_of_a_user() -> None:
-    fields = mmc.Pipe.UserValves.model_fields
     listed = between("## All settings", "Only the administrator sets these")
-    assert listed == [row(name, field) for name, field in fields.items()]
+    assert listed == rows(mmc.Pipe.UserValves)
 
 
 def test_the_readme_lists_every_other_setting_of_the_administrator() -> None:
-    users = mmc.Pipe.UserValves.model_fields
-    fields = mmc.Pipe.Valves.model_fields
+    users = rows(mmc.Pipe.UserValves)
     listed = between("Only the administrator sets these", "## What participants see")
-    assert listed == [row(n, field) for n, field in fields.items() if n not in users]
+    assert listed == [each for each in rows(mmc.Pipe.Valves) if each not in users]
 
 
 def test_the_readme_names_every_mode() -> None:

@@ -31,7 +31,7 @@ def test_models_based_on_the_pipe_are_the_pipe_through_any_number_of_steps() -> 
     }
     models = {i: {"info": {"base_model_id": base}} for i, base in bases.items()}
     models["bare"] = {}
-    assert mmc.own_models(models, "talk") == {
+    assert mmc._own_models(models, "talk") == {
         "talk.manager",
         "talk.round_robin",
         "mine",
@@ -61,7 +61,7 @@ def test_a_model_may_be_read_by_its_owner_and_by_whom_it_was_granted(
     info: Json, allowed: bool
 ) -> None:
     me = {("user", "*"), ("user", "uma"), ("group", "trees")}
-    assert mmc.may_read(info, me) is allowed
+    assert mmc._may_read(info, me) is allowed
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,10 @@ def test_a_model_may_be_read_by_its_owner_and_by_whom_it_was_granted(
 def test_a_models_own_think_tags_are_taken_where_they_make_sense(
     tags: Any, expected: Any
 ) -> None:
-    found = mmc.read_think_tags(tags)
-    assert found == expected
-    mmc.ReplyDecoder(found or ())
+    usual = (("<think>", "</think>"),)
+    found = mmc._read_think_tags(tags, usual)
+    assert found == (usual if expected is None else expected)
+    mmc.ReplyDecoder(found)
 
 
 # -- what a participant gets -----------------------------------------------------------
@@ -94,7 +95,7 @@ def builtins(
     """The built-in categories of a model of this meta in a chat with features."""
     settings = mmc.Settings.model_validate({"builtin_tools": choice})
     model = {"id": "oak", "info": {"meta": meta}}
-    found = mmc.builtins_model(model, meta, {"features": features}, settings)
+    found = mmc._builtins_model(model, meta, {"features": features}, settings)
     return None if found is None else found["info"]["meta"]["builtinTools"]
 
 
@@ -108,7 +109,7 @@ def test_a_feature_of_the_chat_brings_its_tools_and_no_others() -> None:
     found = builtins({"builtinTools": {"web_search": True}}, {"web_search": True})
     assert found is not None
     assert found["web_search"] is True
-    others = {name for name in mmc.BUILTIN_CATEGORIES if name != "web_search"}
+    others = {name for name in mmc._BUILTIN_CATEGORIES if name != "web_search"}
     assert not any(found.get(name, True) for name in others)
 
 
@@ -128,12 +129,11 @@ def test_all_built_in_tools_are_all_but_the_one_that_asks_the_user() -> None:
 
 def test_knowledge_is_named_without_room_for_markup() -> None:
     meta = {"knowledge": [{"id": "k<1", "type": "file", "name": "a\n<b>"}, {"id": "x"}]}
-    assert mmc.knowledge_prompt(meta, legacy=False) == (
+    assert mmc._knowledge_prompt(meta) == (
         '<attached_knowledge>\n<knowledge type="file" id="k1" name="a b"/>\n'
         "</attached_knowledge>"
     )
-    assert mmc.knowledge_prompt(meta, legacy=True) == ""
-    assert mmc.knowledge_prompt({}, legacy=False) == ""
+    assert mmc._knowledge_prompt({}) == ""
 
 
 # -- what a completion gives -----------------------------------------------------------
@@ -196,13 +196,47 @@ def test_whatever_foreign_code_raises_is_a_failure_that_says_why(
     assert failure.value.__cause__ is raised
 
 
-@pytest.mark.parametrize(
-    "raised", [asyncio.CancelledError(), TimeoutError(), mmc.ModelFailure("known")]
-)
-def test_what_is_no_failure_of_foreign_code_passes(raised: BaseException) -> None:
-    with pytest.raises(type(raised)) as passed, mmc.foreign_errors(mmc.ToolFailure):
+def test_what_is_known_to_be_a_failure_passes() -> None:
+    raised = mmc.ModelFailure("known")
+    with pytest.raises(mmc.ModelFailure) as passed, mmc.foreign_errors(mmc.ToolFailure):
         raise raised
     assert passed.value is raised
+
+
+async def test_a_cancellation_of_ours_passes() -> None:
+    async def waits() -> None:
+        with mmc.foreign_errors(mmc.ToolFailure):
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(waits())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancellation_of_foreign_code_is_its_failure() -> None:
+    with pytest.raises(mmc.ToolFailure), mmc.foreign_errors(mmc.ToolFailure):
+        raise asyncio.CancelledError
+
+
+async def test_a_reply_that_swallows_its_cancellation_ends_all_the_same() -> None:
+    async def stubborn() -> AsyncIterator[str]:
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                yield "I go on."
+
+    async def read() -> None:
+        async for _ in mmc._guarded(stubborn()):
+            raise AssertionError("nothing may come after the cancellation")
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 def test_a_reply_is_a_chats_where_it_has_a_chat_and_a_message() -> None:

@@ -325,26 +325,37 @@ async def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
 
 
 def section_of(run: mmc.Run, alias: str = "Ann") -> mmc.Section:
-    seats = {participant.alias: participant for participant in run.cast.participants}
-    return mmc.Section(run, seats[alias])
+    section = mmc.Section(run.screen, run.cast.participant(alias), mmc.TurnClock(600.0))
+    section.show_heading()
+    return section
+
+
+def said(words: str, *calls: mmc.ToolCall) -> mmc.Reply:
+    """A reply that is over."""
+    reply = mmc.Reply()
+    reply.text, reply.calls = words, list(calls)
+    return reply
 
 
 def items_of(run: mmc.Run) -> list[Json]:
-    items: list[Json] = mmc.render_items(run.transcript)
+    items: list[Json] = mmc.render_items(run.screen.transcript)
     return items
 
 
 def texts_of(run: mmc.Run, kind: str = "message") -> list[str]:
-    return [str(block.text) for block in run.transcript.blocks if block.kind == kind]
+    return [
+        str(block.text) for block in run.screen.transcript.blocks if block.kind == kind
+    ]
 
 
 def test_a_section_begins_with_its_heading_and_ends_as_a_turn() -> None:
     run, _ = make_run()
     section = section_of(run)
+    reply = section.begin_reply()
     for piece in ("\n\nOaks ", "grow.", "\n"):
-        section.apply(mmc.TextDelta(piece))
-    said, calls = section.end_reply()
-    section.record(said, calls, [])
+        reply.apply(mmc.TextDelta(piece))
+    reply.end()
+    section.record(reply, [])
     assert texts_of(run) == ["### 🔵 Ann", "Oaks grow.\n"]
     assert section.turn() == mmc.Turn(
         "Ann", "Oaks grow.", ({"role": "assistant", "content": "Oaks grow."},)
@@ -356,14 +367,15 @@ def test_a_section_begins_with_its_heading_and_ends_as_a_turn() -> None:
 def test_reasoning_is_a_block_of_its_own_with_its_duration() -> None:
     run, _ = make_run()
     section = section_of(run)
+    reply = section.begin_reply()
     for event in (
         mmc.ReasoningDelta("Which "),
         mmc.ReasoningDelta("tree?"),
         mmc.TextDelta("Oaks."),
         mmc.ReasoningDelta("Or not?"),
     ):
-        section.apply(event)
-    section.end_reply()
+        reply.apply(event)
+    reply.end()
     heading, first, answer, second = items_of(run)
     assert first["content"][0]["text"] == "Which tree?"
     assert answer["content"][0]["text"] == "Oaks."
@@ -393,11 +405,12 @@ def test_reasoning_is_a_block_of_its_own_with_its_duration() -> None:
 def test_nobody_can_pose_as_another_speaker(pieces: list[str | None]) -> None:
     run, _ = make_run()
     section = section_of(run)
+    reply = section.begin_reply()
     for piece in pieces:
         event = mmc.ReasoningDelta("Hm.") if piece is None else mmc.TextDelta(piece)
-        section.apply(event)
-    section.end_reply()
-    for markdown in (mmc.render_markdown(run.transcript), *texts_of(run)[1:]):
+        reply.apply(event)
+    reply.end()
+    for markdown in (mmc.render_markdown(run.screen.transcript), *texts_of(run)[1:]):
         own = markdown.removeprefix("### 🔵 Ann")
         assert not re.search(r"(?m)^[^\S\n]*#{1,6}[^\S\n]*🔴", own)
     _, entries = mmc.read_history(host_messages(items_of(run)))
@@ -407,13 +420,15 @@ def test_nobody_can_pose_as_another_speaker(pieces: list[str | None]) -> None:
 def test_arguments_stream_into_a_card_with_an_id_of_our_own() -> None:
     run, _ = make_run()
     section = section_of(run)
-    section.apply(mmc.ToolCallDelta(0, "c1", "look", ""))
-    section.apply(mmc.ToolCallDelta(0, "", "", '{"at": '))
+    reply = section.begin_reply()
+    reply.apply(mmc.ToolCallDelta(0, "c1", "look", ""))
+    reply.apply(mmc.ToolCallDelta(0, "", "", '{"at": '))
     card = items_of(run)[1]
     assert (card["name"], card["arguments"]) == ("look", '{"at": ')
     assert card["status"] == "in_progress"
-    section.apply(mmc.ToolCallDelta(0, "", "", '"oak"}'))
-    _, (made,) = section.end_reply()
+    reply.apply(mmc.ToolCallDelta(0, "", "", '"oak"}'))
+    reply.end()
+    (made,) = reply.calls
     assert (made.name, made.arguments) == ("look", '{"at": "oak"}')
     assert made.id == items_of(run)[1]["call_id"] != "c1"
 
@@ -424,30 +439,33 @@ def test_the_calls_of_every_reply_have_ids_of_their_own() -> None:
     for alias in ("Ann", "Bob", "Ann"):
         section = section_of(run, alias)
         for _ in range(2):
-            section.begin_reply()
-            section.apply(mmc.ToolCallDelta(0, "call_0", "look", "{}"))
-            section.apply(mmc.ToolCallDelta(1, "call_1", "look", "{}{}"))
-            _, calls = section.end_reply()
-            ids += [made.id for made in calls]
+            reply = section.begin_reply()
+            reply.apply(mmc.ToolCallDelta(0, "call_0", "look", "{}"))
+            reply.apply(mmc.ToolCallDelta(1, "call_1", "look", "{}{}"))
+            reply.end()
+            ids += [made.id for made in reply.calls]
     assert len(ids) == len(set(ids)) == 18
 
 
 def test_several_objects_in_one_call_are_cards_of_their_own() -> None:
     run, _ = make_run()
     section = section_of(run)
-    section.apply(mmc.ToolCallDelta(0, "c1", "look", '{"n": 1}{"n": 2}'))
-    _, calls = section.end_reply()
+    reply = section.begin_reply()
+    reply.apply(mmc.ToolCallDelta(0, "c1", "look", '{"n": 1}{"n": 2}'))
+    reply.end()
     cards = [item for item in items_of(run) if item["type"] == "function_call"]
     assert [card["arguments"] for card in cards] == ['{"n": 1}', '{"n": 2}']
-    assert [card["call_id"] for card in cards] == [made.id for made in calls]
+    assert [card["call_id"] for card in cards] == [made.id for made in reply.calls]
     assert {card["name"] for card in cards} == {"look"}
 
 
 def test_a_result_completes_its_card_and_brings_files_and_embeds() -> None:
     run, _ = make_run()
     section = section_of(run)
-    section.apply(mmc.ToolCallDelta(0, "c1", "look", "{}"))
-    _, (made,) = section.end_reply()
+    reply = section.begin_reply()
+    reply.apply(mmc.ToolCallDelta(0, "c1", "look", "{}"))
+    reply.end()
+    (made,) = reply.calls
     section.show_result(
         made, mmc.ToolResult("tall", files=({"url": "x"},), embeds=("e",))
     )
@@ -463,7 +481,7 @@ def test_what_a_participant_records_is_what_a_provider_expects() -> None:
     section = section_of(run)
     calls = [mmc.ToolCall("a", "look", '{"n": 1}'), mmc.ToolCall("b", "now", "")]
     results = [mmc.ToolResult("tall", images=("data:,x",)), mmc.ToolResult("noon")]
-    messages = section.record("Let me look.", calls, results)
+    messages = section.record(said("Let me look.", *calls), results)
     assert [message["role"] for message in messages] == [
         "assistant",
         "tool",
@@ -484,7 +502,8 @@ def test_what_a_participant_records_is_what_a_provider_expects() -> None:
 def test_arguments_that_are_no_json_object_are_not_sent_back(arguments: str) -> None:
     run, _ = make_run()
     made = mmc.ToolCall("a", "look", arguments)
-    messages = section_of(run).record("", [made], [mmc.ToolResult("Error: no", True)])
+    result = mmc.ToolResult("Error: no", True)
+    messages = section_of(run).record(said("", made), [result])
     sent = messages[0]["tool_calls"][0]["function"]["arguments"]
     assert isinstance(json.loads(sent), dict)
 
@@ -492,8 +511,9 @@ def test_arguments_that_are_no_json_object_are_not_sent_back(arguments: str) -> 
 def test_a_turn_that_breaks_off_keeps_what_was_said_and_answers_its_calls() -> None:
     run, _ = make_run()
     section = section_of(run)
-    section.apply(mmc.TextDelta("Oaks <det"))
-    section.apply(mmc.ToolCallDelta(0, "c1", "look", '{"at'))
+    reply = section.begin_reply()
+    reply.apply(mmc.TextDelta("Oaks <det"))
+    reply.apply(mmc.ToolCallDelta(0, "c1", "look", '{"at'))
     section.fail("the wire was cut")
     kinds = [item["type"] for item in items_of(run)]
     assert kinds == [
@@ -546,16 +566,16 @@ def test_every_call_is_answered_and_every_turn_is_read_back(
     for alias, replies, breaks in sections:
         section = section_of(run, alias)
         for events in replies:
-            section.begin_reply()
+            reply = section.begin_reply()
             for event in events:
-                section.apply(event)
+                reply.apply(event)
             if breaks and events is replies[-1]:
                 break
-            said, calls = section.end_reply()
-            results = [mmc.ToolResult("tall") for _ in calls]
-            for made, result in zip(calls, results, strict=True):
+            reply.end()
+            results = [mmc.ToolResult("tall") for _ in reply.calls]
+            for made, result in zip(reply.calls, results, strict=True):
                 section.show_result(made, result)
-            section.record(said, calls, results)
+            section.record(reply, results)
         if breaks:
             section.fail("it broke")
         turns.append(section.turn())
@@ -603,7 +623,7 @@ def lines_of(output: Output) -> list[str]:
 async def test_participants_answer_in_turn_and_hear_each_other() -> None:
     run, host, output = await converse([text("Oa", "ks."), text("Elms.")])
     assert lines_of(output) == ["### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
-    assert output == mmc.render_items(run.transcript)
+    assert output == mmc.render_items(run.screen.transcript)
     assert host.payloads[0]["messages"] == [
         {"role": "system", "content": "You are Ann."},
         {"role": "user", "content": "Which tree?"},
@@ -622,14 +642,14 @@ async def test_usage_is_summed_and_told_apart_by_speaker() -> None:
     run, host, _ = await converse(
         [[*text("Oaks."), usage(10, 2)], [*text("Elms."), usage(20, 3)]]
     )
-    assert run.usage["total_tokens"] == 35
-    assert run.usage["participants"]["Bob"]["input_tokens"] == 20
+    assert run.ledger.report()["total_tokens"] == 35
+    assert run.ledger.report()["participants"]["Bob"]["input_tokens"] == 20
     assert host.statuses[-1].endswith("35 tokens")
 
 
 async def test_where_no_usage_is_reported_none_is_claimed() -> None:
     run, host, _ = await converse([text("Oaks."), text("Elms.")])
-    assert run.usage == {}
+    assert run.ledger.report() == {}
     assert "tokens" not in host.statuses[-1]
 
 
@@ -655,7 +675,7 @@ async def test_a_stream_that_fails_later_keeps_its_text_and_the_others_go_on() -
         "Elms.",
     ]
     assert len(host.payloads) == 2
-    assert run.turns == 2
+    assert run.ledger.turns == 2
 
 
 async def test_an_error_in_the_stream_is_a_failure() -> None:
@@ -770,9 +790,8 @@ async def test_the_tools_of_one_reply_run_at_the_same_time_up_to_the_limit() -> 
         [calls, text("Oaks.")],
         aliases=["Ann"],
         tools={"count": tool(counts, n="integer")},
-        max_tool_calls=3,
     )
-    assert most == 3
+    assert most == mmc.TOOLS_AT_ONCE == 4
     answers = [
         m["content"] for m in host.payloads[1]["messages"] if m["role"] == "tool"
     ]
@@ -827,7 +846,7 @@ async def test_a_manager_leads_and_its_reason_is_a_status() -> None:
 
 async def test_a_manager_that_fails_does_not_end_it() -> None:
     _, host, output = await converse(
-        [[mmc.ModelFailure("gone")], text("Oaks."), text("Elms.")], mmc.managed
+        [[mmc.ModelFailure("gone", 404)], text("Oaks."), text("Elms.")], mmc.managed
     )
     assert lines_of(output) == ["### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
 
@@ -858,7 +877,7 @@ async def test_stop_answers_every_call_and_shows_the_last_frame() -> None:
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await soon(reader)
-    assert output == mmc.render_items(run.transcript)
+    assert output == mmc.render_items(run.screen.transcript)
     calls = [i["call_id"] for i in output if i["type"] == "function_call"]
     answers = [i["call_id"] for i in output if i["type"] == "function_call_output"]
     assert sorted(calls) == sorted(answers)
@@ -874,7 +893,7 @@ async def test_an_api_client_reads_chunks_that_add_up() -> None:
     deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"]]
     assert deltas[0]["role"] == "assistant"
     content = "".join(delta.get("content") or "" for delta in deltas)
-    markdown = mmc.render_markdown(run.transcript)
+    markdown = mmc.render_markdown(run.screen.transcript)
     assert content.split() == markdown.split()
     assert "Oaks.\n\n" in content
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
@@ -887,23 +906,22 @@ async def test_without_streaming_the_whole_conversation_is_one_completion() -> N
     mode = mmc.round_robin(run.cast.aliases, 1, None)
     whole = await soon(mmc.reply_whole(run, mode, "pipe.round_robin"))
     message = whole["choices"][0]["message"]
-    assert message["content"] == mmc.render_markdown(run.transcript)
+    assert message["content"] == mmc.render_markdown(run.screen.transcript)
     assert "output" not in whole
     assert "usage" not in whole
 
 
 def test_settings_of_sampling_go_out_only_where_they_are_set() -> None:
     voice = mmc.Voice("oak-1", defaults={"max_tokens": 5, "temperature": 0.9})
-    plain = mmc.build_payload(mmc.Settings(), voice, [], True)
+    call = mmc.ModelCall("Ann", voice, [], mmc.TurnClock(600.0))
+    plain = mmc.build_payload(mmc.Settings(), call, True)
     assert plain == {
         "model": "oak-1",
         "messages": [],
         "max_tokens": 5,
         "temperature": 0.9,
         "stream": True,
-        "stream_options": {"include_usage": True},
     }
-    own = mmc.build_payload(mmc.Settings(temperature=0.0, top_k=3), voice, [], False)
+    own = mmc.build_payload(mmc.Settings(temperature=0.0, top_k=3), call, False)
     assert (own["temperature"], own["top_k"]) == (0.0, 3)
     assert "top_p" not in own
-    assert "stream_options" not in own
