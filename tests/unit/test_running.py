@@ -878,7 +878,13 @@ def test_a_manager_leads_and_its_reason_is_a_status() -> None:
 
 def test_a_manager_that_fails_does_not_end_it() -> None:
     _, host, output = converse(
-        [[mmc.ModelFailure("gone")], text("Oaks."), text("Elms.")], mmc.managed
+        [
+            [mmc.ModelFailure("gone")],
+            text("Oaks."),
+            [mmc.ModelFailure("gone")],
+            text("Elms."),
+        ],
+        mmc.managed,
     )
     assert lines_of(output) == ["### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
 
