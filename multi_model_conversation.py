@@ -38,6 +38,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Container,
     Generator,
     Iterable,
     Iterator,
@@ -67,6 +68,7 @@ from starlette.responses import Response, StreamingResponse
 log = logging.getLogger("open_webui.multi_model_conversation")
 
 Json = dict[str, Any]
+Result = TypeVar("Result")
 
 # ======================================================================================
 # ==== 1 Settings
@@ -717,7 +719,10 @@ class Choice:
 
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
-    line = " ".join(str(text).split())
+    try:
+        line = " ".join(str(text).split())
+    except RecursionError:  # a list in lists, as deep as JSON is read
+        return ""
     line = re.sub(r"[`<>\[\]]", "", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -1335,17 +1340,16 @@ def line_start(text: str) -> int:
 
 NOTICE = "> ⚠️ "
 PROGRESS, FIGURES, OUTCOME = "> ⏳ ", "> ⏱️ ", "> 🏁 "
-CONCLUSION = " · conclusion"
-CONTINUE = "(Go on.)"
-TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
-    "Here are the images from the tool results above. Please analyze them."
-)
+ROLE = " · "  # in a heading, between a name and what it speaks as; names have none
+CONCLUSION = "conclusion"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 
 
 # -- who sits at the table -------------------------------------------------------------
+
+_TEAM_READ = 50  # lines or list entries; eight may sit, the rest would only be named
 
 
 def clean_alias(alias: str) -> str:
@@ -1368,15 +1372,10 @@ def unique_aliases(seats: Iterable[Seat]) -> list[Seat]:
 
 
 def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
-    """The model a user named, by id or by its unique name.
-
-    Raises:
-        ConversationError: there is none this user may use, or it is this pipe.
-    """
-    card = cards.get(wanted)
-    if card is None:
-        named = [c for c in cards.values() if c.name.casefold() == wanted.casefold()]
-        card = named[0] if len(named) == 1 else None
+    """The model a user named, by id or by its unique name, or a `ConversationError`."""
+    name = wanted.casefold()
+    named = [card for card in cards.values() if card.name.casefold() == name]
+    card = cards.get(wanted) or (named[0] if len(named) == 1 else None)
     if card is None:
         raise ConversationError(
             f'there is no model "{plain_line(wanted, 80)}" that you may use: choose '
@@ -1390,30 +1389,15 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     return card
 
 
-def seat_model(wanted: str, cards: Mapping[str, ModelCard]) -> Seat:
-    """A seat for a model, under the model's own name.
-
-    Raises:
-        ConversationError: there is no such model, or it cannot be seated.
-    """
-    card = find_model(wanted, cards)
-    return Seat(clean_alias(card.name) or "Participant", card.id)
-
-
-def parse_team_line(line: str, cards: Mapping[str, ModelCard]) -> Seat:
-    """`Alias | model id | persona`, or just a model id -> a seat.
-
-    Raises:
-        ConversationError: the line names no model, or one that cannot be seated.
-    """
-    alias, *rest = (part.strip() for part in line.split("|", 2))
-    if not rest:
-        return seat_model(alias, cards)
-    if not rest[0]:
+def _read_seat(parts: Sequence[str], cards: Mapping[str, ModelCard]) -> Seat:
+    """`Alias | model | persona` in parts, or a model alone -> a seat."""
+    alias, model, persona = (*parts, "")[:3] if parts[1:] else ("", *parts, "")
+    model, persona = model.strip(), persona.strip().replace("\\n", "\n")
+    if not model:
         raise ConversationError("it names no model: write `Alias | model id | persona`")
-    seat = seat_model(rest[0], cards)
-    persona = rest[1].replace("\\n", "\n") if rest[1:] else ""
-    return Seat(clean_alias(alias) or seat.alias, seat.model_id, persona)
+    card = find_model(model, cards)
+    alias = clean_alias(alias) or clean_alias(card.name) or "Participant"
+    return Seat(alias, card.id, persona)
 
 
 def choose_seats(
@@ -1421,36 +1405,35 @@ def choose_seats(
 ) -> tuple[list[Seat], list[str], bool]:
     """Who takes part: the team text, else the list, else up to three models.
 
-    Returns:
-        The seats, a sentence for each that could not be taken, and whether nobody
-        had been chosen.
+    Gives the seats, a sentence for each that could not be taken, and whether nobody
+    had been chosen.
     """
-    lines = [(n, t) for n, t in enumerate(settings.team.split("\n"), 1) if t.strip()]
-    wanted = [(f"Team line {n} ({plain_line(t, 60)})", t) for n, t in lines]
-    read: Callable[[str, Mapping[str, ModelCard]], Seat] = parse_team_line
-    by_default = not wanted and not settings.participants
-    if by_default:
-        usual = [
-            card for card in cards.values() if card.by_default and not card.is_self
-        ]
-        wanted, read = [("", card.id) for card in usual[:3]], seat_model
-    elif not wanted:
-        chosen = settings.participants
-        wanted, read = (
-            [(f"Participant {plain_line(i, 60)}", i) for i in chosen],
-            seat_model,
-        )
+    team = enumerate(settings.team.split("\n"), 1)
+    lines = [(number, line) for number, line in team if line.strip()]
+    count = len(lines) or len(settings.participants)
+    wanted = [
+        (f"Team line {number} ({plain_line(line, 60)})", line.split("|", 2))
+        for number, line in lines[:_TEAM_READ]
+    ] or [
+        (f"Participant {plain_line(model_id, 60)}", [model_id])
+        for model_id in settings.participants[:_TEAM_READ]
+    ]
+    if not count:
+        usual = [c for c in cards.values() if c.by_default and not c.is_self]
+        wanted = [("", [card.id]) for card in usual[:3]]
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, what in wanted:
+    for where, parts in wanted:
         try:
-            seats.append(read(what, cards))
+            seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
     seats = unique_aliases(seats)
     most = settings.max_participants
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    return seats[:most], problems, by_default
+    if count > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {count} seats were read.")
+    return seats[:most], problems, not count
 
 
 def render_system(
@@ -1458,9 +1441,8 @@ def render_system(
 ) -> str:
     """A participant's system prompt: its model's, the chat's, rules, tools, persona."""
     names = ", ".join(aliases[:-1]) + (" and " if aliases[1:] else "") + aliases[-1]
-    rules = fill_template(
-        settings.rules_prompt, {"name": seat.alias, "participants": names}
-    )
+    values = {"name": seat.alias, "participants": names}
+    rules = fill_template(settings.rules_prompt, values)
     if voice.tools:
         tools = "You have tools in this conversation; use one where it helps."
     else:
@@ -1473,24 +1455,28 @@ def render_system(
 # -- modes: pure generators of steps ---------------------------------------------------
 
 
-def rotate(aliases: Sequence[str], last: str | None) -> list[str]:
+def _rotate(aliases: Sequence[str], last: str | None) -> list[str]:
     """The aliases in order, beginning after `last`."""
     first = aliases.index(last) + 1 if last in aliases else 0
     return [*aliases[first:], *aliases[:first]]
 
 
 def speak(
-    alias: str, note: str, failures: dict[str, int], brief: str = ""
+    alias: str,
+    failures: dict[str, int],
+    note: str = "",
+    brief: str = "",
+    role: str = "",
 ) -> Generator[Step, Any, Turn]:
     """One participant's turn; counts its failures in a row."""
-    turns: list[Turn] = yield Speak((alias,), note, brief)
+    turns: list[Turn] = yield Speak((alias,), note, brief, role)
     turn = turns[0]
     silent = turn.failure is not None and not turn.text
     failures[alias] = failures.get(alias, 0) + 1 if silent else 0
     return turn
 
 
-def still_able(aliases: Iterable[str], failures: Mapping[str, int]) -> list[str]:
+def _still_able(aliases: Iterable[str], failures: Mapping[str, int]) -> list[str]:
     """Those who did not fail too often in a row."""
     return [a for a in aliases if failures.get(a, 0) < FAILURES_ALLOWED]
 
@@ -1500,15 +1486,15 @@ def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
     failures: dict[str, int] = {}
     answered = False
     for number in range(1, rounds + 1):
-        able = still_able(rotate(aliases, last), failures)
-        for alias in able:
-            turn = yield from speak(alias, f"round {number} of {rounds}", failures)
-            answered = answered or bool(turn.text)
-        if not still_able(aliases, failures):
+        role = f"round {number} of {rounds}" if rounds > 1 else ""
+        for alias in _still_able(_rotate(aliases, last), failures):
+            turn = yield from speak(alias, failures, role=role)
+            answered, role = answered or bool(turn.text), ""
+        if not _still_able(aliases, failures):
             break
     if not answered:
         return "Nobody could answer"
-    if not still_able(aliases, failures):
+    if not _still_able(aliases, failures):
         return "Ended: nobody is left who can answer"
     return f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
 
@@ -1518,46 +1504,55 @@ def managed(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
     failures: dict[str, int] = {}
     answered = False
     for _ in range(rounds * len(aliases)):
-        able = still_able(rotate(aliases, last), failures)
+        able = _still_able(_rotate(aliases, last), failures)
         if not able:
             break
         candidates = [alias for alias in able if alias != last] or able
-        choice = yield from choose_speaker(candidates, last, aliases)
+        choice = yield from _choose_speaker(candidates, last, aliases)
         if choice.done:
             return f"The manager ended it: {choice.reason or 'no reason given'}"
         last = choice.alias
-        turn = yield from speak(last, choice.reason, failures)
+        turn = yield from speak(last, failures, choice.reason)
         answered = answered or bool(turn.text)
     if not answered:
         return "Nobody could answer"
-    if not still_able(aliases, failures):
+    if not _still_able(aliases, failures):
         return "Ended: nobody is left who can answer"
     return "Finished: all turns were taken"
 
 
-def choose_speaker(
+def _choose_speaker(
     candidates: Sequence[str], last: str | None, aliases: Sequence[str]
 ) -> Generator[Step, Any, Choice]:
-    """Ask the manager, once more if it is wrong; else the next in order."""
-    if len(candidates) == 1:
-        return Choice(candidates[0], False, "the only one left")
+    """Ask the manager, once more if it is wrong; else the next in order.
+
+    One candidate alone is asked about too, since the manager may rather end it; but
+    before anybody has spoken it may not, so there is nothing to ask.
+    """
+    alone = Choice(candidates[0], False, "the only one left")
+    if len(candidates) == 1 and last is None:
+        return alone
     step = AskManager(tuple(candidates), last)
     for _ in range(2):
         answer: str | None = yield step
         if answer is None:
             return Choice(candidates[0], False, "next in order, the manager failed")
-        found = read_choice(answer, candidates, aliases, may_end=last is not None)
+        found = _read_choice(answer, candidates, aliases, may_end=last is not None)
         if isinstance(found, Choice):
             return found
+        if len(candidates) == 1:
+            return alone
         step = AskManager(tuple(candidates), last, found, answer)
     return Choice(candidates[0], False, "next in order, the manager named nobody")
 
 
-NAMING_KEYS = ("next", "speaker", "name")
-ENDING_KEYS = ("done", "finished")
+_NAMING_KEYS = ("next", "speaker", "name")
+_ENDING_KEYS = ("done", "finished")
+_ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
+_OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
 
 
-def read_choice(
+def _read_choice(
     answer: str, candidates: Sequence[str], aliases: Sequence[str], may_end: bool
 ) -> Choice | str:
     """The manager's answer, JSON or a bare name -> a choice, or what is wrong.
@@ -1565,40 +1560,37 @@ def read_choice(
     Names are looked for among all `aliases`, so that "Ann Lee", who may not speak
     now, is not taken for "Ann", who may.
     """
-    verdict = find_object(answer, *NAMING_KEYS, *ENDING_KEYS) or find_object(answer)
+    answer = answer[-_ANSWER_READ:]
+    keys = (*_NAMING_KEYS, *_ENDING_KEYS)
+    verdict = _find_object(answer, *keys) or _find_object(answer)
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
-    if any(verdict.get(key) is True for key in ENDING_KEYS):
+    if any(verdict.get(key) is True for key in _ENDING_KEYS):
         if may_end:
             return Choice("", True, reason)
         return "Nobody has spoken yet, so it cannot be done."
-    named = next((verdict[key] for key in NAMING_KEYS if verdict.get(key)), None)
-    wanted = str(named) if named else "" if verdict else answer
-    found = find_names(wanted, aliases)
+    named = next((verdict[key] for key in _NAMING_KEYS if verdict.get(key)), "")
+    found = _find_names(plain_line(named) if verdict else answer, aliases)
     if len(found) == 1 and found[0] in candidates:
         return Choice(found[0], False, reason)
     listed = json.dumps(list(candidates), ensure_ascii=False)
     return f"Your answer must name exactly one of {listed}."
 
 
-def find_object(text: str, *keys: str) -> Json:
+def _find_object(text: str, *keys: str) -> Json:
     """The first JSON object in a text that has one of these keys, fenced or not.
 
     Without keys any object will do. Gives {} if there is none.
     """
-    for found in re.finditer(r"\{", text):
-        try:
-            value, _ = parse_json_at(text, found.start())
-        except ValueError:
-            continue
-        fits = not keys or (
-            isinstance(value, dict) and not value.keys().isdisjoint(keys)
-        )
-        if fits and isinstance(value, dict):
-            return value
+    starts = [found.start() for found in re.finditer(r'\{(?=\s*+")', text)]
+    for start in starts[-_OBJECTS_TRIED:]:
+        with suppress(ValueError):
+            value: Json = parse_json_at(text, start)[0]
+            if not keys or not value.keys().isdisjoint(keys):
+                return value
     return {}
 
 
-def find_names(text: str, names: Sequence[str]) -> list[str]:
+def _find_names(text: str, names: Iterable[str]) -> list[str]:
     """The names that stand in a text as whole words; longer names are taken first."""
     found = []
     for name in sorted(names, key=len, reverse=True):
@@ -1629,18 +1621,19 @@ def council(agenda: Agenda) -> Mode:
     answers: list[Turn] = yield Speak(
         agenda.aliases, "answering", quorum=agenda.settings.quorum, joins=False
     )
-    present = [turn for turn in answers if turn.failure is None]
-    if not present:
-        return (yield from leave_nobody(answers))
-    if len(present) == 1:
-        return (yield from leave_alone(answers, present[0].alias))
-    ballots: list[Ballot] = yield Rank(ranking_papers(agenda, present))
-    standings = tally([turn.alias for turn in present], ballots)
-    yield Publish("ranking", render_ranking(standings, ballots))
+    present = {turn.alias: turn for turn in answers if turn.failure is None}
+    if len(present) < 2:
+        return (yield from _end_early(answers, list(present)))
+    judged: list[Ballot | LostBallot] = yield Rank(
+        ranking_papers(agenda, list(present.values()))
+    )
+    ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
+    standings = tally(list(present), ballots)
+    yield Publish("ranking", render_ranking(standings, ballots) + _list_lost(judged))
     values = {
         "question": agenda.question,
-        "answers": "\n\n".join(render_turn(turn) for turn in present),
-        "result": describe_ranking(standings, ballots),
+        "answers": "\n\n".join(map(render_turn, present.values())),
+        "result": _describe_ranking(standings, ballots),
     }
     brief = fill_template(agenda.settings.conclusion_prompt, values)
     return (yield from conclude(agenda, standings, answers, brief))
@@ -1648,31 +1641,31 @@ def council(agenda: Agenda) -> Mode:
 
 def debate(agenda: Agenda) -> Mode:
     """Rounds in which each answers the strongest point against it, a vote, an end."""
-    turns = yield from argue(agenda)
+    turns = yield from _argue(agenda)
     present = [turn.alias for turn in turns if turn.text]
-    if not present:
-        return (yield from leave_nobody(turns))
-    if len(present) == 1:
-        return (yield from leave_alone(turns, present[0]))
-    ballots: list[Ballot] = yield Vote(vote_papers(agenda, present))
+    if len(present) < 2:
+        return (yield from _end_early(turns, present))
+    voted: list[Ballot | LostBallot] = yield Vote(vote_papers(agenda, present))
+    ballots = [ballot for ballot in voted if isinstance(ballot, Ballot)]
     standings = tally(present, ballots)
-    yield Publish("ranking", render_votes(standings, ballots))
-    result = describe_votes(standings, ballots)
+    yield Publish("ranking", _render_votes(standings, ballots) + _list_lost(voted))
+    counts = ", ".join(f"{s.alias} has {s.ballots}" for s in standings)
+    result = f"The members voted ({len(ballots)} valid votes): {counts}."
     values = {"question": agenda.question, "answers": "", "result": result}
     brief = fill_template(agenda.settings.conclusion_prompt, values)
     return (yield from conclude(agenda, standings, turns, brief))
 
 
-def argue(agenda: Agenda) -> Generator[Step, Any, list[Turn]]:
+def _argue(agenda: Agenda) -> Generator[Step, Any, list[Turn]]:
     """The rounds of a debate; gives the last turn of everybody that says something."""
     rounds, failures = agenda.settings.rounds, dict[str, int]()
     brief = fill_template(agenda.settings.debate_prompt, {"question": agenda.question})
     latest: dict[str, Turn] = {}
     for number in range(1, rounds + 1):
-        for alias in still_able(rotate(agenda.aliases, agenda.last), failures):
-            turn = yield from speak(
-                alias, f"round {number} of {rounds}", failures, brief
-            )
+        role = f"round {number} of {rounds}" if rounds > 1 else ""
+        for alias in _still_able(_rotate(agenda.aliases, agenda.last), failures):
+            turn = yield from speak(alias, failures, brief=brief, role=role)
+            role = ""
             if turn.text or alias not in latest:
                 latest[alias] = turn
     return [latest[alias] for alias in agenda.aliases]
@@ -1692,32 +1685,34 @@ def conclude(
         notes.append(f"nobody is called {plain_line(chair, 40)}")
     for alias in dict.fromkeys(a for a in (*wanted, *present) if a in present):
         behind = f" ({', '.join(notes)})" if notes else ""
-        yield Publish("outcome", describe_outcome(turns, f"chaired by {alias}{behind}"))
+        yield Publish(
+            "outcome", _describe_outcome(turns, f"chaired by {alias}{behind}")
+        )
         spoken: list[Turn] = yield Speak(
-            (alias,), "concluding", brief, joins=False, concludes=True
+            (alias,), "concluding", brief, CONCLUSION, joins=False, concludes=True
         )
         if spoken[0].text:
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
-    yield Publish("outcome", describe_outcome(turns, "nobody could write a conclusion"))
+    what = "nobody could write a conclusion"
+    yield Publish("outcome", _describe_outcome(turns, what))
     return f"No conclusion: {', '.join(notes)}"
 
 
-def leave_alone(turns: Sequence[Turn], alias: str) -> Generator[Step, Any, str]:
-    """Only one has answered: there is nothing to rank or to conclude from."""
-    what = f"no conclusion, this is {alias}'s answer alone"
-    yield Publish("outcome", describe_outcome(turns, what))
-    return f"Only {alias} answered"
-
-
-def leave_nobody(turns: Sequence[Turn]) -> Generator[Step, Any, str]:
-    """Nobody has answered: say why, for each."""
-    reasons = "; ".join(map(describe_failure, turns))
+def _end_early(
+    turns: Sequence[Turn], present: Sequence[str]
+) -> Generator[Step, Any, str]:
+    """At most one has answered: there is nothing to rank or to conclude from."""
+    if present:
+        what = f"no conclusion, this is {present[0]}'s answer alone"
+        yield Publish("outcome", _describe_outcome(turns, what))
+        return f"Only {present[0]} answered"
+    reasons = "; ".join(map(_describe_failure, turns))
     yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
     return "Nobody could answer"
 
 
-def describe_failure(turn: Turn) -> str:
+def _describe_failure(turn: Turn) -> str:
     """A few words on why somebody did not answer."""
     reason = plain_line(turn.failure or "it gave no answer", 120)
     if reason.startswith("it "):
@@ -1725,14 +1720,16 @@ def describe_failure(turn: Turn) -> str:
     return f"{turn.alias} failed: {reason.rstrip('.')}"
 
 
-def describe_outcome(turns: Sequence[Turn], what: str) -> str:
+def _describe_outcome(turns: Sequence[Turn], what: str) -> str:
     """The honest line above a conclusion, computed from what happened."""
     failed = [turn for turn in turns if turn.failure is not None]
     answered = f"{len(turns) - len(failed)} of {len(turns)} answered"
-    return OUTCOME + " · ".join((answered, *map(describe_failure, failed), what))
+    return OUTCOME + " · ".join((answered, *map(_describe_failure, failed), what))
 
 
 # -- ballots ---------------------------------------------------------------------------
+
+_LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -1750,7 +1747,7 @@ def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]
     """Letters for the others' answers, in an order of the voter's own."""
     others = [alias for alias in aliases if alias != voter]
     others.sort(key=lambda alias: sha256(f"{seed}\0{voter}\0{alias}".encode()).digest())
-    return dict(zip("ABCDEFGH", others, strict=False))
+    return dict(zip(_LETTERS, others, strict=False))
 
 
 def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> tuple[BallotPaper, ...]:
@@ -1787,48 +1784,75 @@ def read_ranking(
     Leniently, whoever a ranking does not name shares the last place, and a chain of all
     letters in any text counts as a ranking.
     """
-    verdict = find_object(answer, "ranking")
+    answer = answer[-_ANSWER_READ:]
+    verdict = _find_object(answer, "ranking")
     places = verdict.get("ranking")
     if isinstance(places, dict):
-        places = read_rank_numbers(places)
+        places = _order_numbers(places)
     elif not isinstance(places, list):
-        places = read_chain(answer, paper) if lenient else []
+        places = _read_chain(answer, paper) if lenient else []
     ranks: dict[str, float] = {}
     for place in places:
-        named = [paper.choices.get(letter, "") for letter in read_place(place)]
+        named = [paper.choices.get(letter, "") for letter in _read_place(place)]
         share_place(ranks, [alias for alias in named if alias])
     missing = [alias for alias in paper.choices.values() if alias not in ranks]
     if missing and not (lenient and ranks):
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
     share_place(ranks, missing)
-    return Ballot(paper.voter, ranks, read_remarks(verdict, paper))
+    said = verdict.get("comments")
+    remarks = {
+        alias: plain_line(said[letter], 200)
+        for letter, alias in paper.choices.items()
+        if isinstance(said, dict) and letter in said
+    }
+    return Ballot(paper.voter, ranks, remarks)
 
 
-def read_rank_numbers(ranks: Json) -> list[list[str]]:
+def _order_numbers(ranks: Json) -> list[list[str]]:
     """`{"A": 2, "B": 1}` -> the letters in order of their ranks, tied ones together."""
-    numbers = {letter: rank for letter, rank in ranks.items() if is_number(rank)}
+    numbers = {
+        letter: rank
+        for letter, rank in ranks.items()
+        if letter.strip().upper() in _LETTERS and isinstance(rank, (int, float))
+    }
     places = sorted(set(numbers.values()))
     return [[each for each in numbers if numbers[each] == place] for place in places]
 
 
-CHAIN_LINK = r"(?:[>=,;/→]|then\b|and\b|\n\s*(?:\d+[.)]|[-*]))"
-CHAIN = re.compile(rf"\b[A-H]\b(?:(?:\s*{CHAIN_LINK})+\s*\b[A-H]\b)*")
+_CHAIN_TOKEN = re.compile(r"\n[^\S\n]*+(?:\d++[.)]|[-*])|\w+|\S")
+_CHAIN_LINKS = (*">=,;/→", "then", "and")  # beside the mark of a list
 
 
-def read_chain(text: str, paper: BallotPaper) -> list[str]:
-    """`B > A = C` or a numbered list in any text -> its places, if it names all."""
-    for chain in CHAIN.findall(text):
-        if set(re.findall(r"\b[A-H]\b", chain)) >= paper.choices.keys():
-            return re.split(r"[>,;/→\n]|then\b|and\b", chain)
+def _read_chain(text: str, paper: BallotPaper) -> list[list[str]]:
+    """`B > A = C` or a numbered list in any text -> its places, once it names all."""
+    places: list[list[str]] = []
+    unnamed: set[str] = set()
+    link = ""  # what stands since the last letter; "=" alone makes a tie
+    for token in _CHAIN_TOKEN.findall(text):
+        if token in _LETTERS and link == "=":
+            places[-1].append(token)
+        elif token in _LETTERS and link:
+            places.append([token])
+        elif token in _LETTERS:
+            places, unnamed = [[token]], set(paper.choices)
+        elif token in _CHAIN_LINKS or token[0] == "\n":
+            link = link if link and token == "=" else token if places else ""
+            continue
+        else:
+            places = []
+        link = ""
+        unnamed.discard(token)
+        if places and not unnamed:
+            return places
     return []
 
 
-def read_place(place: Any) -> list[str]:
+def _read_place(place: Any) -> list[str]:
     """One place of a ranking: a letter, several ("A=B"), or a list of them."""
     if isinstance(place, list):
-        return [str(letter).strip().upper() for letter in place]
-    text = str(place).strip()
+        return [plain_line(letter).upper() for letter in place]
+    text = plain_line(place)
     if re.fullmatch(r"[A-Ha-h](?:\s*[=&,/]\s*[A-Ha-h])*", text):
         text = text.upper()
     return re.findall(r"\b[A-H]\b", text)
@@ -1841,49 +1865,34 @@ def share_place(ranks: dict[str, float], aliases: Iterable[str]) -> None:
     ranks.update(dict.fromkeys(tied, rank))
 
 
-def read_remarks(verdict: Json, paper: BallotPaper) -> dict[str, str]:
-    """The sentences a reviewer wrote, by alias."""
-    remarks = verdict.get("comments")
-    if not isinstance(remarks, dict):
-        return {}
-    known = {
-        letter: text for letter, text in remarks.items() if letter in paper.choices
-    }
-    return {paper.choices[each]: plain_line(text, 200) for each, text in known.items()}
-
-
 def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot | str:
     """A voter's answer -> its ballot, or what is wrong with it."""
-    named = str(find_object(answer, "vote").get("vote") or "")
-    found = find_names(named or (answer if lenient else ""), list(paper.choices))
+    answer = answer[-_ANSWER_READ:]
+    named = plain_line(_find_object(answer, "vote").get("vote") or "")
+    found = _find_names(named or (answer if lenient else ""), paper.choices)
     if len(found) != 1:
         listed = json.dumps(list(paper.choices), ensure_ascii=False)
         return f"Your vote must name exactly one of {listed}, as a JSON object."
     return Ballot(paper.voter, {found[0]: 1.0})
 
 
-def normal_ranks(ballot: Ballot) -> dict[str, float]:
-    """The ranks of a ballot on a scale from 0 (first) to 1 (last)."""
-    last = max(len(ballot.ranks) - 1, 1)
-    return {alias: (rank - 1) / last for alias, rank in ballot.ranks.items()}
-
-
 def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
-    Members are compared by their mean normalised rank over the ballots they stand on.
-    A shared first place counts as one for each. A vote is a ballot with one name on it:
-    there the number of firsts decides.
+    Members are compared by their mean rank, on a scale from 0 (first) to 1 (last),
+    over the ballots they stand on. A shared first place counts as one for each. A vote
+    is a ballot with one name on it: there the number of firsts decides.
     """
     standings = []
     for alias in aliases:
-        normal = [normal_ranks(b)[alias] for b in ballots if alias in b.ranks]
-        standing_on = [b.ranks for b in ballots if alias in b.ranks]
-        ranks = [each[alias] for each in standing_on]
-        firsts = sum(each[alias] == min(each.values()) for each in standing_on)
-        score = sum(normal) / len(normal) if normal else None
-        mean_rank = sum(ranks) / len(ranks) if ranks else None
-        standings.append(Standing(alias, score, mean_rank, len(ranks), firsts))
+        lists = [ballot.ranks for ballot in ballots if alias in ballot.ranks]
+        score = mean_rank = None
+        if lists:
+            scaled = ((each[alias] - 1) / max(len(each) - 1, 1) for each in lists)
+            score = sum(scaled) / len(lists)
+            mean_rank = sum(each[alias] for each in lists) / len(lists)
+        firsts = sum(each[alias] == min(each.values()) for each in lists)
+        standings.append(Standing(alias, score, mean_rank, len(lists), firsts))
     return sorted(
         standings, key=lambda s: (1.0 if s.score is None else s.score, -s.firsts)
     )
@@ -1925,7 +1934,7 @@ def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> 
     return title + "\n".join(lines)
 
 
-def render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
+def _render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
     """The table of a debate's votes, under a heading of ours."""
     title = f"{RULE}### {SYSTEM_MARK} Votes\n\n"
     if not ballots:
@@ -1937,7 +1946,14 @@ def render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> st
     return title + "\n".join(lines)
 
 
-def describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
+def _list_lost(judged: Sequence[Ballot | LostBallot]) -> str:
+    """Under a table: whose ballot is not in it, and why."""
+    lost = [each for each in judged if isinstance(each, LostBallot)]
+    reasons = [(each.voter, plain_line(each.reason, 120).rstrip(".")) for each in lost]
+    return "".join(f"\n\nNo ballot from {voter}: {why}." for voter, why in reasons)
+
+
+def _describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
     """The ranking in words, with the reviewers' remarks, for the chair."""
     if not ballots:
         return "The participants' ranking of each other gave no result."
@@ -1948,12 +1964,6 @@ def describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -
         remarks = " ".join(filter(None, said))
         lines.append(f"- {s.alias} ({mean}) {remarks}".rstrip())
     return "\n".join(lines)
-
-
-def describe_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
-    """The votes in words, for whoever concludes."""
-    counts = (f"{s.alias} has {s.ballots}" for s in standings)
-    return f"The members voted ({len(ballots)} valid votes): {', '.join(counts)}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -1979,6 +1989,10 @@ MODES = {
 
 # -- what everybody sees ---------------------------------------------------------------
 
+TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
+    "Here are the images from the tool results above. Please analyze them."
+)
+
 
 def read_history(
     messages: Sequence[Json], authors: Sequence[str | None] = ()
@@ -1990,80 +2004,117 @@ def read_history(
     `authors` says whose each reply is, the last reply's last, as `reply_authors` gives
     them: None is ours, and so is what nobody is known of.
     """
-    system = ""
+    prompts: list[str] = []
     replies: list[list[Json]] = [[]]  # replies[n] stands before questions[n]
     questions: list[Question] = []
     for message in messages:
-        role = message.get("role")
+        role, content = message.get("role"), _read_content(message.get("content"))
         if role in ("system", "developer"):
-            system = f"{system}\n\n{text_of(message.get('content'))}".strip()
-        elif role in ("assistant", "tool") or (replies[-1] and is_tool_images(message)):
-            replies[-1].append(message)
+            prompts.append(text_of(content).strip())
+        elif role in ("assistant", "tool") or (replies[-1] and _is_images(content)):
+            replies[-1].append({**message, "content": content})
         else:
-            questions.append(Question(message.get("content") or ""))
+            questions.append(Question(content))
             replies.append([])
     last = len(replies) - (1 if replies[-1] else 2)
     known = dict(zip(range(last, -1, -1), reversed(authors), strict=False))
     entries: list[Entry] = []
     for at, reply in enumerate(replies):
-        entries += read_reply(reply, known.get(at))
+        entries += _read_reply(reply, known.get(at))
         entries += questions[at : at + 1]
-    return system, entries
+    return "\n\n".join(filter(None, prompts)), entries
 
 
-def is_tool_images(message: Json) -> bool:
+def _read_content(content: Any) -> str | list[Json]:
+    """A message's content as text or parts, whatever a client put there."""
+    if isinstance(content, list):
+        return [part for part in content if isinstance(part, dict)]
+    return content if isinstance(content, str) else text_of([content])
+
+
+def _is_images(content: str | list[Json]) -> bool:
     """Whether a user message only carries a tool's images, as the host writes them."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return False
-    return text_of(content) == TOOL_IMAGES
+    return isinstance(content, list) and text_of(content) == TOOL_IMAGES
 
 
-def read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
+def reply_authors(
+    chain: Iterable[Json], own_models: Container[str]
+) -> list[str | None]:
+    """Who wrote each reply in a stored chat: None is us, else a name fit for a label.
+
+    `chain` are the chat's messages from first to last. Ours are the replies whose items
+    have our `speaker`, and those of our own models. Replies are counted by the users'
+    messages between them, as `read_history` does, so that one that is gone moves none.
+    """
+    replies: list[list[Json]] = [[]]
+    for message in chain:
+        if message.get("role") == "user":
+            replies.append([])
+        elif message.get("content") or message.get("output"):
+            replies[-1].append(message)
+    if not replies[-1]:
+        replies.pop()
+    return [_author(reply, own_models) for reply in replies]
+
+
+def _author(reply: Sequence[Json], own_models: Container[str]) -> str | None:
+    name: Any = None
+    for message in reply:
+        output, model = message.get("output"), message.get("model")
+        items = output if isinstance(output, list) else ()
+        if any(
+            isinstance(i, dict) and isinstance(i.get("speaker"), str) for i in items
+        ):
+            return None
+        if isinstance(model, str) and model in own_models:
+            return None
+        name = message.get("modelName") or model
+    return (clean_alias(str(name or "")) or "Assistant") if reply else None
+
+
+def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
     """The messages of one reply -> the turns of its speakers, without our sections.
 
     What an `author` other than us wrote is one turn: nothing in it is a heading.
     """
     sections = [("", author or "", list[Json]())]
     for message in messages:
-        if message.get("role") != "assistant":
+        if message["role"] != "assistant":
             sections[-1][2].append(message)
             continue
-        text = text_of(message.get("content"))
-        first, *rest = HEADING.split(text) if author is None else [text]
-        add_words(sections[-1][2], first if author else drop_notices(first))
+        text = text_of(message["content"])
+        first, *rest = [text] if author else HEADING.split(text)
+        _add_words(sections[-1][2], first if author else _drop_notices(first))
         for colour, alias, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             sections.append((colour, alias.strip(), []))
-            add_words(sections[-1][2], drop_notices(text))
-        if message.get("tool_calls"):
-            add_tool_calls(sections[-1][2], message["tool_calls"])
+            _add_words(sections[-1][2], _drop_notices(text))
+        _add_tool_calls(sections[-1][2], message.get("tool_calls"))
     for colour, alias, own in sections:
-        if (
-            own or (alias and author is None)
-        ) and colour != SYSTEM_MARK:  # a silent one has a heading only
+        if (own or colour) and colour != SYSTEM_MARK:  # a silent one has a heading only
             said = (text_of(m["content"]) for m in own if m["role"] == "assistant")
+            name, _, role = alias.partition(ROLE) if colour else (alias, "", "")
             text = "\n\n".join(filter(None, said))
-            concludes = author is None and alias.endswith(CONCLUSION)
-            alias = author or alias.removesuffix(CONCLUSION) or "Assistant"
-            yield Turn(alias, text, tuple(own), concludes=concludes)
+            concludes = role == CONCLUSION
+            yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
 
 
-def add_words(messages: list[Json], text: str) -> None:
-    """Add what was said in a section, if anything was."""
+def _add_words(messages: list[Json], text: str) -> None:
     if text.strip():
         messages.append({"role": "assistant", "content": text.strip()})
 
 
-def add_tool_calls(messages: list[Json], calls: Sequence[Json]) -> None:
+def _add_tool_calls(messages: list[Json], calls: Any) -> None:
     """Put tool calls on the assistant message that stands last, or on a new one."""
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
     echoed = []
-    for call in calls:
-        function = dict(call.get("function") or {})
-        function["arguments"] = echo_arguments(function.get("arguments") or "")
-        echoed.append({**call, "function": function})
-    messages[-1]["tool_calls"] = echoed
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            arguments = echo_arguments(function.get("arguments"))
+            echoed.append({**call, "function": {**function, "arguments": arguments}})
+    if echoed and (not messages or messages[-1]["role"] != "assistant"):
+        messages.append({"role": "assistant", "content": ""})
+    if echoed:
+        messages[-1]["tool_calls"] = echoed
 
 
 def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
@@ -2081,11 +2132,10 @@ def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
     return kept[::-1]
 
 
-def drop_notices(text: str) -> str:
+def _drop_notices(text: str) -> str:
     """A section's text without the lines that are ours."""
     ours = (NOTICE, PROGRESS, FIGURES, OUTCOME)
-    lines = (line for line in text.split("\n") if not line.startswith(ours))
-    return "\n".join(lines)
+    return "\n".join(line for line in text.split("\n") if not line.startswith(ours))
 
 
 def render_turn(turn: Turn) -> str:
@@ -2111,55 +2161,42 @@ def messages_for(
     messages: list[Json] = []
     if participant.system:
         messages.append({"role": "system", "content": participant.system})
+    heard: list[str | list[Json]] = []
     for entry in entries:
         if isinstance(entry, Question):
-            add_user_content(messages, entry.content)
+            heard.append(entry.content)
         elif entry.alias != participant.alias:
-            add_user_content(messages, render_turn(entry))
+            heard.append(render_turn(entry))
         elif entry.messages:
-            end_with_user(messages)
+            _add_heard(messages, heard)
             messages.extend(entry.messages)
-    if brief:
-        add_user_content(messages, brief)
-    end_with_user(messages)
-    return messages if participant.voice.sees else list(map(without_images, messages))
+            heard = []
+    _add_heard(messages, [*heard, brief] if brief else heard)
+    return messages if participant.voice.sees else list(map(_without_images, messages))
 
 
-def without_images(message: Json) -> Json:
+def _add_heard(messages: list[Json], heard: Sequence[str | list[Json]]) -> None:
+    """Add what was heard as one user message; whoever speaks next answers to one."""
+    if messages and messages[-1]["role"] == "user":  # a tool's images stand last
+        heard = [messages.pop()["content"], *heard]
+    texts = [each for each in heard if isinstance(each, str)]
+    if len(texts) == len(heard):
+        messages.append({"role": "user", "content": "\n\n".join(texts) or "(Go on.)"})
+        return
+    parts: list[Json] = []
+    for each in heard:
+        parts += [{"type": "text", "text": each}] if isinstance(each, str) else each
+    messages.append({"role": "user", "content": parts})
+
+
+def _without_images(message: Json) -> Json:
     """A message for a model without vision: words in place of each image."""
     if not isinstance(message.get("content"), list):
         return message
     words = {"type": "text", "text": "(an image that this model cannot see)"}
-    parts = [
-        words if "image" in str(part.get("type")) else part
-        for part in message["content"]
-    ]
-    return {**message, "content": parts}
-
-
-def end_with_user(messages: list[Json]) -> None:
-    """Whoever speaks next answers a user message, if need be one of ours."""
-    if not messages or messages[-1]["role"] != "user":
-        add_user_content(messages, CONTINUE)
-
-
-def add_user_content(messages: list[Json], content: str | list[Json]) -> None:
-    """Add a user message, or join it to the user message that stands last."""
-    if not messages or messages[-1]["role"] != "user":
-        messages.append({"role": "user", "content": content})
-        return
-    before = messages[-1]["content"]
-    joined: str | list[Json]
-    if isinstance(before, str) and isinstance(content, str):
-        joined = f"{before}\n\n{content}"
-    else:
-        joined = [*as_parts(before), *as_parts(content)]
-    messages[-1] = {"role": "user", "content": joined}
-
-
-def as_parts(content: str | list[Json]) -> list[Json]:
-    """Content as a list of parts."""
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts = message["content"]
+    seen = [words if "image" in str(part.get("type")) else part for part in parts]
+    return {**message, "content": seen}
 
 
 def messages_for_manager(
@@ -2190,7 +2227,12 @@ def last_question(entries: Sequence[Entry]) -> str:
     return text_of(question.content) if question else ""
 
 
-ROUNDS_COMMAND = re.compile(r"(?:^|\s)/rounds\s+(\d{1,3})\b")
+_COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
+_COMMAND_PLACES = (  # with what parts it from the question: a line break, or blanks
+    re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
+    re.compile(rf"(?P<cut>(?:\A|\s){_COMMAND}\s*+\Z)"),
+)
+_CONTEXT_ENDS = ("</context>", "</attached_files>")  # of what the host puts in front
 
 
 def read_rounds(entries: Sequence[Entry]) -> tuple[list[Entry], int | None]:
@@ -2199,30 +2241,57 @@ def read_rounds(entries: Sequence[Entry]) -> tuple[list[Entry], int | None]:
     number = None
     for entry in entries:
         if isinstance(entry, Question):
-            found = ROUNDS_COMMAND.search(text_of(entry.content))
-            number = int(found[1]) if found else None
-            entry = Question(drop_command(entry.content)) if found else entry
+            content, number = _cut_rounds(entry.content)
+            entry = Question(content)
         cleaned.append(entry)
     return cleaned, number
 
 
-def drop_command(content: str | list[Json]) -> str | list[Json]:
-    """A question's content without the command in it."""
+def _cut_rounds(content: str | list[Json]) -> tuple[str | list[Json], int | None]:
+    """A question without its command, and the number in it.
+
+    The command is the first or the last words of what the user wrote: no quote, no
+    code, nothing attached. A text part after the first is attached, too.
+    """
     if isinstance(content, str):
-        return ROUNDS_COMMAND.sub("", content).strip()
-    return [
-        (
-            part | {"text": str(drop_command(part["text"]))}
-            if isinstance(part.get("text"), str)
-            else part
-        )
-        for part in content
-    ]
+        return _cut_command(content)
+    for at, part in enumerate(content):
+        text = text_of([part])
+        if text[_own_start(text) :].strip():
+            cut, number = _cut_command(text)
+            return [*content[:at], {**part, "text": cut}, *content[at + 1 :]], number
+    return content, None
+
+
+def _cut_command(text: str) -> tuple[str, int | None]:
+    start = _own_start(text)
+    host, own = text[:start], text[start:]
+    for place in _COMMAND_PLACES:
+        found = place.search(own)
+        if found and not _is_quoted(own[: found.start("command")]):
+            cut = own[: found.start("cut")] + own[found.end("cut") :]
+            return host + cut, int(found["number"])
+    return text, None
+
+
+def _own_start(text: str) -> int:
+    """Where a user's own text begins, behind what the host put in front of it."""
+    ends = (text.rfind(end) + len(end) for end in _CONTEXT_ENDS if end in text)
+    return max(ends, default=0)
+
+
+def _is_quoted(before: str) -> bool:
+    """Whether what follows stands in a code block or in a quote."""
+    line = before.rpartition("\n")[2].expandtabs(4)
+    lines = (each.lstrip() for each in before.split("\n"))
+    fences = sum(each.startswith(("```", "~~~")) for each in lines)
+    in_code = fences % 2 or (line.isspace() and len(line) >= 4)
+    return bool(in_code) or line.lstrip().startswith(">")
 
 
 # -- tool arguments --------------------------------------------------------------------
 
-JSON_TYPES: dict[str, tuple[type, ...]] = {
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
     "number": (int, float),
@@ -2233,57 +2302,59 @@ JSON_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
-    """The arguments of a call, of the types its tool declares.
-
-    Raises:
-        ToolFailure: they are no JSON object, or one is missing or of a wrong type.
-    """
-    try:
-        arguments = parse_json(call.arguments) if call.arguments.strip() else {}
-    except ValueError:
-        arguments = read_python_literal(call.arguments)
-    if not isinstance(arguments, dict):
+    """The arguments of a call, of the types its tool declares, or a `ToolFailure`."""
+    arguments = _read_arguments(call.arguments) if call.arguments.strip() else {}
+    if arguments is None:
         raise ToolFailure(f"The arguments of `{call.name}` must be one JSON object.")
-    parameters = spec.get("parameters") or {}
-    properties: Mapping[str, Any] = parameters.get("properties") or {}
-    required = parameters.get("required") or ()
+    parameters = _part_of(spec, "parameters", dict)
+    properties = _part_of(parameters, "properties", dict)
+    listed = _part_of(parameters, "required", list)
+    required = [name for name in listed if isinstance(name, str)]
     missing = [name for name in required if name not in arguments]
     if missing:
         raise ToolFailure(f"`{call.name}` needs {', '.join(missing)}.")
     for name, value in arguments.items():
-        schema = properties.get(name)
-        wanted = schema.get("type") if isinstance(schema, dict) else None
+        wanted = _part_of(_part_of(properties, name, dict), "type", str)
         if value is None and name not in required:
             continue
-        if isinstance(wanted, str) and not has_type(value, wanted):
+        if not _has_type(value, wanted):
             raise ToolFailure(f"`{name}` of `{call.name}` must be of type {wanted}.")
     return arguments
 
 
-def echo_arguments(text: str) -> str:
+def _part_of(schema: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
+    """A part of a tool's schema, empty where it is not what it should be."""
+    part = schema.get(key)
+    return part if isinstance(part, kind) else kind()
+
+
+def echo_arguments(given: object) -> str:
     """Arguments as a provider takes them back: a JSON object, else an empty one."""
-    try:
-        value = parse_json(text)
-    except ValueError:
-        value = read_python_literal(text)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else "{}"
+    return json.dumps(_read_arguments(given) or {}, ensure_ascii=False)
 
 
-def read_python_literal(text: str) -> Any:
-    """Arguments some models write as a Python dict; None if they are no dict."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
+def _read_arguments(given: object) -> Json | None:
+    """The JSON object that was given as one, or as a text of JSON or Python; or None.
+
+    Some models write a Python dict; what is in it but not in JSON makes it none.
+    """
+    with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        try:
+            value = parse_json(given) if isinstance(given, str) else given
+        except ValueError:
+            value = ast.literal_eval(str(given))
+        value = json.loads(json.dumps(value, allow_nan=False))
+        return value if isinstance(value, dict) else None
+    return None
 
 
-def has_type(value: Any, wanted: str) -> bool:
+def _has_type(value: Any, wanted: str) -> bool:
     """Whether a JSON value is of a JSON schema's type; unknown types accept all."""
     if isinstance(value, bool):
-        return wanted == "boolean" or wanted not in JSON_TYPES
+        return wanted == "boolean" or wanted not in _JSON_TYPES
     if wanted == "integer" and isinstance(value, float):
         return value.is_integer()
-    return isinstance(value, JSON_TYPES.get(wanted, (object,)))
+    return isinstance(value, _JSON_TYPES.get(wanted, (object,)))
 
 
 # ======================================================================================
@@ -3324,53 +3395,6 @@ def _problems_of(seat: Seat, voice: Voice | str) -> list[str]:
 # ==== 7 Running
 # ======================================================================================
 
-DEFAULT_THINK_TAGS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<reason>", "</reason>"),
-    ("<reasoning>", "</reasoning>"),
-    ("<thought>", "</thought>"),
-    ("<Thought>", "</Thought>"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("◁think▷", "◁/think▷"),
-)  # Open WebUI's DEFAULT_REASONING_TAGS
-
-
-def normal_usage(usage: Json) -> Json:
-    """Usage of any provider -> canonical counts, with its details and costs."""
-    counts: Json = {}
-    for ours, names in USAGE_NAMES.items():
-        found = (usage[name] for name in names if is_number(usage.get(name)))
-        counts[ours] = int(next(found, 0))
-    counts["total_tokens"] = int(usage.get("total_tokens") or sum(counts.values()))
-    for name, value in usage.items():
-        if name.endswith("_details") or name == "cost" or name.endswith("_cost"):
-            counts[name] = value
-    return counts
-
-
-def add_usage(total: Mapping[str, Any], more: Mapping[str, Any]) -> Json:
-    """The sum of two usages: every number added, in details too."""
-    result: Json = dict(total)
-    for name, value in more.items():
-        before = result.get(name)
-        if isinstance(value, dict) and isinstance(before, (dict, type(None))):
-            result[name] = add_usage(before or {}, value)
-        elif is_number(value) and (before is None or is_number(before)):
-            result[name] = (before or 0) + value
-    return result
-
-
-USAGE_NAMES = {
-    "input_tokens": ("input_tokens", "prompt_tokens", "prompt_eval_count", "prompt_n"),
-    "output_tokens": (
-        "output_tokens",
-        "completion_tokens",
-        "eval_count",
-        "predicted_n",
-    ),
-}
-
 
 MOST_INTERVALS = 5.0  # how much longer than the interval a costly update may wait
 
@@ -3556,7 +3580,8 @@ class Screen:
         alias, model_id = participant.alias, participant.voice.model_id
         lasting = (b for b in self.transcript.blocks if not b.fields.get("passing"))
         first = not self._continued and not any(lasting)
-        line = f"{'' if first else RULE}### {participant.colour} {alias}{role}"
+        name = f"{alias}{ROLE}{role}" if role else alias
+        line = f"{'' if first else RULE}### {participant.colour} {name}"
         self.add_line(alias, line, section, model=model_id)
 
     def publish(self, key: str, text: str, **fields: Any) -> None:
@@ -4448,10 +4473,9 @@ async def _speak(run: Run, step: Speak, stage: int) -> list[Turn]:
     if together:
         run.screen.publish_progress("answered", f"waiting for {who}")
     tasks: dict[Section, asyncio.Task[Turn]] = {}
-    role = CONCLUSION if step.concludes else step.role and f" · {step.role}"
     for alias in step.aliases:
         speaker = run.cast.participant(alias)
-        section = Section(run.screen, speaker, run.clock(), role)
+        section = Section(run.screen, speaker, run.clock(), step.role)
         if not step.concludes:
             section.show_heading()
         turn = take_turn(run, section, step.brief, stage)

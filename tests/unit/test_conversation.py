@@ -132,6 +132,14 @@ def test_those_over_the_ceiling_are_named() -> None:
     ]
 
 
+def test_of_a_team_of_thousands_only_the_first_are_read_and_that_is_said() -> None:
+    for chosen in ({"team": "yew\n" * 5000}, {"participants": ["yew"] * 5000}):
+        seats, problems, _ = mmc.choose_seats(settings(**chosen), CARDS)
+        assert seats == []
+        assert len(problems) == 51
+        assert problems[-1] == "Only the first 50 of 5000 seats were read."
+
+
 def test_aliases_are_told_apart_by_a_number() -> None:
     names = ["Ann", "ann", "Ann 2", "Ann"]
     seats = mmc.unique_aliases(mmc.Seat(name, "oak-1") for name in names)
@@ -155,7 +163,9 @@ def test_aliases_are_told_apart_by_a_number() -> None:
 def test_an_alias_is_fit_for_a_heading_and_a_label(
     given_alias: str, alias: str
 ) -> None:
-    assert mmc.parse_team_line(f"{given_alias} | oak-1", CARDS).alias == alias
+    team = f"{given_alias} | oak-1"
+    ((seat,), _, _) = mmc.choose_seats(settings(team=team), CARDS)
+    assert seat.alias == alias
 
 
 @given(st.text('#"<>&\n\r\u2028`*_[]|\\ab🔴 ', max_size=60))
@@ -258,10 +268,8 @@ def with_failing(*broken: str) -> Callable[[mmc.Step], Any]:
 def test_in_a_round_everybody_speaks_once_in_order() -> None:
     steps, why = play(mmc.round_robin(["Ann", "Bob", "Cat"], 2, None), with_failing())
     assert speakers(steps) == "Ann Bob Cat Ann Bob Cat"
-    assert [step.note for step in steps if isinstance(step, mmc.Speak)] == [
-        *["round 1 of 2"] * 3,
-        *["round 2 of 2"] * 3,
-    ]
+    roles = [step.role for step in steps if isinstance(step, mmc.Speak)]
+    assert roles == ["round 1 of 2", "", "", "round 2 of 2", "", ""]
     assert why == "Finished after 2 rounds"
 
 
@@ -347,8 +355,7 @@ def test_nobody_is_asked_to_speak_twice_in_a_row_unless_alone(
             fails = data.draw(st.booleans())
             return failed(step.aliases[0]) if fails else said(step.aliases[0])
         assert isinstance(step, mmc.AskManager)
-        assert len(step.candidates) > 1
-        assert step.last not in step.candidates
+        assert step.last not in step.candidates or step.candidates == (step.last,)
         return data.draw(st.sampled_from([*aliases, "nobody", None]))
 
     steps, why = play(mmc.managed(aliases, rounds, None), respond, most=300)
@@ -364,9 +371,10 @@ def test_nobody_is_asked_to_speak_twice_in_a_row_unless_alone(
 
 def test_a_wrong_answer_goes_back_once_with_what_was_wrong() -> None:
     steps, _ = play(
-        mmc.managed(["Ann", "Bob"], 1, None), with_answers("I don't know", "Bob")
+        mmc.managed(["Ann", "Bob"], 1, None),
+        with_answers("I don't know", "Bob", "Ann"),
     )
-    first, second = asked(steps)
+    first, second, _ = asked(steps)
     assert (first.problem, first.wrong_answer) == ("", "")
     assert second.problem == 'Your answer must name exactly one of ["Ann", "Bob"].'
     assert second.wrong_answer == "I don't know"
@@ -390,13 +398,34 @@ def test_when_the_manager_fails_the_next_in_order_speaks() -> None:
     assert all("the manager failed" in note for note in notes)
 
 
-def test_with_one_candidate_left_the_manager_is_not_asked() -> None:
-    steps, why = play(mmc.managed(["Ann", "Bob"], 2, None), with_answers("Bob"))
+def test_with_one_candidate_left_the_manager_is_asked_whether_to_end_it() -> None:
+    done = '{"done": true, "reason": "All is said."}'
+    steps, why = play(
+        mmc.managed(["Ann", "Bob"], 9, None), with_answers("Bob", "Ann", "Bob", done)
+    )
+    assert speakers(steps) == "Bob Ann Bob"
+    assert [step.candidates for step in asked(steps)[1:]] == [("Ann",), ("Bob",)] + [
+        ("Ann",)
+    ]
+    assert why == "The manager ended it: All is said"
+
+
+def test_with_one_candidate_left_a_wrong_answer_is_not_sent_back() -> None:
+    steps, why = play(
+        mmc.managed(["Ann", "Bob"], 2, None), with_answers("Bob", "?", "Ann", None)
+    )
     assert speakers(steps) == "Bob Ann Bob Ann"
-    assert len(asked(steps)) == 1
-    steps, _ = play(mmc.managed(["Ann"], 2, None), with_answers())
-    assert speakers(steps) == "Ann Ann"
+    assert len(asked(steps)) == 4
     assert why == "Finished: all turns were taken"
+
+
+def test_one_alone_begins_unasked_and_the_manager_may_end_it_then() -> None:
+    steps, why = play(
+        mmc.managed(["Ann"], 4, None), with_answers("Ann", '{"done": true}')
+    )
+    assert speakers(steps) == "Ann Ann"
+    assert [step.last for step in asked(steps)] == ["Ann", "Ann"]
+    assert why == "The manager ended it: no reason given"
 
 
 def test_the_manager_may_end_it() -> None:
@@ -1013,6 +1042,90 @@ def test_an_empty_chat_and_empty_messages_are_read() -> None:
     ]
 
 
+ODD: list[Any] = [None, 7, True, "x", [], [1, None, "x"], {}, {"text": "Oaks."}]
+ODD += [[{"type": "text", "text": 3}], [{"function": None}], [{"function": {}}]]
+ODD += [[{"id": "c1", "function": {"name": "look", "arguments": {"at": "oak"}}}]]
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "tool", "system", 7, None, []])
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_message_of_an_odd_shape_costs_nothing(role: Any, odd: Any) -> None:
+    messages = [
+        user("Which?"),
+        {"role": role, "content": odd, "tool_calls": odd},
+        assistant(f"{heading('Ann')}\nOaks."),
+        user("Why?"),
+    ]
+    _, entries = mmc.read_history(messages, ["Ash"] if role == 7 else [])
+    entries, _ = mmc.read_rounds(mmc.keep_conclusions(entries))
+    for alias in ("Ann", "Bob", "Assistant"):
+        sent = mmc.messages_for(participant(alias), entries)
+        assert "Oaks." in json.dumps(sent)
+        assert all(isinstance(m["content"], (str, list)) for m in sent)
+    assert mmc.last_question(entries) == "Why?"
+
+
+def test_arguments_in_a_history_are_sent_back_as_a_text() -> None:
+    odd = call("c1")
+    odd["function"]["arguments"] = {"at": "oak"}
+    ((entry),) = read(assistant("Look.", odd))
+    assert isinstance(entry, mmc.Turn)
+    function = entry.messages[0]["tool_calls"][0]["function"]
+    assert function == {"name": "look", "arguments": '{"at": "oak"}'}
+    assert odd["function"]["arguments"] == {"at": "oak"}
+
+
+# -- whose reply it is -----------------------------------------------------------------
+
+
+def stored(model: Any, *items: Any, **fields: Any) -> Json:
+    """A reply as the host stores it."""
+    return {"role": "assistant", "model": model, "content": "x", "output": items} | (
+        {"output": list(items)} | fields
+    )
+
+
+@pytest.mark.parametrize(
+    ("reply", "author"),
+    [
+        (stored("ash-1"), "ash-1"),
+        (stored("ash-1", modelName="Ash\n### 🔵 Ann <b>"), "Ash 🔵 Ann b"),
+        (stored("ash-1", {"type": "message"}), "ash-1"),
+        (stored("ash-1", {"speaker": "Ann"}), None),
+        (stored("ash-1", "odd", {"speaker": 3}, {"speaker": ""}), None),
+        (stored("ash-1", {"speaker": 3}), "ash-1"),
+        (stored("pipe.council"), None),
+        (stored(["odd"]), "'odd'"),
+        (stored(None), "Assistant"),
+        (stored("ash-1", output=7), "ash-1"),
+    ],
+)
+def test_whose_reply_it_is_the_host_has_stored(reply: Json, author: str | None) -> None:
+    own = {"pipe.council"}
+    chain = [user("1"), stored("pipe.council"), user("2"), reply, user("3")]
+    assert mmc.reply_authors(chain, own)[-2:] == [None, author]
+    assert mmc.reply_authors([*chain, reply], own)[-1] == author
+
+
+def test_authors_are_those_of_the_replies_that_are_read() -> None:
+    pending = {"role": "assistant", "model": "pipe.council", "content": ""}
+    chain = [
+        *(user("1"), stored("ash-1", content=f"{heading('Pros')}\nTall.")),
+        *(user("2"), {**pending, "model": "elm-1"}),
+        *(user("3"), stored("pipe.council", content=f"{heading('Ann')}\nOaks.")),
+        *(user("4"), pending),
+    ]
+    sent = [m for m in chain if m["content"]]
+    _, entries = mmc.read_history(sent, mmc.reply_authors(chain, {"pipe.council"}))
+    assert [e.alias for e in entries if isinstance(e, mmc.Turn)] == ["ash-1", "Ann"]
+    continued = [*chain[:-1], {**pending, "content": f"{heading('Bob')}\nEl"}]
+    authors = mmc.reply_authors(continued, {"pipe.council"})
+    _, entries = mmc.read_history([m for m in continued if m["content"]], authors)
+    assert entries[-1] == turn("Bob", "El")
+    assert [e.alias for e in entries if isinstance(e, mmc.Turn)][0] == "ash-1"
+    assert mmc.reply_authors([], set()) == []
+
+
 WORDS = st.text("ab <>#-\n🔴木", min_size=1, max_size=20).map(
     lambda text: mmc.ForgeryGuard().feed(text + "\n").strip()
 ).filter(lambda text: text and not text.startswith("> "))  # fmt: skip
@@ -1050,6 +1163,11 @@ def arguments_of(text: str, of: Json) -> Json:
         ("{'at': 'oak', 'n': None}", {"at": "oak", "n": None}),
         ('{"at": "oak", "n": 2.0}', {"at": "oak", "n": 2}),
         ('{"at": "oak", "n": null}', {"at": "oak", "n": None}),
+        (
+            "{'at': 'oak', 'n': 1, 'of': ('a', 2)}",
+            {"at": "oak", "n": 1, "of": ["a", 2]},
+        ),
+        ("{'at': 'oak', 1: None}", {"at": "oak", "1": None}),
     ],
 )
 def test_arguments_are_read(text: str, expected: Json) -> None:
@@ -1065,6 +1183,8 @@ def test_no_arguments_are_arguments_where_none_are_needed(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["{", "[1]", '"oak"', "3", "{{}}", "{'a', 'b'}", "{[]: 1}", "oak", "null", "\0"]
+    + ["{'at': {1, 2}}", "{'at': b'oak'}", "{('a', 'b'): 1}", "{'at': 1j}"]
+    + ["{'at': ...}", '{"at": NaN}', "{'at': 1e999}", "{'at': 0x" + "f" * 5000 + "}"]
     + ['{"a": ' + "[" * 100_000, "-" * 100_000, "f'{x}'", "__import__('os')"],
 )  # fmt: skip
 def test_what_is_no_object_is_refused(text: str) -> None:
@@ -1125,6 +1245,40 @@ def test_a_schema_that_says_little_accepts_everything(kind: Any) -> None:
     for value in values:
         text = json.dumps({"at": value})
         assert arguments_of(text, spec(at=kind)) == {"at": value}
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"parameters": {"required": True}},
+        {"parameters": {"required": "at"}},
+        {"parameters": {"required": [{"at": 1}, 7, None]}},
+        {"parameters": {"properties": ["at"]}},
+        {"parameters": {"properties": {"at": "string"}}},
+        {"parameters": {"properties": {"at": {"type": {"a": 1}}}}},
+        {"parameters": ["at"]},
+        {"parameters": "at"},
+    ],
+)
+def test_a_schema_of_an_odd_shape_says_nothing(odd: Json) -> None:
+    assert arguments_of('{"at": 3}', odd) == {"at": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "echoed"),
+    [
+        ('{"at": "木"}', '{"at": "木"}'),
+        ("{'at': (1, None)}", '{"at": [1, null]}'),
+        ({"at": 1}, '{"at": 1}'),
+        *[
+            (odd, "{}")
+            for odd in ("", "{", "[1]", "{'at': {1, 2}}", '{"at": NaN}', "7")
+        ],
+        *[(odd, "{}") for odd in (None, 7, [1], {("a", "b"): 1}, {"at": {1}}, True)],
+    ],
+)
+def test_arguments_are_echoed_as_one_json_object(given: object, echoed: str) -> None:
+    assert mmc.echo_arguments(given) == echoed
 
 
 def test_a_number_may_be_whole_and_a_flag_is_a_flag() -> None:

@@ -226,6 +226,40 @@ def test_with_no_answer_every_reason_is_listed() -> None:
     assert not room.of(mmc.Rank) and not room.chairs
 
 
+class Losing(Room):
+    """A room in which those without a ballot say why."""
+
+    def perform(self, step: mmc.Step) -> Any:
+        found = super().perform(step)
+        if isinstance(step, (mmc.Rank, mmc.Vote)):
+            lost = [p.voter for p in step.papers if p.voter not in self.ranks]
+            found += [mmc.LostBallot(v, "it said nothing\nfor 60 s.") for v in lost]
+        return found
+
+
+def test_under_the_ranking_stands_whose_ballot_was_lost_and_why() -> None:
+    room = Losing(ranks={"Ann": "Bob Cat Dan", "Cat": "Bob Ann Dan"})
+    assert room.play(mmc.council(agenda())) == "Chaired by Bob"
+    assert room.of(mmc.Publish)[0].text.endswith(
+        "| Dan | 3.0 | 2 | 0 |\n\n"
+        "No ballot from Bob: it said nothing for 60 s.\n\n"
+        "No ballot from Dan: it said nothing for 60 s."
+    )
+
+
+@pytest.mark.parametrize("mode", [mmc.council, mmc.debate])
+def test_where_all_ballots_were_lost_each_says_why(
+    mode: Callable[[mmc.Agenda], mmc.Mode],
+) -> None:
+    room = Losing()
+    assert room.play(mode(agenda(ALL[:2], rounds=1))) == "Chaired by Ann"
+    assert room.of(mmc.Publish)[0].text.endswith(
+        "the members stay in their order.\n\n"
+        "No ballot from Ann: it said nothing for 60 s.\n\n"
+        "No ballot from Bob: it said nothing for 60 s."
+    )
+
+
 def test_with_no_ballot_the_first_seat_concludes() -> None:
     room = Room()
     assert room.play(mmc.council(agenda())) == "Chaired by Ann"
@@ -362,7 +396,8 @@ def test_a_debate_has_rounds_a_vote_and_the_winners_conclusion() -> None:
     assert end == "Chaired by Cat"
     spoken = [step for step in room.of(mmc.Speak) if not step.concludes]
     assert [step.aliases for step in spoken] == [("Ann",), ("Bob",), ("Cat",)] * 2
-    assert [step.note for step in spoken[2:4]] == ["round 1 of 2", "round 2 of 2"]
+    roles = [step.role for step in spoken]
+    assert roles == ["round 1 of 2", "", "", "round 2 of 2", "", ""]
     assert all(step.joins and step.brief == mmc.DEBATE_PROMPT for step in spoken)
     assert room.chairs == ["Cat"]
     assert room.outcomes == ["> 🏁 3 of 3 answered · chaired by Cat"]
@@ -577,10 +612,21 @@ def test_leniently_who_is_not_named_shares_the_last_place() -> None:
         "1. B\n2. A\n3. C",
         "The best is B, then A, and C is last.",
         '{"ranking": "B, A, C"}',
+        "A is good. Mine:\n\n1. B\n\n2) A\n\n - C",
+        "B > A, D; and then C",
+        "A, B? No: B → A → C, as the BAD say.",
     ],
 )
 def test_leniently_a_text_that_names_all_letters_is_a_ranking(answer: str) -> None:
     assert ranks(answer, lenient=True) == {"Bob": 1, "Ann": 2, "Cat": 3}
+
+
+def test_leniently_an_equals_sign_in_a_chain_is_a_tie() -> None:
+    assert ranks("I say: A = C > B.", lenient=True) == {
+        "Ann": 1.5,
+        "Cat": 1.5,
+        "Bob": 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -629,6 +675,14 @@ def test_remarks_are_kept_by_name_as_harmless_lines() -> None:
         {"Ann": 1.0, "Bob": 2.0, "Cat": 3.0},
         {"Ann": "Very bgood/b", "Cat": "7"},
     )
+
+
+def test_lists_in_lists_are_no_place_and_no_remark() -> None:
+    for depth in range(940, 1000):
+        deep = "[" * depth + "]" * depth
+        answer = f'{{"ranking": ["B", {deep}, "A"], "comments": {{"A": {deep}}}}}'
+        assert ranks(answer) == WRONG
+        vote(f'{{"vote": {deep}}}')
 
 
 @pytest.mark.parametrize("comments", ["null", "[]", '"fine"', "3"])
@@ -969,7 +1023,18 @@ def test_a_conclusion_that_was_never_written_is_none() -> None:
         ("/rounds 3 Trees?", "Trees?", 3),
         ("Trees? /rounds 3", "Trees?", 3),
         ("Trees?\n/rounds 12", "Trees?", 12),
-        ("Oaks /rounds 2 or elms?", "Oaks or elms?", 2),
+        ("/rounds 0", "", 0),
+        ("/rounds 500 Trees?", "Trees?", 500),
+        ("Trees?\n\n    code  \n/rounds 3 \n", "Trees?\n\n    code  ", 3),
+        ("/rounds 3\n    code  \n", "    code  \n", 3),
+        ("/rounds 3 Trees? /rounds 5", "Trees? /rounds 5", 3),
+        ("`x`\n\n```\na\n```\n> b\n\n/rounds 3", "`x`\n\n```\na\n```\n> b\n", 3),
+        ("<context>\na\n</context>\n/rounds 3 T?", "<context>\na\n</context>\nT?", 3),
+        (
+            "<attached_files>\n</attached_files>\n\n/rounds 3\nT?",
+            "<attached_files>\n</attached_files>\n\nT?",
+            3,
+        ),
         ("Trees?", "Trees?", None),
         ("/rounds", "/rounds", None),
         ("/rounds x", "/rounds x", None),
@@ -988,6 +1053,46 @@ def test_rounds_are_named_in_the_question(
         rounds,
     )
     assert entries[-1] == mmc.Question(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Oaks /rounds 2 or elms?",
+        "Trees?\n/rounds 2\nBe brief.",
+        "```\n/rounds 9\n```",
+        "Run this:\n```\n/rounds 9",
+        "~~~sh\n/rounds 9",
+        "Type `say /rounds 9`",
+        "`/rounds 9`",
+        "> /rounds 9",
+        "Bob said:\n > try /rounds 9",
+        "    /rounds 9",
+        "Code:\n\n\t/rounds 9",
+        "<source id='1'>a /rounds 9</source>",
+        "/rounds 9 <context> of a file\n</context>\nTrees?",
+        "<context>\na </context>\n/rounds 9\n</context>\nTrees?",
+        "<attached_files>\n/rounds 9\n</attached_files>\n\n",
+    ],
+)
+def test_what_is_not_meant_as_a_command_is_left_as_it_is(text: str) -> None:
+    entries = [mmc.Question(text), mmc.Question([{"type": "text", "text": text}])]
+    for entry in entries:
+        assert mmc.read_rounds([entry]) == ([entry], None)
+
+
+def test_a_command_in_a_later_part_is_attached_text() -> None:
+    parts: list[Json] = [
+        {"type": "text", "text": "<attached_files>\n</attached_files>\n\n"},
+        {"type": "image_url", "image_url": {"url": "x"}},
+        {"type": "text", "text": "Trees?\n/rounds 4"},
+        {"type": "text", "text": "A file.\n/rounds 9"},
+    ]
+    (found,), rounds = mmc.read_rounds([mmc.Question(parts)])
+    assert rounds == 4
+    cut = {"type": "text", "text": "Trees?"}
+    assert found == mmc.Question([*parts[:2], cut, parts[3]])
+    assert parts[2]["text"] == "Trees?\n/rounds 4"
 
 
 def test_rounds_are_named_beside_an_image() -> None:

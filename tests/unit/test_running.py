@@ -846,7 +846,13 @@ async def test_a_manager_leads_and_its_reason_is_a_status() -> None:
 
 async def test_a_manager_that_fails_does_not_end_it() -> None:
     _, host, output = await converse(
-        [[mmc.ModelFailure("gone", 404)], text("Oaks."), text("Elms.")], mmc.managed
+        [
+            [mmc.ModelFailure("gone", 404)],
+            text("Oaks."),
+            [mmc.ModelFailure("gone", 404)],
+            text("Elms."),
+        ],
+        mmc.managed,
     )
     assert lines_of(output) == ["### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
 

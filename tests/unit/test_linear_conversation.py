@@ -1,0 +1,140 @@
+"""What models, users and clients write is read in time that grows with its length.
+
+Each case is a text that was slow once, or would be with a careless pattern.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from tests.unit.plugin import mmc
+
+SIZES = (10_000, 20_000, 40_000)  # characters
+MOST = 3  # times as long for a text twice as long; 2 is linear, 4 is quadratic
+TINY = 0.004  # s; below that a machine's noise is all there is
+Reader = Callable[[str], Any]
+
+PAPER = mmc.BallotPaper("Zoe", "", {"A": "Ann", "B": "Bob", "C": "Cat"})
+CARDS = {f"oak-{n}": mmc.ModelCard(f"oak-{n}", f"Oak {n}") for n in range(300)}
+SETTINGS = mmc.Settings(manager_prompt="{history}{last_speaker}")
+
+
+def repeated(scrap: str, before: str = "", after: str = "") -> Callable[[int], str]:
+    """A text of any length that is one scrap again and again."""
+    return lambda size: before + scrap * (size // len(scrap)) + after
+
+
+def manager(answer: str) -> None:
+    mode = mmc.managed(["Ann", "Bob", "Cat"], 3, "Ann")
+    next(mode)
+    mode.send(answer)
+
+
+def arguments(text: str) -> None:
+    with suppress(mmc.ToolFailure):
+        mmc.parse_arguments(mmc.ToolCall("c1", "look", text), {})
+    mmc.echo_arguments(text)
+
+
+def history(text: str) -> None:
+    messages = [{"role": "user", "content": text}, {"role": "assistant"}]
+    messages[1]["content"] = text
+    _, entries = mmc.read_history(messages * 2)
+    entries, _ = mmc.read_rounds(mmc.keep_conclusions(entries))
+    for alias in ("Ann", "Bob"):
+        person = mmc.Participant(alias, "🔵", "", mmc.Voice("oak-1", sees=False))
+        mmc.messages_for(person, entries)
+    mmc.messages_for_manager(SETTINGS, entries, mmc.AskManager(("Ann",), None))
+
+
+def team(text: str) -> None:
+    mmc.choose_seats(mmc.Settings(team=text), CARDS)
+
+
+def ticked(text: str) -> None:
+    mmc.choose_seats(mmc.Settings(participants=text.split("\n")), CARDS)
+
+
+READERS: dict[str, Reader] = {
+    "a ballot": partial(mmc.read_ranking, paper=PAPER, lenient=True),
+    "a vote": partial(mmc.read_vote, paper=PAPER, lenient=True),
+    "a manager": manager,
+    "arguments": arguments,
+    "a history": history,
+    "a team": team,
+    "a list": ticked,
+    "a line": mmc.plain_line,
+    "a label": mmc.escape_labels,
+}
+
+SCRAPS = [
+    *("<", "< ", "</", "<\n", "<\u200b", "<message", " ", "\n", "\t", "\u00a0", "#"),
+    *("{", '{"', '{"a":', '{"\n', "{'a':", '{"a":[', '[{"a":1},', "[", "(", "-", "1"),
+    *("A", "A ", "A>", "A=", "A\n\n-", "A, then ", "\n1. A", "and then ", "\n\n-"),
+    *('"', "'", "\\", "\\u", '"A",', "木", "\0", "|", "a|b\n", "oak-1\n", "a\n"),
+    *("---\n", "### 🔵 ", "### 🔵 a\n", "### 🔵 Ann\nx\n", "> ⚠️ ", "> ⏳ x\n", "***"),
+    *("/rounds ", "/rounds 1 ", "/rounds 1\n", "`", "```\n", "~~~ ", "</context>\n"),
+    *("Ann ", "Ann", "Bob or Ann ", "{history}", "</attached_files>", ">> "),
+]  # fmt: skip
+TEXTS = {
+    **{repr(scrap): repeated(scrap) for scrap in SCRAPS},
+    "a letter and a chain of links": repeated("\n\n-", "A", "x"),
+    "a letter and blanks": repeated(" ", "A", "x"),
+    "a link and blank lines": repeated("\n", "A >", "x"),
+    "a list without an end": repeated("1,", '{"ranking": ['),
+    "a list of places": repeated('"A=B",', '{"ranking": [', '"C"]}'),
+    "a long place": repeated(" ", '{"ranking": ["A', 'x"]}'),
+    "a place of many": repeated("A,", '{"ranking": ["', 'A"]}'),
+    "lists in lists": repeated('{"a":[', '{"a":' * 80 + '["', "1,1,1"),
+    "a rule and blank lines": repeated("\n", "---", "x"),
+    "a command and blanks": repeated(" ", "Which? /rounds 1", "x"),
+    "a word of the command and blanks": repeated(" ", "Which? /rounds", "x"),
+    "a whole dictionary": repeated("'a': (1,), ", "{", "}"),
+    "a whole object": repeated('"a": [1], ', "{", '"b": 2}'),
+}
+
+
+def ranks_of_many(size: int) -> str:
+    """A ranking with many names, each once."""
+    return json.dumps({"ranking": {str(n): n for n in range(size // 14)}})
+
+
+TEXTS["ranks of many"] = ranks_of_many
+
+
+def seconds(read: Reader, text: str) -> float:
+    """What reading a text costs this process alone."""
+    begun = time.process_time()
+    read(text)
+    return time.process_time() - begun
+
+
+def is_linear(times: Sequence[float]) -> bool:
+    """Whether no doubling of the text took more than so many times as long."""
+    return all(b <= MOST * max(a, TINY) for a, b in pairwise(times))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_text_twice_as_long_takes_about_twice_as_long(reader: str, text: str) -> None:
+    read, texts = READERS[reader], [TEXTS[text](size) for size in SIZES]
+    times = [seconds(read, each) for each in texts]
+    for _ in range(5):  # the shortest of several tries, where one is not enough
+        if is_linear(times):
+            break
+        times = [min(a, seconds(read, b)) for a, b in zip(times, texts, strict=True)]
+    assert is_linear(times), times
+    assert times[-1] < 0.4
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_short_text_is_read_at_once(reader: str) -> None:
+    """A pattern that is exponential needs no long text."""
+    for text in ("A" + "\n\n-" * 26 + "x", "A" + " \n" * 26 + "x", "{" * 60, "[" * 60):
+        assert seconds(READERS[reader], text) < 0.05
