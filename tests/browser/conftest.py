@@ -29,7 +29,7 @@ class Tools:
 
 @pytest.fixture
 async def scene(
-    host: OpenWebUI, browser: Browser, tmp_path: Path
+    browser: Browser, host: OpenWebUI, tmp_path: Path
 ) -> AsyncIterator[Scene]:
     """Pictures go to `MMC_SCREENSHOTS`, else to the test's own directory.
 
