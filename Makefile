@@ -1,17 +1,26 @@
 # Needs nothing but make and a Python 3.11 or 3.12; everything else goes into .venv.
 
 USABLE := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
-FIND_PYTHON = for p in python3.12 python3.11 python3; do \
+# Each is tried, not looked up: a shim may be there and its Python not.
+FIND_PYTHON = for p in python3.12 python3.11 python3 \
+	"$$(uv python find --no-project 3.12 2>/dev/null)"; do \
 	$$p -c '$(USABLE)' 2>/dev/null && { command -v $$p; break; }; done
-TOOLS := aiohttp black hypothesis mypy openai playwright pytest pytest-asyncio \
-	pytest-timeout python-socketio[asyncio-client] ruff
-PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-	-c .venv/constraints.txt
+define NO_PYTHON
+Python 3.11 or 3.12 with venv is needed, and none was found. One of these brings it:
+  uv python install 3.12                   with uv (docs.astral.sh/uv)
+  apt install python3.12 python3.12-venv   or dnf, brew install python@3.12
+  pyenv install 3.12 && pyenv local 3.12   with pyenv
+Then run make again.
+endef
+export NO_PYTHON
 RUN := .venv/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo test bench bench-quick lint clean
 
+# Without a Chromium, Playwright's own is tried once before the page's tests skip.
 test: .venv/ready
+	$(RUN) -m tests.stack.browser
 	$(RUN) -m pytest
 
 demo: .venv/ready
@@ -29,14 +38,15 @@ lint: .venv/ready
 	.venv/bin/black --check multi_model_conversation.py
 	.venv/bin/mypy
 
+# What is installed stands in pyproject.toml, its versions in constraints.txt. The
+# largest comes first and alone: a download that breaks costs only its own step.
 .venv/ready: constraints.txt
-	@python=$$($(FIND_PYTHON)); \
-	[ -n "$$python" ] || { echo "Python 3.11 or 3.12 (with venv) is needed" >&2; exit 1; }; \
+	@python=$$($(FIND_PYTHON)); [ -n "$$python" ] || { echo "$$NO_PYTHON" >&2; exit 1; }; \
 	echo "Making .venv with $$python"; rm -rf .venv; $$python -m venv .venv
-	@sed 's/\[.*\]//' constraints.txt > .venv/constraints.txt
+	@$(PIP) --upgrade pip
 	@echo "Installing PyTorch (1 of 3)" && $(PIP) torch
 	@echo "Installing Open WebUI (2 of 3; some minutes)" && $(PIP) open-webui
-	@echo "Installing the test tools (3 of 3)" && $(PIP) $(TOOLS)
+	@echo "Installing the test tools (3 of 3)" && $(PIP) --group dev
 	@touch $@
 
 clean:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-import playwright.sync_api as playwright
+import playwright.async_api as playwright
 
 from benchmarks.measure import Ask, Bench
 from benchmarks.table import Measured, Results
@@ -72,14 +73,18 @@ class Meter:
         self.page = page
         self._trace: list[Json] = []
         self._traced = False
-        self._session = page.tab.context.new_cdp_session(page.tab)
-        self._session.send("Performance.enable")
-        self._before = self._metrics()
         self.spent = Spent()
+
+    async def begin(self) -> None:
+        """Count from here."""
+        tab = self.page.tab
+        self._session = await tab.context.new_cdp_session(tab)
+        await self._session.send("Performance.enable")
+        self._before = await self._metrics()
         self._session.on("Tracing.dataCollected", self._keep)
         self._session.on("Tracing.tracingComplete", self._end)
         start = {"transferMode": "ReportEvents", "traceConfig": TRACE}
-        self._session.send("Tracing.start", start)
+        await self._session.send("Tracing.start", start)
 
     def _keep(self, part: Json) -> None:
         self._trace += part["value"]
@@ -87,35 +92,36 @@ class Meter:
     def _end(self, _: Json) -> None:
         self._traced = True
 
-    def _metrics(self) -> dict[str, float]:
-        found = self._session.send("Performance.getMetrics")["metrics"]
-        return {metric["name"]: metric["value"] for metric in found}
+    async def _metrics(self) -> dict[str, float]:
+        found = await self._session.send("Performance.getMetrics")
+        return {metric["name"]: metric["value"] for metric in found["metrics"]}
 
-    def look(self) -> None:
+    async def look(self) -> None:
         """Note what was spent so far."""
-        now, spent = self._metrics(), self.spent
+        now, spent = await self._metrics(), self.spent
         spent.main = now["TaskDuration"] - self._before["TaskDuration"]
         spent.script = now["ScriptDuration"] - self._before["ScriptDuration"]
         spent.heap = max(spent.heap, now["JSHeapUsedSize"] / 1e6)
-        length = self.page.tab.evaluate(LENGTH)
+        length = await self.page.tab.evaluate(LENGTH)
         if not spent.curve or length > spent.curve[-1][0]:
             spent.curve.append([length, round(spent.main, 2)])
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Look for the last time, and note the longest task."""
-        self.look()
-        self._session.send("Tracing.end")
+        await self.look()
+        await self._session.send("Tracing.end")
         deadline = time.monotonic() + TIMEOUT
         while not self._traced:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no end of the trace after {TIMEOUT:g} s")
-            self.page.tab.wait_for_timeout(100)
+            await asyncio.sleep(0.1)
         self.spent.longest = longest_task(self._trace)
 
-    def finished(self) -> bool:
+    async def finished(self) -> bool:
         """Whether the answer is there with its buttons."""
         tab = self.page.tab
-        return not tab.locator(STOP).count() and bool(tab.locator(COPY).count())
+        running = await tab.locator(STOP).count()
+        return not running and bool(await tab.locator(COPY).count())
 
 
 def longest_task(trace: Iterable[Json]) -> float:
@@ -142,45 +148,52 @@ def longest_task(trace: Iterable[Json]) -> float:
     return float(max(lengths)) / 1000
 
 
-def watch(browser: Browser, bench: Bench, ask: Ask) -> Spent:
+async def watch(browser: Browser, bench: Bench, ask: Ask) -> Spent:
     """Ask in a fresh tab, and give what the answer cost it."""
-    page = browser.open_as(bench.host, bench.admin, bench.seat(ask))
+    page = await browser.open_as(bench.host, bench.admin, bench.seat(ask))
     try:
         meter = Meter(page)
-        page.ask("Talk.")
+        await meter.begin()
+        await page.ask("Talk.")
         deadline = time.monotonic() + TIMEOUT
-        while not meter.finished():
+        while not await meter.finished():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{ask.side}: no end after {TIMEOUT:g} s")
-            page.tab.wait_for_timeout(LOOK_EVERY * 1000)
-            meter.look()
-        page.tab.wait_for_timeout(LOOK_EVERY * 1000)
-        meter.close()
+            await asyncio.sleep(LOOK_EVERY)
+            await meter.look()
+        await asyncio.sleep(LOOK_EVERY)
+        await meter.close()
         return meter.spent
     except playwright.Error as error:
         raise RuntimeError(f"{ask.side}: the page failed: {error}") from error
     finally:
-        page.close()
+        await page.close()
 
 
-def repeated(
+async def repeated(
     browser: Browser, bench: Bench, asks: dict[str, Ask], times: int
 ) -> dict[str, list[Spent]]:
     """What each side costs, so often, in turn."""
     found: dict[str, list[Spent]] = {side: [] for side in asks}
     for _ in range(times):
         for side, ask in asks.items():
-            found[side].append(watch(browser, bench, ask))
+            found[side].append(await watch(browser, bench, ask))
     return found
+
+
+async def stream_all(bench: Bench) -> Sequence[dict[str, list[Spent]]]:
+    """Stream 40,000 characters, a quarter of them on rivals, and 200,000."""
+    async with Browser() as browser:
+        return [
+            await repeated(browser, bench, asks, times)
+            for asks, times in ((STREAMED, TIMES), (RIVALS, 1), (LONG, 1))
+        ]
 
 
 def measure(bench: Bench, results: Results) -> None:
     """Stream 40,000 characters on all sides and reach 200,000 on two."""
     bench.host.set_interface(bench.admin, {"title": {"auto": False}})
-    with Browser() as browser:
-        streamed = repeated(browser, bench, STREAMED, TIMES)
-        rivals = repeated(browser, bench, RIVALS, 1)
-        long = repeated(browser, bench, LONG, 1)
+    streamed, rivals, long = asyncio.run(stream_all(bench))
     for length, found in (("40", streamed), ("200", long)):
         for name, over_runs in OVER_RUNS.items():
             sides = (

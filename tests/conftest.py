@@ -1,6 +1,6 @@
 """The stack the tests share: one of each for the whole session."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,7 @@ def user(host: OpenWebUI) -> Account:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+async def browser() -> AsyncIterator[Browser]:
     """The machine's Chromium; skips without one, or fails where `CI` is set."""
-    with Browser() as chromium:
+    async with Browser() as chromium:
         yield chromium

@@ -1,7 +1,7 @@
 """A scene for every test, and a model that has a tool."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,9 @@ class Tools:
 
 
 @pytest.fixture
-def scene(host: OpenWebUI, browser: Browser, tmp_path: Path) -> Iterator[Scene]:
+async def scene(
+    browser: Browser, host: OpenWebUI, tmp_path: Path
+) -> AsyncIterator[Scene]:
     """Pictures go to `MMC_SCREENSHOTS`, else to the test's own directory.
 
     At the end no script of any page may have failed.
@@ -36,7 +38,7 @@ def scene(host: OpenWebUI, browser: Browser, tmp_path: Path) -> Iterator[Scene]:
     scene = Scene(host, browser, Path(os.environ.get("MMC_SCREENSHOTS", tmp_path)))
     yield scene
     for page in scene.pages:
-        page.close()
+        await page.close()
     assert [error for page in scene.pages for error in page.errors] == []
 
 

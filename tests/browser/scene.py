@@ -31,15 +31,17 @@ class Scene:
             self.host.set_user_valves(account, FUNCTION_ID, valves)
         return account
 
-    def open(self, account: Account, model: str | None = ROUND_ROBIN) -> OpenPage:
+    async def open(self, account: Account, model: str | None = ROUND_ROBIN) -> OpenPage:
         """A page for this account, on a new chat; closed when the test ends."""
-        self.pages.append(self._browser.open_as(self.host, account, model))
+        self.pages.append(await self._browser.open_as(self.host, account, model))
         return self.pages[-1]
 
-    def join(self, name: str, model: str = ROUND_ROBIN, **valves: object) -> OpenPage:
+    async def join(
+        self, name: str, model: str = ROUND_ROBIN, **valves: object
+    ) -> OpenPage:
         """A page for somebody new with these valves."""
-        return self.open(self.person(name, **valves), model)
+        return await self.open(self.person(name, **valves), model)
 
-    def snap(self, page: OpenPage, name: str) -> None:
+    async def snap(self, page: OpenPage, name: str) -> None:
         """Keep a picture of what the window shows."""
-        page.screenshot(self._pictures / f"{name}.png")
+        await page.screenshot(self._pictures / f"{name}.png")

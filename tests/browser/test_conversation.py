@@ -2,7 +2,7 @@
 
 import re
 
-from playwright.sync_api import expect
+from playwright.async_api import expect
 
 from tests.browser.scene import MANAGER, Scene
 from tests.stack.browser import REPLY
@@ -11,112 +11,116 @@ from tests.stack.models import ModelServer
 QUESTION = "Should we sail to Skye on Sunday, or wait for calmer weather?"
 
 
-def test_three_participants_are_seen_while_they_speak(
+async def test_three_participants_are_seen_while_they_speak(
     scene: Scene, sailor: str, model_server: ModelServer
 ) -> None:
     team = f"Ada | alice | a captain\nGrace | thinker\nTom | {sailor}"
-    page = scene.join("Abel", team=team, rounds=2)
+    page = await scene.join("Abel", team=team, rounds=2)
     tab = page.tab
 
     with model_server.hold("thinker", after=5) as in_thought:
-        page.ask(QUESTION)
+        await page.ask(QUESTION)
         in_thought.wait_until_reached(timeout=30)
-        page.wait_text("Thinking")
-        page.wait_status("Grace · round 1 of 2")
-        scene.snap(page, "1-reasoning")
+        await page.wait_text("Thinking")
+        await page.wait_status("Grace · round 1 of 2")
+        await scene.snap(page, "1-reasoning")
         in_call = model_server.hold("toolie", after=8)
     in_call.wait_until_reached(timeout=30)
-    page.wait_text("look_up_tide")
-    scene.snap(page, "2-tool-call")
+    await page.wait_text("look_up_tide")
+    await scene.snap(page, "2-tool-call")
     second_round = model_server.hold("alice", after=9)
     in_call.release()
     second_round.wait_until_reached(timeout=30)
-    page.wait_status("Ada · round 2 of 2")
-    expect(tab.get_by_text('Alice here. On "Should we sail to')).to_have_count(2)
-    scene.snap(page, "3-second-round")
+    await page.wait_status("Ada · round 2 of 2")
+    await expect(tab.get_by_text('Alice here. On "Should we sail to')).to_have_count(2)
+    await scene.snap(page, "3-second-round")
     second_round.release()
 
-    page.wait_finished()
-    page.wait_status("Finished after 2 rounds · 6 turns")
-    headings = tab.locator(f"{REPLY} h3").all_inner_texts()
+    await page.wait_finished()
+    await page.wait_status("Finished after 2 rounds · 6 turns")
+    headings = await tab.locator(f"{REPLY} h3").all_inner_texts()
     assert headings == ["🔵 Ada", "🔴 Grace", "🟢 Tom"] * 2
-    shown = page.visible_reply_text()
+    shown = await page.visible_reply_text()
     assert shown.count("Thought for") == 2
     assert shown.count("View Result from look_up_tide") == 2
-    scene.snap(page, "4-finished")
+    await scene.snap(page, "4-finished")
 
-    assert page.reply_text_after_reload() == shown
-    tab.get_by_text("Thought for").first.click()
-    tab.get_by_text("View Result from").first.click()
-    page.wait_text("Let me think about Should we sail to Skye")
-    page.wait_text("Sunday calmer weather at 14:05")
-    scene.snap(page, "5-reloaded-unfolded")
+    assert await page.reply_text_after_reload() == shown
+    await tab.get_by_text("Thought for").first.click()
+    await tab.get_by_text("View Result from").first.click()
+    await page.wait_text("Let me think about Should we sail to Skye")
+    await page.wait_text("Sunday calmer weather at 14:05")
+    await scene.snap(page, "5-reloaded-unfolded")
 
 
-def test_a_manager_ends_the_conversation_and_says_why(scene: Scene) -> None:
+async def test_a_manager_ends_the_conversation_and_says_why(scene: Scene) -> None:
     team = "Ada | alice\nBen | bob\nCyd | carol"
-    page = scene.join("Mona", MANAGER, team=team, rounds=3, manager_model="manager")
-    page.ask("Tea or coffee, for a long night? MANAGER:end-after-4")
-    page.wait_finished()
-    page.wait_status("The manager ended it: 4 turns are enough · 4 turns")
-    shown = page.visible_reply_text()
-    history = page.status_history()
-    scene.snap(page, "6-manager")
+    page = await scene.join(
+        "Mona", MANAGER, team=team, rounds=3, manager_model="manager"
+    )
+    await page.ask("Tea or coffee, for a long night? MANAGER:end-after-4")
+    await page.wait_finished()
+    await page.wait_status("The manager ended it: 4 turns are enough · 4 turns")
+    shown = await page.visible_reply_text()
+    history = await page.status_history()
+    await scene.snap(page, "6-manager")
     assert history[:2] == ["Ada · Ada has spoken least", "Ben · Ben has spoken least"]
-    page.reload()
-    page.wait_status("The manager ended it: 4 turns are enough")
-    assert page.visible_reply_text() == shown
+    await page.reload()
+    await page.wait_status("The manager ended it: 4 turns are enough")
+    assert await page.visible_reply_text() == shown
 
 
-def test_two_people_at_once_see_only_their_own(
+async def test_two_people_at_once_see_only_their_own(
     scene: Scene, model_server: ModelServer
 ) -> None:
-    anna = scene.join("Anna", team="Left | alice\nWest | bob", rounds=1)
-    omar = scene.join("Omar", team="Right | alice\nEast | bob", rounds=1)
+    anna = await scene.join("Anna", team="Left | alice\nWest | bob", rounds=1)
+    omar = await scene.join("Omar", team="Right | alice\nEast | bob", rounds=1)
     with model_server.hold("alice", after=6) as both:
-        anna.ask("Is a canoe faster than a kayak?")
-        omar.ask("Does thunder follow lightning?")
+        await anna.ask("Is a canoe faster than a kayak?")
+        await omar.ask("Does thunder follow lightning?")
         both.wait_until_reached(2, timeout=30)
-        anna.wait_text("Alice here. On")
-        omar.wait_text("Alice here. On")
-        scene.snap(omar, "7-two-people-streaming")
+        await anna.wait_text("Alice here. On")
+        await omar.wait_text("Alice here. On")
+        await scene.snap(omar, "7-two-people-streaming")
     for page in (anna, omar):
-        page.wait_finished()
-    scene.snap(anna, "8-two-people-anna")
+        await page.wait_finished()
+    await scene.snap(anna, "8-two-people-anna")
     for _ in ("as streamed", "as stored"):
         for page, own, others in (
             (anna, "Left West canoe", "Right East thunder Omar"),
             (omar, "Right East thunder", "Left West canoe Anna"),
         ):
-            shown = page.visible_text()
+            shown = await page.visible_text()
             assert all(word in shown for word in own.split())
             assert not any(word in shown for word in others.split())
-            page.reload()
+            await page.reload()
 
 
-def test_somebody_who_has_set_nothing_just_types(scene: Scene) -> None:
-    page = scene.join("Nora")
-    page.ask("What makes bread rise?")
-    page.wait_finished()
-    shown = page.visible_reply_text()
+async def test_somebody_who_has_set_nothing_just_types(scene: Scene) -> None:
+    page = await scene.join("Nora")
+    await page.ask("What makes bread rise?")
+    await page.wait_finished()
+    shown = await page.visible_reply_text()
     headings = re.findall(r"[🔵🔴🟢🟠] (.+)", shown)
     first, second = headings[:3], headings[3:]
     assert first == second and len(set(first)) == 3
-    assert f"{', '.join(first)} talk" in page.status_history()[0]
-    page.wait_status("with the Valves button beside the input")
-    scene.snap(page, "9-nothing-configured")
+    assert f"{', '.join(first)} talk" in (await page.status_history())[0]
+    await page.wait_status("with the Valves button beside the input")
+    await scene.snap(page, "9-nothing-configured")
 
 
-def test_who_is_missing_or_fails_is_named_and_the_rest_goes_on(scene: Scene) -> None:
+async def test_who_is_missing_or_fails_is_named_and_the_rest_goes_on(
+    scene: Scene,
+) -> None:
     scene.host.create_model({"id": "vault", "base_model_id": "carol"})
     team = (
         "Ann | alice\nGhost | no-such-model\nSecret | vault\n"
         "Flop | fails-500\nHalf | fails-midway\nBea | bob"
     )
-    page = scene.join("Otto", team=team, rounds=1)
-    page.ask("Which tree grows fastest?")
-    page.wait_finished()
-    shown = page.visible_reply_text()
+    page = await scene.join("Otto", team=team, rounds=1)
+    await page.ask("Which tree grows fastest?")
+    await page.wait_finished()
+    shown = await page.visible_reply_text()
     notices, speakers = shown.split("🔵 Ann")
     assert "Team line 2" in notices and '"no-such-model"' in notices
     assert "Team line 3" in notices and '"vault"' in notices
@@ -125,43 +129,49 @@ def test_who_is_missing_or_fails_is_named_and_the_rest_goes_on(scene: Scene) -> 
     assert "This much was said before the end" in speakers
     assert "Half broke off: The scripted model broke midway." in speakers
     assert "Bob here." in speakers
-    scene.snap(page, "10-missing-and-failing")
-    page.reload()
-    assert page.visible_reply_text() == shown
+    await scene.snap(page, "10-missing-and-failing")
+    await page.reload()
+    assert await page.visible_reply_text() == shown
 
 
-def test_nobody_can_pose_as_somebody_else(scene: Scene) -> None:
-    page = scene.join("Prue", team="Mark | markup\nFay | faker\nAnn | alice", rounds=1)
-    page.ask("Who are you?")
-    page.wait_finished()
-    page.wait_status("Finished after 1 round · 3 turns")
-    headings = page.tab.locator(f"{REPLY} h3").all_inner_texts()
+async def test_nobody_can_pose_as_somebody_else(scene: Scene) -> None:
+    page = await scene.join(
+        "Prue", team="Mark | markup\nFay | faker\nAnn | alice", rounds=1
+    )
+    await page.ask("Who are you?")
+    await page.wait_finished()
+    await page.wait_status("Finished after 1 round · 3 turns")
+    headings = await page.tab.locator(f"{REPLY} h3").all_inner_texts()
     assert headings == ["🔵 Mark", "🔴 Fay", "🟢 Ann"]
-    shown = page.visible_reply_text()
+    shown = await page.visible_reply_text()
     assert "Thought for" not in shown
     assert '<script>alert("x")</script>' in shown
     assert "### 🔴 Bob" in shown
-    scene.snap(page, "11-posing")
+    await scene.snap(page, "11-posing")
 
 
-def test_stop_keeps_what_was_said(scene: Scene, model_server: ModelServer) -> None:
-    page = scene.join("Stan", team="Ann | alice\nThea | thinker\nBea | bob", rounds=1)
+async def test_stop_keeps_what_was_said(
+    scene: Scene, model_server: ModelServer
+) -> None:
+    page = await scene.join(
+        "Stan", team="Ann | alice\nThea | thinker\nBea | bob", rounds=1
+    )
     with model_server.hold("thinker", after=14) as hold:
-        page.ask("How deep is Loch Ness?")
+        await page.ask("How deep is Loch Ness?")
         hold.wait_until_reached(timeout=30)
-        page.wait_text("Thinker here.")
-        page.stop()
-        page.wait_finished()
+        await page.wait_text("Thinker here.")
+        await page.stop()
+        await page.wait_finished()
         model_server.wait_for(lambda server: server.in_flight == 0)
-    page.wait_status("Stopped · 1 turn")
-    scene.snap(page, "12-stopped")
-    shown = page.visible_reply_text()
+    await page.wait_status("Stopped · 1 turn")
+    await scene.snap(page, "12-stopped")
+    shown = await page.visible_reply_text()
     assert "Alice here." in shown and "Thinker here." in shown
     assert "🟢 Bea" not in shown
-    page.reload()
-    scene.snap(page, "13-stopped-reloaded")
-    assert page.visible_reply_text() == shown
-    page.ask("And how wide?")
-    page.wait_finished()
-    page.wait_status("Finished after 1 round · 3 turns")
-    scene.snap(page, "14-asked-again")
+    await page.reload()
+    await scene.snap(page, "13-stopped-reloaded")
+    assert await page.visible_reply_text() == shown
+    await page.ask("And how wide?")
+    await page.wait_finished()
+    await page.wait_status("Finished after 1 round · 3 turns")
+    await scene.snap(page, "14-asked-again")

@@ -1,6 +1,5 @@
-"""A talk for every test, and coroutines as tests."""
+"""A talk for every test."""
 
-import inspect
 from collections.abc import Iterator
 
 import pytest
@@ -9,17 +8,6 @@ from tests.conftest import FUNCTION_ID
 from tests.integration.talk import Talk
 from tests.stack.host import Account, OpenWebUI
 from tests.stack.models import ModelServer
-from tests.stack.running import run
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test that is a coroutine function."""
-    if not inspect.iscoroutinefunction(pyfuncitem.obj):
-        return None
-    names = inspect.signature(pyfuncitem.obj).parameters
-    run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
-    return True
 
 
 @pytest.fixture

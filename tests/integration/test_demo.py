@@ -69,31 +69,31 @@ def read_url(demo: subprocess.Popen[str]) -> str:
     raise AssertionError("the demo ended without printing an address")
 
 
-def ask(browser: Browser, url: str, status: str, model: str | None = None) -> str:
+async def ask(browser: Browser, url: str, status: str, model: str | None = None) -> str:
     """Type the question into a new chat; gives the whole reply."""
-    page = browser.open_as(Api(url), None, model)
+    page = await browser.open_as(Api(url), None, model)
     try:
-        page.ask(QUESTION)
-        page.wait_finished()
-        page.wait_status(status)
-        return page.visible_reply_text()
+        await page.ask(QUESTION)
+        await page.wait_finished()
+        await page.wait_status(status)
+        return await page.visible_reply_text()
     finally:
-        page.close()
+        await page.close()
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_the_demo_opens_ready_to_type_and_leaves_nothing_behind(
+async def test_the_demo_opens_ready_to_type_and_leaves_nothing_behind(
     demo: subprocess.Popen[str], browser: Browser
 ) -> None:
     url = read_url(demo)
     everybody = ["Ada", "Grace", "Alan"]
-    shown = ask(browser, url, "Finished after 2 rounds · 6 turns")
+    shown = await ask(browser, url, "Finished after 2 rounds · 6 turns")
     assert re.findall(r"[🔵🔴🟢🟠] (\w+)", shown) == everybody * 2
     assert shown.count("Thought for") == 2
     assert shown.count("View Result from look_up") == 1
     assert "⚠️" not in shown
 
-    council = ask(browser, url, "Chaired by Grace", COUNCIL)
+    council = await ask(browser, url, "Chaired by Grace", COUNCIL)
     four = [*everybody, "Edsger"]
     assert re.findall(r"[🔵🔴🟢🟠] (.+)", council) == [*four, "Grace · conclusion"]
     assert council.count("Thought for") == 1

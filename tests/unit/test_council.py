@@ -637,24 +637,23 @@ def test_leniently_too_a_text_that_does_not_name_all_is_none(answer: str) -> Non
     assert ranks(answer, lenient=True) == WRONG
 
 
+RANKED = {"Bob": 1, "Ann": 2, "Cat": 3}
+
+
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "read"),
     [
-        "A clear case: B > A > C",
-        "A hard choice. B is best, then A, then C.",
-        '{"ranking": ["B: a good one", "A", "C"]}',
+        ("A clear case: B > A > C", RANKED),
+        ("A hard choice. B is best, then A, then C.", WRONG),
+        ('{"ranking": ["B: a good one", "A", "C"]}', RANKED),
     ],
 )
-def test_the_article_a_is_no_vote_for_answer_a(answer: str) -> None:
-    assert ranks(answer, lenient=True) in (
-        {"Bob": 1, "Ann": 2, "Cat": 3},
-        WRONG,
-    )
+def test_the_article_a_is_no_vote_for_answer_a(answer: str, read: Any) -> None:
+    assert ranks(answer, lenient=True) == read
 
 
 def test_an_object_of_ranks_is_never_read_in_the_order_of_its_keys() -> None:
-    answer = '{"ranking": {"A": 2, "B": 1, "C": 3}}'
-    assert ranks(answer, lenient=True) in ({"Bob": 1, "Ann": 2, "Cat": 3}, WRONG)
+    assert ranks('{"ranking": {"A": 2, "B": 1, "C": 3}}', lenient=True) == RANKED
 
 
 def test_a_verdict_after_another_object_is_found() -> None:

@@ -83,6 +83,14 @@ def test_the_versions_agree() -> None:
     assert front[1] == project["version"] == newest[1]
 
 
+def test_what_development_needs_is_named_and_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    named = {name.split("[")[0] for name in project["dependency-groups"]["dev"]}
+    pins = (ROOT / "constraints.txt").read_text("utf-8").split()
+    # The Makefile installs these two by name, before the group.
+    assert {pin.split("==")[0] for pin in pins} == named | {"pip", "torch"}
+
+
 def test_the_readme_names_the_versions_it_needs() -> None:
     needed = re.search(r"(?m)^required_open_webui_version: (\d+\.\d+)", SOURCE)
     tested = re.search(
