@@ -145,10 +145,6 @@ def _setting(default: Any, description: str, **schema: Any) -> Any:
     return Field(default=default, description=description, json_schema_extra=extra)
 
 
-def _choice_of_models(kind: str) -> Json:
-    return {"type": kind, "options": "model_options"}
-
-
 class SharedSettings(BaseModel):
     """What the administrator sets for all, and everybody may set for themselves."""
 
@@ -156,7 +152,7 @@ class SharedSettings(BaseModel):
         [],
         "The models that talk to each other, in the order in which you tick them. "
         "Nothing chosen: up to three models you may use.",
-        input=_choice_of_models("multiselect"),
+        input={"type": "multiselect", "options": "model_options"},
     )
     team: str = _setting(
         "",
@@ -172,7 +168,7 @@ class SharedSettings(BaseModel):
         "",
         "The model that picks the next speaker in Manager mode. Nothing chosen: the "
         "first participant's model.",
-        input=_choice_of_models("select"),
+        input={"type": "select", "options": "model_options"},
     )
     instructions: str = _setting(
         "", "Text added to the system prompt of every participant."
@@ -2670,28 +2666,8 @@ _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
 )
 _BUILTINS_OF_FEATURES = ("web_search", "image_generation", "code_interpreter")
-_BUILTIN_CATEGORIES = (
-    *_BUILTINS_OF_FEATURES,
-    "time",
-    "user_input",
-    "files",
-    "knowledge",
-    "memory",
-    "chats",
-    "subagents",
-    "notes",
-    "channels",
-    "skills",
-    "tasks",
-    "automations",
-    "calendar",
-    "notifications",
-)
-_CITING_TOOLS = (  # where the host does not say so itself (0.11)
-    "fetch_url",
-    "view_file",
-    "view_knowledge_file",
-    "query_knowledge_files",
+_CITING_TOOLS = "fetch_url view_file view_knowledge_file query_knowledge_files".split(
+    " "
 )
 OLLAMA = "ollama"  # how the name of an Ollama connection begins
 _SAMPLING_NAMES = (  # the host's
@@ -3062,14 +3038,12 @@ class Host:
             with suppress(HostFailure), foreign_errors(HostFailure):
                 await self.emitter(event)
 
-    def asks_approval(self) -> bool:
-        """Whether this chat wants to be asked before a tool runs."""
-        return (self.metadata.get("params") or {}).get("tool_approval_mode") == "ask"
-
     async def approve(self, call: ToolCall, arguments: Json) -> bool:
         """Whether the user lets a tool run, where the chat is set to ask."""
+        if (self.metadata.get("params") or {}).get("tool_approval_mode") != "ask":
+            return True
         asked = {"id": call.id, "name": call.name, "arguments": arguments}
-        return not self.asks_approval() or await self.confirm({"tool_call": asked})
+        return await self.confirm({"tool_call": asked})
 
     async def confirm(self, question: Json) -> bool:
         """Ask the person at the page; no answer is a no."""
@@ -3083,36 +3057,30 @@ class Host:
 
     # -- search and tools --------------------------------------------------------------
 
-    async def searches(self) -> bool:
-        """Whether web search is on in this chat, allowed, and not done by the host
-        already, as it is for legacy function calling."""
+    async def search(self, model_id: str, question: str) -> tuple[str, list[Json]]:
+        """The host's own web search -> what was found, and its sources.
+
+        Gives nothing where it is off in the chat, not allowed, or was done by the host
+        already, as it is for legacy function calling. Raises `ModelFailure`.
+        """
         from open_webui.models.config import Config
+        from open_webui.utils import middleware
         from open_webui.utils.access_control import has_permission
 
         features = self.metadata.get("features") or {}
         calling = (self.metadata.get("params") or {}).get("function_calling")
         if not features.get("web_search") or calling == "legacy" or not self.in_chat:
-            return False
-        if not await Config.get("web.search.enable"):
-            return False
-        permissions = await Config.get("user.permissions")
-        return self.user.role == "admin" or bool(
-            await has_permission(self.user.id, "features.web_search", permissions)
-        )
-
-    async def search(self, model_id: str, question: str) -> tuple[str, list[Json]]:
-        """The host's own web search -> what was found, and its sources.
-
-        Gives nothing where it is not to be done; raises `ModelFailure`.
-        """
-        from open_webui.utils import middleware
-
+            return "", []
         messages = [{"role": "user", "content": question}]
         extra = {"__event_emitter__": self.emitter, "__chat_id__": None}
         body: Json = {"model": model_id, "messages": messages, "files": []}
         request = self._inner_request()
         with foreign_errors(ModelFailure):
-            if not await self.searches():
+            permissions = await Config.get("user.permissions")
+            may = self.user.role == "admin" or await has_permission(
+                self.user.id, "features.web_search", permissions
+            )
+            if not (may and await Config.get("web.search.enable")):
                 return "", []
             body = await middleware.chat_web_search_handler(
                 request, body, extra, self.user
@@ -3221,11 +3189,15 @@ class Host:
         await self.show_sources(sources)
 
     async def use_legacy_tools(
-        self, voice: Voice, messages: list[Json], run: ToolRunner
+        self,
+        voice: Voice,
+        messages: list[Json],
+        run: Callable[[str, Json, Json], Awaitable[Any]],
     ) -> tuple[list[Json], list[Json]]:
         """The host's prompt-based tool use: messages with what the tools gave, sources.
 
-        Every tool runs through `run`, wherever it lives. Raises `ModelFailure`.
+        Every tool runs through `run`: by its name, the tool, and the arguments. Raises
+        `ModelFailure`.
         """
         from open_webui.utils import middleware
 
@@ -3257,10 +3229,6 @@ class Host:
                     request, copies, sources, question
                 )
         return messages, sources
-
-
-ToolRunner = Callable[[str, Json, Json], Awaitable[Any]]
-"""Runs a tool of this name with these arguments; gives what it returned."""
 
 
 def own_function_id() -> str:
@@ -3326,6 +3294,14 @@ def _knowledge_prompt(meta: Json) -> str:
     return "\n".join(("<attached_knowledge>", *lines, "</attached_knowledge>"))
 
 
+class _OnlyThese(dict[str, bool]):
+    """Categories of built-in tools; others, also those of a later host, are off."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Whether a category is on."""
+        return super().get(name, False)
+
+
 def _builtins_model(
     model: Json, meta: Json, metadata: Json, settings: Settings
 ) -> Json | None:
@@ -3347,8 +3323,7 @@ def _builtins_model(
             wanted.append("knowledge")
         if not wanted:
             return None
-        off = {name: False for name in _BUILTIN_CATEGORIES if name not in wanted}
-        categories = {**own, **off}
+        categories = _OnlyThese({name: own.get(name, True) for name in wanted})
     info = {**(model.get("info") or {}), "meta": {**meta, "builtinTools": categories}}
     return {**model, "info": info}
 
@@ -3459,7 +3434,10 @@ async def resolve_cast(
     voices = await host.voices([cards[i] for i in wanted], params, defaults, settings)
     present = [seat for seat in seats if isinstance(voices[seat.model_id], Voice)]
     for seat in seats:
-        problems += _problems_of(seat, voices[seat.model_id])
+        voice = voices[seat.model_id]
+        lost = [f"its model cannot be prepared: {voice}"]
+        found = voice.problems if isinstance(voice, Voice) else lost
+        problems += [f"{seat.alias}: {problem}." for problem in found]
     if not present:
         reasons = " ".join(problems) or "There is no chat model that you may use."
         raise ConversationError(
@@ -3470,9 +3448,9 @@ async def resolve_cast(
     usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     participants = []
     for colour, seat in zip(COLOURS, present, strict=False):
-        voice = usable[seat.model_id]
-        system = render_system(settings, seat, aliases, voice, chat_system)
-        participants.append(Participant(seat.alias, colour, system, voice))
+        own = usable[seat.model_id]
+        system = render_system(settings, seat, aliases, own, chat_system)
+        participants.append(Participant(seat.alias, colour, system, own))
     return Cast(
         tuple(participants),
         usable.get(leader, participants[0].voice),
@@ -3480,13 +3458,6 @@ async def resolve_cast(
         by_default,
         chat_sampling(body, defaults, params.get(pipe_id, {})),
     )
-
-
-def _problems_of(seat: Seat, voice: Voice | str) -> list[str]:
-    """What could not be looked up for a seat, in sentences."""
-    if isinstance(voice, str):
-        return [f"{seat.alias}: its model cannot be prepared: {voice}."]
-    return [f"{seat.alias}: {problem}." for problem in voice.problems]
 
 
 # ======================================================================================
@@ -4015,11 +3986,8 @@ class ModelCalls:
         self._gates: dict[str, ConnectionGate] = {}
         self._dialog = asyncio.Lock()
         self._plain: set[str] = set()  # models that reject `stream_options`
-        self._admitted: dict[tuple[int, str], float] = {}
-
-    def admitted_at(self, stage: int, speaker: str) -> float | None:
-        """When a speaker's first call of a stage was let in; None: it is queued."""
-        return self._admitted.get((stage, speaker))
+        # when the first call of a speaker in a stage was let in; not yet: it is queued
+        self.admitted: dict[tuple[int, str], float] = {}
 
     async def text(self, call: ModelCall, streams: bool = True) -> str:
         """A plain completion -> its text; raises `ModelFailure`."""
@@ -4119,7 +4087,7 @@ class ModelCalls:
         gate = self._gates.setdefault(connection, ConnectionGate(most))
         with call.clock.paused():
             await gate.enter(call.stage, call.voice.model_id)
-        self._admitted.setdefault((call.stage, call.speaker), time.monotonic())
+        self.admitted.setdefault((call.stage, call.speaker), time.monotonic())
         try:
             yield
         finally:
@@ -4580,8 +4548,7 @@ async def _speak(run: Run, step: Speak, stage: int) -> list[Turn]:
         tasks[section] = run.tasks.create_task(turn)
     if together:
         named = {section.participant.alias: task for section, task in tasks.items()}
-        waiting = Waiting("answered", stage, lambda turn: turn.failure is None)
-        await _wait_in_view(run, named, waiting, step.quorum)
+        await _wait_in_view(run, named, "answered", stage, step.quorum)
     else:
         await asyncio.wait(tasks.values())
     turns = [_close_turn(run, section, task) for section, task in tasks.items()]
@@ -4599,19 +4566,18 @@ def _close_turn(run: Run, section: Section, task: asyncio.Task[Turn]) -> Turn:
     return Turn(section.participant.alias, "", failure="it was late", late=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """What is waited for (answered, judged), in which stage, and what counts as it."""
-
-    what: str
-    stage: int
-    counts: Callable[[Any], bool]
+def _is_there(result: Turn | Ballot | LostBallot) -> bool:
+    """Whether this is what was waited for: an answer, or a ballot."""
+    return getattr(result, "failure", None) is None and not isinstance(
+        result, LostBallot
+    )
 
 
 async def _wait_in_view(
     run: Run,
     tasks: Mapping[str, asyncio.Task[Any]],
-    waiting: Waiting,
+    what: str,
+    stage: int,
     quorum: int = 0,
 ) -> None:
     """Wait until the quorum is there, everybody is done, or has had its time.
@@ -4629,10 +4595,10 @@ async def _wait_in_view(
         )
         now = time.monotonic()
         for alias, task in tasks.items():
-            if task.done() and waiting.counts(task.result()):
+            if task.done() and _is_there(task.result()):
                 there.setdefault(alias, now - begun)
         since = {
-            alias: run.models.admitted_at(waiting.stage, alias)
+            alias: run.models.admitted.get((stage, alias))
             for alias, task in pending.items()
             if not task.done()
         }
@@ -4642,9 +4608,9 @@ async def _wait_in_view(
             break
         if now - shown_at >= 1:
             shown_at = now
-            text = _describe_progress(len(tasks), waiting.what, there, since)
-            run.screen.publish_progress(waiting.what, f"{text} · {now - begun:.1f} s")
-    run.screen.replace(waiting.what, "")
+            text = _describe_progress(len(tasks), what, there, since)
+            run.screen.publish_progress(what, f"{text} · {now - begun:.1f} s")
+    run.screen.replace(what, "")
 
 
 def _describe_progress(
@@ -4661,8 +4627,7 @@ def _describe_progress(
     return " · ".join(parts)
 
 
-BallotReader = Callable[..., Ballot | str]
-"""Reads an answer to a ballot paper -> the ballot, or what is wrong with it."""
+BallotReader = Callable[..., Ballot | str]  # an answer -> the ballot, or what is wrong
 
 
 async def _collect_ballots(
@@ -4675,8 +4640,7 @@ async def _collect_ballots(
         paper.voter: run.tasks.create_task(_cast_ballot(run, paper, read, stage))
         for paper in papers
     }
-    waiting = Waiting("judged", stage, lambda ballot: isinstance(ballot, Ballot))
-    await _wait_in_view(run, tasks, waiting)
+    await _wait_in_view(run, tasks, "judged", stage)
     late = {voter for voter, task in tasks.items() if not task.done()}
     await end_tasks(*tasks.values())
     return [
