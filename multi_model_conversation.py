@@ -33,6 +33,7 @@ import logging
 import re
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -727,16 +728,13 @@ def plain_line(text: object, limit: int = 300) -> str:
 # ==== 3 Decoding
 # ======================================================================================
 
-TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
-SSE_FIELDS = (":", "event:", "id:", "retry:")
+_TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
+_LONGEST_TAG = 300  # characters that are held back, with its attributes
+_SSE_FIELDS = (":", "event:", "id:", "retry:")
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads`, for which text that is nested too deeply is no JSON either.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
+    """`json.loads`; text that is nested too deeply is a `ValueError` too."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -744,11 +742,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_json_at(text: str, at: int = 0) -> tuple[Any, int]:
-    """The JSON value that begins at a place of a text, and where it ends.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The JSON value at a place of a text, and where it ends; else a `ValueError`."""
     try:
         return json.JSONDecoder().raw_decode(text, at)
     except RecursionError as error:
@@ -763,65 +757,66 @@ class SSEDecoder:
     the lines of a JSON body that was printed over several.
     """
 
-    LONGEST_EVENT = 1_000_000  # characters that are kept to be joined with later lines
-
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._line = ""
-        self._event = ""
+        self._line: list[str] = []
+        self._event: list[str] = []  # lines of a value that is not complete
+        self._depth = 0  # of brackets that are open in it
         self.used = False  # whether something looked like an event or JSON
 
     def feed(self, piece: bytes | str) -> Iterator[Any]:
         """Take the next piece of the stream; yields the values it completes."""
         text = self._utf8.decode(piece) if isinstance(piece, bytes) else piece
-        *lines, self._line = (self._line + text).split("\n")
+        *lines, rest = text.split("\n")
         for line in lines:
-            if line:
-                yield from self._read_line(line)
-            elif self._event:
-                self._end_event()
+            whole, self._line = "".join([*self._line, line]), []
+            yield from self._read_line(whole)
+        self._line.append(rest)
 
     def close(self) -> Iterator[Any]:
         """The stream has ended; yields what its last, unfinished line held."""
-        rest = self._line + self._utf8.decode(b"", final=True)
-        self._line = ""
+        rest = "".join([*self._line, self._utf8.decode(b"", final=True)])
+        self._line = []
         yield from self._read_line(rest)
-        self._end_event()
 
     def _read_line(self, line: str) -> Sequence[Any]:
         line = line.rstrip("\r")
         if line.startswith("data:"):
             return self._read_data(line[5:].removeprefix(" ").rstrip())
         if not line.strip():
-            self._end_event()
-        elif line.startswith("{") or (self._event and not line.startswith(SSE_FIELDS)):
+            self._event = []
+        elif line.startswith("{") or (self._event and not line.startswith(_SSE_FIELDS)):
             return self._read_data(line)
-        elif not line.startswith(SSE_FIELDS):
+        elif not line.startswith(_SSE_FIELDS):
             log.debug("skipped a line that is neither an event nor JSON")
         return ()
 
     def _read_data(self, data: str) -> Sequence[Any]:
         self.used = True
-        if data == "[DONE]" or not data:
+        if data in ("", "[DONE]"):
             return ()
-        joined = f"{self._event}\n{data}" if self._event else data
-        candidates = [data] if not self._event or data.startswith("{") else []
-        if self._event and data.endswith("}"):
-            candidates.append(joined)
-        for candidate in candidates:
-            try:
-                value = parse_json(candidate)
-            except ValueError:
-                continue
-            self._event = ""
-            return (value,)
-        self._event = joined if len(joined) < self.LONGEST_EVENT else ""
+        if not self._event or data.startswith("{"):
+            with suppress(ValueError):
+                value, self._event = parse_json(data), []
+                return (value,)
+        self._depth = _nesting(data) + (self._depth if self._event else 0)
+        self._event.append(data)
+        if self._depth > 0:
+            return ()
+        lines, self._event = self._event, []  # as it stands, or nothing can complete it
+        with suppress(ValueError):
+            return (parse_json("\n".join(lines)),)
+        log.debug("skipped an event that is not JSON")
         return ()
 
-    def _end_event(self) -> None:
-        if self._event:
-            log.debug("skipped an event that is not JSON")
-            self._event = ""
+
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
+
+
+def _nesting(text: str) -> int:
+    """How many more brackets of a piece of JSON are opened than closed."""
+    found = Counter(_BRACKET.findall(text))
+    return found["{"] + found["["] - found["}"] - found["]"]
 
 
 class ThinkSplitter:
@@ -833,93 +828,77 @@ class ThinkSplitter:
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
         self._tags = tuple(tags)
         self._first = "".join({start[0] for start, _ in self._tags})
-        self._start = self._start_pattern()
-        self._end = ""
+        whole, begun = [], []
+        for start, _ in self._tags:
+            name, last = re.escape(start[:-1]), re.escape(start[-1])
+            attributes = _TAG_ATTRIBUTES if start[0] + start[-1] == "<>" else ""
+            whole.append(f"({name}(?:{attributes})?{last})")
+            begun += [f"{name}{attributes}" for _ in attributes[:1]]
+        self._start = re.compile("|".join(whole))
+        self._begun = re.compile(rf"(?:{'|'.join(begun) or '(?!)'})\Z")
+        self._end = ""  # while reasoning, the tag that ends it
         self._held = ""
-        self._trim = False
+        self._trim = False  # between the end of reasoning and the text
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
         idle = not self._held and not self._end and not self._trim
         if idle and not any(first in text for first in self._first):
             return [TextDelta(text)]
-        self._held += text
+        text = self._held + text
         events: list[ReplyEvent] = []
-        while self._step(events):
-            pass
-        return events
+        at = self._begin_text(text, 0)
+        while tag := self._find_tag(text, at):
+            place, after, end = tag
+            events += self._events(text[at:place])
+            self._trim, self._end = bool(self._end), end
+            at = self._begin_text(text, after)
+        cut = len(text) - self._count_undecided(text[at:][-_LONGEST_TAG:])
+        self._held = text[cut:]
+        return events + self._events(text[at:cut])
 
     def close(self) -> list[ReplyEvent]:
         """The text has ended; what was held back is given out as what it is."""
         rest, self._held = self._held, ""
-        if not rest:
+        return self._events(rest)
+
+    def _events(self, text: str) -> list[ReplyEvent]:
+        if not text:
             return []
-        return [ReasoningDelta(rest) if self._end else TextDelta(rest)]
+        return [ReasoningDelta(text) if self._end else TextDelta(text)]
 
-    def _start_pattern(self) -> re.Pattern[str] | None:
-        if not self._tags:
-            return None
-        alternatives = []
-        for start, _ in self._tags:
-            if start.startswith("<") and start.endswith(">"):
-                alternatives.append(rf"<{re.escape(start[1:-1])}(?:{TAG_ATTRIBUTES})?>")
-            else:
-                alternatives.append(re.escape(start))
-        return re.compile("|".join(f"({each})" for each in alternatives))
-
-    def _step(self, events: list[ReplyEvent]) -> bool:
-        """Read as far as the next tag; False when nothing more can be decided."""
+    def _begin_text(self, text: str, at: int) -> int:
         if self._trim:
-            self._held = self._held.lstrip()
-            self._trim = not self._held
+            at = _skip_blanks(text, at)
+            self._trim = at == len(text)
+        return at
+
+    def _find_tag(self, text: str, at: int) -> tuple[int, int, str] | None:
+        """Where the next tag begins and ends, and what ends the reasoning it begins."""
         if self._end:
-            return self._read_reasoning(events)
-        found = self._start.search(self._held) if self._start else None
+            place = text.find(self._end, at)
+            return None if place < 0 else (place, place + len(self._end), "")
+        found = self._start.search(text, at) if self._tags else None
         if not found:
-            self._give(events, TextDelta, self._undecided())
-            return False
-        before, self._held = self._held[: found.start()], self._held[found.end() :]
-        if before:
-            events.append(TextDelta(before))
-        self._end = self._tags[(found.lastindex or 1) - 1][1]
-        return True
+            return None
+        return found.start(), found.end(), self._tags[(found.lastindex or 1) - 1][1]
 
-    def _read_reasoning(self, events: list[ReplyEvent]) -> bool:
-        at = self._held.find(self._end)
-        if at < 0:
-            self._give(events, ReasoningDelta, partial_end(self._held, self._end))
-            return False
-        if at:
-            events.append(ReasoningDelta(self._held[:at]))
-        self._held = self._held[at + len(self._end) :]
-        self._end, self._trim = "", True
-        return True
-
-    def _undecided(self) -> int:
-        """How many characters at the end of the text could become a start tag."""
-        longest = 0
-        for start, _ in self._tags:
-            at = self._held.rfind(start[0])
-            tail = self._held[at:] if at >= 0 else ""
-            name = re.escape(start[:-1]) if start.startswith("<") else None
-            begun = name and re.fullmatch(name + TAG_ATTRIBUTES, tail)
-            if tail and (begun or (start.startswith(tail) and tail != start)):
-                longest = max(longest, len(tail))
-        return longest
-
-    def _give(
-        self,
-        events: list[ReplyEvent],
-        kind: type[TextDelta] | type[ReasoningDelta],
-        undecided: int,
-    ) -> None:
-        at = len(self._held) - undecided
-        if at:
-            events.append(kind(self._held[:at]))
-        self._held = self._held[at:]
+    def _count_undecided(self, text: str) -> int:
+        """How many characters at the end of the text could become a tag."""
+        if self._end:
+            return _partial_end(text, self._end)
+        begun = self._begun.search(text)
+        lengths = [_partial_end(text, start) for start, _ in self._tags]
+        return max([*lengths, len(begun[0]) if begun else 0])
 
 
-def partial_end(text: str, tag: str) -> int:
+def _skip_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _partial_end(text: str, tag: str) -> int:
     """Length of the longest end of `text` that is a beginning of `tag`."""
     for length in range(min(len(tag) - 1, len(text)), 0, -1):
         if text.endswith(tag[:length]):
@@ -947,7 +926,7 @@ def error_text(error: Any) -> str:
     return plain_line(error) or "an error without a message"
 
 
-MALFORMED = (
+_MALFORMED = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -957,20 +936,20 @@ MALFORMED = (
 )  # what reading a value of an unexpected shape raises
 
 
-PLAIN_CHUNK = frozenset(
+_PLAIN_CHUNK = frozenset(
     ("id", "object", "created", "model", "choices", "system_fingerprint")
 )
-PLAIN_DELTA = frozenset(("content", "role"))
+_PLAIN_DELTA = frozenset(("content", "role"))
 
 
-def plain_delta(value: Any) -> str | None:
+def _plain_delta(value: Any) -> str | None:
     """The text of a chunk that is nothing but text, as nearly all are; else None."""
-    if type(value) is not dict or not value.keys() <= PLAIN_CHUNK:
+    if type(value) is not dict or not value.keys() <= _PLAIN_CHUNK:
         return None
     choices = value.get("choices")
     choice = choices[0] if type(choices) is list and choices else None
     delta = choice.get("delta") if type(choice) is dict else None
-    if type(delta) is not dict or not delta.keys() <= PLAIN_DELTA:
+    if type(delta) is not dict or not delta.keys() <= _PLAIN_DELTA:
         return None
     text = delta.get("content")
     return text if type(text) is str and text else None
@@ -995,7 +974,7 @@ class ReplyDecoder:
     def feed(self, item: Any) -> Iterator[ReplyEvent]:
         """Take the next item of the reply's body, of any type."""
         plain = isinstance(item, str) and not self._sse.used
-        if plain and not item.lstrip().startswith(("{", "data:", *SSE_FIELDS)):
+        if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
         elif isinstance(item, (bytes, str)):
             for value in self._sse.feed(item):
@@ -1011,14 +990,14 @@ class ReplyDecoder:
 
     def read(self, value: Any) -> Iterator[ReplyEvent]:
         """Read one decoded value; a value that makes no sense gives nothing."""
-        text = plain_delta(value)
+        text = _plain_delta(value)
         if text is not None:
             self._has_text = self._has_deltas = True
             yield from self._think.feed(text)
             return
         try:
             yield from self._read_value(value)
-        except MALFORMED as error:
+        except _MALFORMED as error:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
 
     def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
@@ -1056,22 +1035,24 @@ class ReplyDecoder:
             yield from self._read_message(chunk["message"])
         elif "content" in chunk:
             yield from self._read_text(text_of(chunk["content"]))
-        yield from read_sources(chunk.get("sources"))
+        sources = chunk.get("sources")
+        found = sources if isinstance(sources, list) else ()
+        yield from (SourceFound(source) for source in found if isinstance(source, dict))
 
     def _read_message(self, message: Json, copy: bool = False) -> Iterator[ReplyEvent]:
         """A delta, or a whole message: a `copy` repeats what was already streamed."""
         if not copy:
             for key in ("reasoning_content", "reasoning", "thinking"):
                 if message.get(key):
-                    yield from read_reasoning(message[key])
+                    yield from _read_reasoning(message[key])
                     break
             yield from self._read_text(text_of(message.get("content")))
         if not (copy and self._has_calls):
-            for call in read_tool_calls(message):
+            for call in _read_tool_calls(message):
                 self._has_calls = True
                 yield call
         for annotation in message.get("annotations") or ():
-            yield from read_annotation(annotation)
+            yield from _read_annotation(annotation)
 
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         if kind in ("response.output_text.delta", "response.refusal.delta"):
@@ -1080,10 +1061,10 @@ class ReplyDecoder:
             "response.reasoning_text.delta",
             "response.reasoning_summary_text.delta",
         ):
-            yield from read_reasoning(event["delta"])
+            yield from _read_reasoning(event["delta"])
         elif kind == "response.function_call_arguments.delta":
             self._streamed_calls.add(event["output_index"])
-            yield tool_call_delta(event["output_index"], "", "", event["delta"])
+            yield _tool_call_delta(event["output_index"], "", "", event["delta"])
         elif kind in ("response.output_item.added", "response.output_item.done"):
             yield from self._read_output_item(kind, event)
         elif kind in ("response.failed", "error"):
@@ -1098,13 +1079,13 @@ class ReplyDecoder:
         item, index = event["item"], event.get("output_index")
         if item.get("type") == "function_call" and kind.endswith("added"):
             call_id = item.get("call_id") or item.get("id")
-            yield tool_call_delta(index, call_id, item.get("name"), "")
+            yield _tool_call_delta(index, call_id, item.get("name"), "")
         elif item.get("type") == "function_call" and index not in self._streamed_calls:
-            yield tool_call_delta(index, "", "", item.get("arguments"))
+            yield _tool_call_delta(index, "", "", item.get("arguments"))
         elif item.get("type") == "message" and kind.endswith("done"):
             for part in item.get("content") or ():
                 for annotation in part.get("annotations") or ():
-                    yield from read_annotation(annotation)
+                    yield from _read_annotation(annotation)
 
     def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
         yield from _read_usage(response.get("usage"))
@@ -1114,21 +1095,21 @@ class ReplyDecoder:
                     yield from self._read_text(text_of(item.get("content")))
 
 
-def read_reasoning(content: Any) -> Iterator[ReplyEvent]:
+def _read_reasoning(content: Any) -> Iterator[ReplyEvent]:
     """Reasoning, as text or as parts."""
     text = text_of(content)
     if text:
         yield ReasoningDelta(text)
 
 
-def read_tool_calls(message: Json) -> Iterator[ToolCallDelta]:
+def _read_tool_calls(message: Json) -> Iterator[ToolCallDelta]:
     """The pieces of tool calls in a delta or a message."""
     calls = message.get("tool_calls") or ()
     if message.get("function_call"):
         calls = ({"index": 0, "function": message["function_call"]},)
     for call in calls:
         function = call.get("function") or {}
-        yield tool_call_delta(
+        yield _tool_call_delta(
             call.get("index"),
             call.get("id"),
             function.get("name"),
@@ -1136,7 +1117,7 @@ def read_tool_calls(message: Json) -> Iterator[ToolCallDelta]:
         )
 
 
-def tool_call_delta(
+def _tool_call_delta(
     index: Any, call_id: Any, name: Any, arguments: Any
 ) -> ToolCallDelta:
     """A piece of a tool call from parts of any type; an object becomes JSON text."""
@@ -1150,14 +1131,7 @@ def tool_call_delta(
     )
 
 
-def read_sources(sources: Any) -> Iterator[ReplyEvent]:
-    """The sources a pipe or the host adds to a stream."""
-    for source in sources if isinstance(sources, list) else ():
-        if isinstance(source, dict):
-            yield SourceFound(source)
-
-
-def read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
+def _read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
     """A URL citation, flat (Responses API) or nested (Chat Completions) -> a source."""
     if annotation.get("type") != "url_citation":
         return
@@ -1217,6 +1191,7 @@ class ToolCallAccumulator:
 
     def __init__(self) -> None:
         self._latest: dict[int | None, OpenCall] = {}
+        self._first: dict[str, OpenCall] = {}
         self._known: dict[tuple[int | None, str], OpenCall] = {}
         self._order: list[OpenCall] = []
 
@@ -1230,6 +1205,7 @@ class ToolCallAccumulator:
         if delta.id:
             call.id = call.id or delta.id
             self._known[delta.index, delta.id] = call
+            self._first.setdefault(call.id, call)
         call.name = delta.name or call.name
         if delta.arguments:
             call.arguments.append(delta.arguments)
@@ -1249,8 +1225,8 @@ class ToolCallAccumulator:
         if delta.index is not None:
             call = self._latest.get(delta.index)
         else:
-            same = (call for call in self._order if delta.id and call.id == delta.id)
-            call = next(same, self._order[-1] if self._order else None)
+            last = self._order[-1] if self._order else None
+            call = self._first.get(delta.id, last)
         if call is None or (delta.id and call.id and call.id != delta.id):
             return None
         if delta.index is None and delta.name and call.name and call.id != delta.id:
@@ -1261,30 +1237,30 @@ class ToolCallAccumulator:
 def split_objects(text: str) -> list[str]:
     """`{"a":1}{"b":2}` -> both objects; any other text stays whole."""
     found: list[str] = []
-    rest = text.strip()
-    while rest.startswith("{"):
+    at = _skip_blanks(text, 0)
+    while text.startswith("{", at):
         try:
-            _, end = parse_json_at(rest)
+            _, end = parse_json_at(text, at)
         except ValueError:
             return [text]
-        found.append(rest[:end])
-        rest = rest[end:].strip()
-    return [text] if rest or not found else found
+        found.append(text[at:end])
+        at = _skip_blanks(text, end)
+    return found if found and at == len(text) else [text]
 
 
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
 # checkbox. Looking ahead is bounded; a line that goes on for longer counts as forged.
 _MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
-_ANY_MARK = rf"(?:[{_MARKS}]|&#|\\char)"  # also as a reference, or set by KaTeX
-_SIGNS = "⚠⏳⏱🏁"  # with which our notices begin
+_SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
 _BEGIN = (
     r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
 )
 _FORGERY = re.compile(
-    rf"(?i){_BEGIN}()(?:#{{1,6}}(?![\w#])|:::)"
-    rf"(?:[^\r\n]{{0,299}}?{_ANY_MARK}|[^\r\n]{{300}})"
-    rf"|{_BEGIN}()>(?:[^\w>]{{0,299}}?(?:[{_SIGNS}\ufffd]|&#|&\w{{1,31}};)|[^\w>]{{300}})"
+    rf"(?i){_BEGIN}()(?:#{{1,6}}(?![\w#])|:::)(?:[^\r\n]{{300}}"
+    rf"|(?:[^\r\n{_MARKS}&\\]++|&(?!#)|\\(?!char))*+[^\r\n])"  # char: KaTeX can set any
+    rf"|{_BEGIN}()>(?:[^\w>]{{300}}"
+    rf"|(?:[^\w>{_SIGNS}&]++|&(?!#|\w{{1,31}};))*+[{_SIGNS}&])"
     r"|(<|&(?:lt|#0{0,7}60|#x0{0,7}3c);?)(?=(?:/|&sol;)?(?:[a-z]{0,7}&#"
     r"|(?:audio|details|video)(?:[\s/>&\ufeff]|\Z)|(?:file|iframe|status)[\s\ufeff]))"
     r"|(&#x?0{8})"
@@ -1305,7 +1281,7 @@ _HOT = re.compile(rf"[\r\n#>:<&{{=\\{_MARKS}-]")  # where any of these may begin
 _FENCE = re.compile(r" {0,3}(?:`{3,}+(?=[^`]*\Z)|~{3,})")
 _HIDES_FENCES = re.compile(
     r"\$\$|\\\[|\\begin|^[^\w<]*<[a-zA-Z/!?]|^\s*(?:\[|:::)"
-    r"|^[ \t]*(?:\ufeff|[^\S \t])|^\s*(?:\t| {4})\s*[`~]{3}"
+    r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
 )
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
 

@@ -505,7 +505,7 @@ def test_the_end_that_could_become_a_tag_is_found(text: str, tag: str) -> None:
     longest = max(
         (n for n in range(len(tag)) if n and text.endswith(tag[:n])), default=0
     )
-    assert mmc.partial_end(text, tag) == longest
+    assert mmc._partial_end(text, tag) == longest
 
 
 # -- tool calls ------------------------------------------------------------------------
