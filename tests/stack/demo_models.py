@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tests.stack.prompts import (
-    STOPWORDS,
+    WORDS,
     Prompt,
     Said,
     few_words,
@@ -70,9 +70,7 @@ ADA, GRACE, ALAN, EDSGER = CHARACTERS = tuple(
 
 # --- writing a turn ----------------------------------------------------------------
 
-_NOT_THINGS = frozenset(SAID["acts"].split())
-_ARTICLES = frozenset(SAID["articles"].split())
-_PRONOUNS = frozenset(SAID["pronouns"].split())
+_NOT_THINGS, _ARTICLES = WORDS["acts"], WORDS["articles"]
 
 
 def pick(options: Sequence[T], seed: str, turn: int) -> T:
@@ -117,7 +115,7 @@ def _chunks(words: Sequence[str]) -> Iterator[tuple[list[str], str]]:
 
 def _begins(word: str, before: str) -> bool:
     low = word.lower()
-    acts = low in _NOT_THINGS or before in _PRONOUNS
+    acts = low in _NOT_THINGS or before in WORDS["pronouns"]
     return low in _ARTICLES or (_is_content(low) and not acts)
 
 
@@ -128,7 +126,7 @@ def _continues(chunk: Sequence[str], word: str) -> bool:
 
 
 def _is_content(word: str) -> bool:
-    return len(word) > 1 and word not in (STOPWORDS - _NOT_THINGS) | _ARTICLES
+    return len(word) > 1 and word not in (WORDS["small"] - _NOT_THINGS) | _ARTICLES
 
 
 def _named(chunk: Sequence[str], after: str) -> str:
