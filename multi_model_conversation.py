@@ -1276,62 +1276,160 @@ def split_objects(text: str) -> list[str]:
     return [text] if rest or not found else found
 
 
-FORGED_LINE = re.compile(
-    r"(?:\A|(?<=[\r\n]))([^\S\r\n]*)"
-    rf"(?=#{{1,6}}[^\S\r\n]*[{COLOURS}{SYSTEM_MARK}]|>[^\S\r\n]*[⚠⏳⏱🏁])"
+# What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
+# extensions). There a block may begin in mid-line too: behind a formula, a tag, a
+# checkbox. Looking ahead is bounded; a line that goes on for longer counts as forged.
+_MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
+_ANY_MARK = rf"(?:[{_MARKS}]|&#|\\char)"  # also as a reference, or set by KaTeX
+_SIGNS = "⚠⏳⏱🏁"  # with which our notices begin
+_BEGIN = (
+    r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
 )
-FORGED_DETAILS = re.compile(r"<(?=details\s)")  # gets a zero-width space behind it
-LINE_END = re.compile(r"[\r\n]")
-LINE_END_OR_TAG = re.compile(r"[\r\n<]")
-MAYBE_LINE = re.compile(r"[^\S\r\n]*(?:#{0,6}|>)[^\S\r\n]*")
-MAYBE_DETAILS = re.compile(r"<(?:d(?:e(?:t(?:a(?:i(?:ls?)?)?)?)?)?)?\Z")
+_FORGERY = re.compile(
+    rf"(?i){_BEGIN}()(?:#{{1,6}}(?![\w#])|:::)"
+    rf"(?:[^\r\n]{{0,299}}?{_ANY_MARK}|[^\r\n]{{300}})"
+    rf"|{_BEGIN}()>(?:[^\w>]{{0,299}}?(?:[{_SIGNS}\ufffd]|&#|&\w{{1,31}};)|[^\w>]{{300}})"
+    r"|(<|&(?:lt|#0{0,7}60|#x0{0,7}3c);?)(?=(?:/|&sol;)?(?:[a-z]{0,7}&#"
+    r"|(?:audio|details|video)(?:[\s/>&\ufeff]|\Z)|(?:file|iframe|status)[\s\ufeff]))"
+    r"|(&#x?0{8})"
+    r"|({){(?:html|video)_file_id_"  # an element once the page has filled it in
+)
+_UNDECIDED = re.compile(
+    rf"(?:{_BEGIN}(?:#{{1,6}}(?:(?![\w#])[^\r\n{_MARKS}]{{0,299}})?"
+    rf"|::?|:::[^\r\n{_MARKS}]{{0,299}}|>[^\w>{_SIGNS}]{{0,299}}(?:&\w{{0,31}})?)"
+    r"|[<&{][#\w/;&{]{0,40})\Z"
+)
+_UNDERLINE = re.compile(
+    rf"{_BEGIN}()[-=](?:[-=\s\ufeff]{{0,298}}(?![^\r\n])|[-=\s\ufeff]{{299}})"
+)
+_UNDECIDED_UNDERLINE = re.compile(rf"{_BEGIN}[-=][-=\s\ufeff]{{0,298}}\Z")
+_READ_BACK = re.compile(rf"(?<![^\r\n])()(?:### [{_MARKS}]|> [{_SIGNS}])")
+_UNDECIDED_READ_BACK = re.compile(r"(?<![^\r\n])(?:#{1,3}|### |> ?)\Z")
+_HOT = re.compile(rf"[\r\n#>:<&{{=\\{_MARKS}-]")  # where any of these may begin
+_FENCE = re.compile(r" {0,3}(?:`{3,}+(?=[^`]*\Z)|~{3,})")
+_HIDES_FENCES = re.compile(
+    r"\$\$|\\\[|\\begin|^[^\w<]*<[a-zA-Z/!?]|^\s*(?:\[|:::)"
+    r"|^[ \t]*(?:\ufeff|[^\S \t])|^\s*(?:\t| {4})\s*[`~]{3}"
+)
+_LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
+
+
+class _FenceTracker:
+    """Reads whole lines, and knows which code fence is open after them."""
+
+    def __init__(self) -> None:
+        self.closing = ""  # the line that closes the open one
+        self._is_sure = True
+        self._in_list = False
+        self._in_paragraph = False  # or directly behind one, without a blank line
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether every parser is in code here: the fence stands at the left edge, and
+        nothing before it, or in it so far, can have hidden it."""
+        begun = self.closing.startswith(("`", "~"))
+        return begun and self._is_sure and not self._in_paragraph
+
+    def read(self, line: str) -> None:
+        """Take the next line."""
+        words = line.strip(" \t")
+        fence = self.closing.lstrip()
+        indent = " " * (len(self.closing) - len(fence))
+        if self._in_list and words and not line.startswith(indent):
+            self.closing = fence = ""  # the item is over, and with it the fence
+            self._is_sure = False
+        if not fence:
+            self._read_outside(line)
+        elif words.startswith(fence) and not words.strip("`~"):
+            if not words.strip(fence[0]):
+                self.closing = ""
+            exact = re.fullmatch(" {0,3}[^ \t]+ *", line)
+            self._is_sure &= bool(exact) and not self.closing
+        elif self._in_paragraph and _UNDERLINE.match(words):
+            self._is_sure = False  # the page made a heading of it all, fence and all
+        self._in_paragraph &= bool(words)
+
+    def _read_outside(self, line: str) -> None:
+        if found := _FENCE.match(line):
+            self.closing = found[0]
+        else:
+            self._in_paragraph = True
+        self._is_sure &= not _HIDES_FENCES.search(line)
+        self._in_list |= bool(_LIST_ITEM.match(line))
 
 
 class ForgeryGuard:
     """Escapes what a model writes in the form of our own markup, cut anywhere.
 
-    A line like our headings ("### 🔴 Bob") could pose as another speaker, on the page
-    and in the next turn, and one like our notices ("> ⚠️") as us; `<details type=...>`
-    could pose as the host's reasoning and tool blocks. Escaped, they show as the plain
-    text they are.
+    A heading with one of our marks could pose as another speaker, a quote that begins
+    with the sign of a notice as us, and an element that the page draws (`<details>`,
+    `<video>`) as the host. None passes, however it is spelled: a backslash or a
+    zero-width space shows it as the plain text it is. In a code fence that every parser
+    sees, only what `read_history` would take for ours is escaped.
     """
 
     def __init__(self) -> None:
         self._held = ""
-        self._fresh = True  # the next character begins a line
+        self._line: list[str] = []  # what was given out of it
+        self._before = ""  # the last character that was given out
+        self._is_marked = False  # there is a mark in the paragraph
+        self._fences = _FenceTracker()
 
     def feed(self, text: str) -> str:
         """Take more text; gives what is safe to show."""
-        if not self._fresh and not self._held and not LINE_END_OR_TAG.search(text):
-            return text
-        text = self._held + text
-        line = line_start(text)
-        cut = len(text)
-        if (self._fresh or line) and MAYBE_LINE.fullmatch(text, line):
-            cut = line
-        elif details := MAYBE_DETAILS.search(text, max(line, cut - 8)):
-            cut = details.start()
-        safe = self._escape(text[:cut])
-        if cut:
-            self._fresh = text[cut - 1] in "\r\n"
-        self._held = text[cut:]
-        return safe
+        if self._held or _HOT.search(text):
+            return self._read(self._held + text)
+        if text:
+            self._line.append(text)
+            self._before = text[-1]
+        return text
 
     def close(self) -> str:
-        """The text has ended; gives what was held back."""
-        rest, self._held = self._held, ""
-        return self._escape(rest)
+        """The text has ended; gives what was held back, and closes an open fence."""
+        rest = self._read(self._held, final=True)
+        self._end_line("")
+        if not self._fences.closing:
+            return rest
+        return rest + "\n" * (self._before not in "\r\n") + self._fences.closing
 
-    def _escape(self, text: str) -> str:
-        end = LINE_END.search(text)
-        begin = 0 if self._fresh else end.end() if end else len(text)
-        lines = FORGED_LINE.sub(r"\1\\", text[begin:])
-        return FORGED_DETAILS.sub("<\u200b", text[:begin] + lines)
+    def _read(self, text: str, final: bool = False) -> str:
+        text = self._before + text
+        begin = done = len(self._before)
+        end = len(text)
+        shown = []
+        for hot in _HOT.finditer(text, done):
+            place = hot.start()
+            forgery, undecided = self._patterns(text, place)
+            if not final and undecided.match(text, place):
+                end = place
+                break
+            if text[place] in "\r\n":
+                if not text.startswith("\r\n", place - 1):
+                    self._end_line(text[begin:place])
+                begin = place + 1
+            elif forged := forgery.match(text, place):
+                escaped = forged.end(forged.lastindex or 0)
+                shown += [text[done:escaped], "\u200b" if escaped > place else "\\"]
+                done = escaped
+        self._line.append(text[begin:end])
+        self._held, self._before = text[end:], text[end - 1 : end]
+        return "".join([*shown, text[done:end]])
 
+    def _patterns(self, text: str, place: int) -> tuple[re.Pattern[str], ...]:
+        """What is forged at a place of the text, and what may become so."""
+        if self._fences.is_certain:
+            return _READ_BACK, _UNDECIDED_READ_BACK
+        if text[place] in f"{_MARKS}\\" or text.startswith("&#", place):
+            self._is_marked = True
+        if text[place] in "-=" and self._is_marked:
+            return _UNDERLINE, _UNDECIDED_UNDERLINE
+        return _FORGERY, _UNDECIDED
 
-def line_start(text: str) -> int:
-    """Where the last line of a text begins; to Markdown a lone CR ends one too."""
-    return max(text.rfind("\n"), text.rfind("\r")) + 1
+    def _end_line(self, rest: str) -> None:
+        line = "".join([*self._line, rest])
+        self._line = []
+        self._is_marked &= bool(line.strip(" \t"))
+        self._fences.read(line)
 
 
 # ======================================================================================

@@ -33,7 +33,7 @@ def notice(text: str) -> str:
     ("model", "reason", "asked"),
     [
         ("fails-500", "The scripted server failed.", 2),
-        ("fails-401", "The scripted key is not valid.", 2),
+        ("fails-401", "The scripted key is not valid.", 1),
         ("fails-429", "Too many scripted requests.", 1),
         ("empty", "it gave an empty answer, asked twice", 2),
     ],

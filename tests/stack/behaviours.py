@@ -280,7 +280,7 @@ def empty_once(body: Body) -> Script:
 def stream_refuser(body: Body) -> Script:
     """Refuse to stream."""
     if body.get("stream"):
-        return refuses(400, "This model does not support streaming.")(body)
+        return refuses(422, "This model does not support streaming.")(body)
     return Script([Text(spoken("Refuser", read_prompt(body)))])
 
 
