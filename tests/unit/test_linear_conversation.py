@@ -75,6 +75,7 @@ READERS: dict[str, Reader] = {
     "a list": ticked,
     "a line": mmc.plain_line,
     "a label": mmc.escape_labels,
+    "a template": partial(mmc.fill_template, values={"history": "x", "name": "{"}),
 }
 
 SCRAPS = [
