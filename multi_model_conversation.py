@@ -49,6 +49,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
+from itertools import count
+from statistics import fmean
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -1477,6 +1479,7 @@ PROGRESS, FIGURES, OUTCOME = "> ⏳ ", "> ⏱️ ", "> 🏁 "
 CONCLUSION = " · conclusion"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
+_NOTICES = (NOTICE, PROGRESS, FIGURES, OUTCOME)
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 
 
@@ -1495,10 +1498,8 @@ def unique_aliases(seats: Iterable[Seat]) -> list[Seat]:
     taken: set[str] = set()
     result = []
     for seat in seats:
-        alias, number = seat.alias, 1
-        while alias.casefold() in taken:
-            number += 1
-            alias = f"{seat.alias} {number}"
+        names = (f"{seat.alias} {n}" if n > 1 else seat.alias for n in count(1))
+        alias = next(name for name in names if name.casefold() not in taken)
         taken.add(alias.casefold())
         result.append(Seat(alias, seat.model_id, seat.persona))
     return result
@@ -1543,7 +1544,7 @@ def choose_seats(
     """
     team = enumerate(settings.team.split("\n"), 1)
     lines = [(number, line) for number, line in team if line.strip()]
-    count = len(lines) or len(settings.participants)
+    chosen = len(lines) or len(settings.participants)
     wanted = [
         (f"Team line {number} ({plain_line(line, 60)})", line.split("|", 2))
         for number, line in lines[:_TEAM_READ]
@@ -1551,7 +1552,7 @@ def choose_seats(
         (f"Participant {plain_line(model_id, 60)}", [model_id])
         for model_id in settings.participants[:_TEAM_READ]
     ]
-    if not count:
+    if not chosen:
         usual = [c for c in cards.values() if c.by_default and not c.is_self]
         wanted = [("", [card.id]) for card in usual[:3]]
     seats: list[Seat] = []
@@ -1564,9 +1565,9 @@ def choose_seats(
     seats = unique_aliases(seats)
     most = settings.max_participants
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if count > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {count} seats were read.")
-    return seats[:most], problems, not count
+    if chosen > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
+    return seats[:most], problems, not chosen
 
 
 def render_system(
@@ -2013,11 +2014,9 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
     standings = []
     for alias in aliases:
         lists = [ballot.ranks for ballot in ballots if alias in ballot.ranks]
-        score = mean_rank = None
-        if lists:
-            scaled = ((each[alias] - 1) / max(len(each) - 1, 1) for each in lists)
-            score = sum(scaled) / len(lists)
-            mean_rank = sum(each[alias] for each in lists) / len(lists)
+        scaled = [(each[alias] - 1) / max(len(each) - 1, 1) for each in lists]
+        score = fmean(scaled) if lists else None
+        mean_rank = fmean(each[alias] for each in lists) if lists else None
         firsts = sum(each[alias] == min(each.values()) for each in lists)
         standings.append(Standing(alias, score, mean_rank, len(lists), firsts))
     return sorted(
@@ -2213,8 +2212,9 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
         ):
             if colour:
                 sections.append((colour, alias.strip(), []))
-            words = (said if author else _drop_notices(said)).strip()
-            if words:
+            lines = said.split("\n")
+            kept = [each for each in lines if author or not each.startswith(_NOTICES)]
+            if words := "\n".join(kept).strip():
                 sections[-1][2].append({"role": "assistant", "content": words})
         _add_tool_calls(sections[-1][2], message.get("tool_calls"))
     for colour, alias, own in sections:
@@ -2253,12 +2253,6 @@ def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
             continue
         kept.append(entry)
     return kept[::-1]
-
-
-def _drop_notices(text: str) -> str:
-    """A section's text without the lines that are ours."""
-    ours = (NOTICE, PROGRESS, FIGURES, OUTCOME)
-    return "\n".join(line for line in text.split("\n") if not line.startswith(ours))
 
 
 def render_turn(turn: Turn) -> str:
