@@ -51,6 +51,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import count
+from statistics import fmean
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -707,19 +708,15 @@ Mode = Generator[Step, Any, str]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Who speaks next, or that the conversation is finished, and why."""
+    """Who speaks next and why; nobody, where the conversation is finished."""
 
     alias: str
-    done: bool
     reason: str
 
 
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
-    try:
-        line = " ".join(str(text).split())
-    except RecursionError:  # a list in lists, as deep as JSON is read
-        return ""
+    line = " ".join(str(text).split())
     line = re.sub(r"[`<>\[\]]", "", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -1414,6 +1411,7 @@ ROLE = " · "  # in a heading, between a name and what it speaks as; names have 
 CONCLUSION = "conclusion"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
+_NOTICES = (NOTICE, PROGRESS, FIGURES, OUTCOME)
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 
 
@@ -1432,10 +1430,8 @@ def unique_aliases(seats: Iterable[Seat]) -> list[Seat]:
     taken: set[str] = set()
     result = []
     for seat in seats:
-        alias, number = seat.alias, 1
-        while alias.casefold() in taken:
-            number += 1
-            alias = f"{seat.alias} {number}"
+        names = (f"{seat.alias} {n}" if n > 1 else seat.alias for n in count(1))
+        alias = next(name for name in names if name.casefold() not in taken)
         taken.add(alias.casefold())
         result.append(Seat(alias, seat.model_id, seat.persona))
     return result
@@ -1480,7 +1476,7 @@ def choose_seats(
     """
     team = enumerate(settings.team.split("\n"), 1)
     lines = [(number, line) for number, line in team if line.strip()]
-    count = len(lines) or len(settings.participants)
+    chosen = len(lines) or len(settings.participants)
     wanted = [
         (f"Team line {number} ({plain_line(line, 60)})", line.split("|", 2))
         for number, line in lines[:_TEAM_READ]
@@ -1488,7 +1484,7 @@ def choose_seats(
         (f"Participant {plain_line(model_id, 60)}", [model_id])
         for model_id in settings.participants[:_TEAM_READ]
     ]
-    if not count:
+    if not chosen:
         usual = [c for c in cards.values() if c.by_default and not c.is_self]
         wanted = [("", [card.id]) for card in usual[:3]]
     seats: list[Seat] = []
@@ -1501,9 +1497,9 @@ def choose_seats(
     seats = unique_aliases(seats)
     most = settings.max_participants
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if count > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {count} seats were read.")
-    return seats[:most], problems, not count
+    if chosen > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
+    return seats[:most], problems, not chosen
 
 
 def render_system(
@@ -1551,20 +1547,32 @@ def _still_able(aliases: Iterable[str], failures: Mapping[str, int]) -> list[str
     return [a for a in aliases if failures.get(a, 0) < FAILURES_ALLOWED]
 
 
-def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
-    """Everybody once per round, in order; `last` spoke before (a continued reply)."""
+def _take_rounds(
+    aliases: Sequence[str], rounds: int, last: str | None, brief: str = ""
+) -> Generator[Step, Any, tuple[list[Turn], bool]]:
+    """Everybody once per round; gives the last turn of each, and if anybody is left.
+
+    A turn that says something is not replaced by one that does not.
+    """
     failures: dict[str, int] = {}
-    answered = False
+    latest: dict[str, Turn] = {}
     for number in range(1, rounds + 1):
         role = f"round {number} of {rounds}" if rounds > 1 else ""
         for alias in _still_able(_rotate(aliases, last), failures):
-            turn = yield from speak(alias, failures, role=role)
-            answered, role = answered or bool(turn.text), ""
-        if not _still_able(aliases, failures):
-            break
-    if not answered:
+            turn = yield from speak(alias, failures, brief=brief, role=role)
+            role = ""
+            if turn.text or alias not in latest:
+                latest[alias] = turn
+    turns = [latest[alias] for alias in aliases if alias in latest]
+    return turns, bool(_still_able(aliases, failures))
+
+
+def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
+    """Everybody once per round, in order; `last` spoke before (a continued reply)."""
+    turns, anybody_left = yield from _take_rounds(aliases, rounds, last)
+    if not any(turn.text for turn in turns):
         return "Nobody could answer"
-    if not _still_able(aliases, failures):
+    if not anybody_left:
         return "Ended: nobody is left who can answer"
     return f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
 
@@ -1579,7 +1587,7 @@ def managed(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
             break
         candidates = [alias for alias in able if alias != last] or able
         choice = yield from _choose_speaker(candidates, last, aliases)
-        if choice.done:
+        if not choice.alias:
             return f"The manager ended it: {choice.reason or 'no reason given'}"
         last = choice.alias
         turn = yield from speak(last, failures, choice.reason)
@@ -1599,21 +1607,22 @@ def _choose_speaker(
     One candidate alone is asked about too, since the manager may rather end it; but
     before anybody has spoken it may not, so there is nothing to ask.
     """
-    alone = Choice(candidates[0], False, "the only one left")
+    first = candidates[0]
+    alone = Choice(first, "the only one left")
     if len(candidates) == 1 and last is None:
         return alone
     step = AskManager(tuple(candidates), last)
     for _ in range(2):
         answer: str | None = yield step
         if answer is None:
-            return Choice(candidates[0], False, "next in order, the manager failed")
+            return Choice(first, "next in order, the manager failed")
         found = _read_choice(answer, candidates, aliases, may_end=last is not None)
         if isinstance(found, Choice):
             return found
         if len(candidates) == 1:
             return alone
         step = AskManager(tuple(candidates), last, found, answer)
-    return Choice(candidates[0], False, "next in order, the manager named nobody")
+    return Choice(first, "next in order, the manager named nobody")
 
 
 _NAMING_KEYS = ("next", "speaker", "name")
@@ -1636,12 +1645,12 @@ def _read_choice(
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
     if any(verdict.get(key) is True for key in _ENDING_KEYS):
         if may_end:
-            return Choice("", True, reason)
+            return Choice("", reason)
         return "Nobody has spoken yet, so it cannot be done."
     named = next((verdict[key] for key in _NAMING_KEYS if verdict.get(key)), "")
     found = _find_names(plain_line(named) if verdict else answer, aliases)
     if len(found) == 1 and found[0] in candidates:
-        return Choice(found[0], False, reason)
+        return Choice(found[0], reason)
     listed = json.dumps(list(candidates), ensure_ascii=False)
     return f"Your answer must name exactly one of {listed}."
 
@@ -1688,15 +1697,15 @@ class Agenda:
 
 def council(agenda: Agenda) -> Mode:
     """Answers in parallel, anonymous ranking by the members, a chair's conclusion."""
+    settings = agenda.settings
     answers: list[Turn] = yield Speak(
-        agenda.aliases, "answering", quorum=agenda.settings.quorum, joins=False
+        agenda.aliases, "answering", quorum=settings.quorum, joins=False
     )
     present = {turn.alias: turn for turn in answers if turn.failure is None}
     if len(present) < 2:
         return (yield from _end_early(answers, list(present)))
-    judged: list[Ballot | LostBallot] = yield Rank(
-        ranking_papers(agenda, list(present.values()))
-    )
+    papers = ranking_papers(agenda, list(present.values()))
+    judged: list[Ballot | LostBallot] = yield Rank(papers)
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(list(present), ballots)
     yield Publish("ranking", render_ranking(standings, ballots) + _list_lost(judged))
@@ -1705,13 +1714,15 @@ def council(agenda: Agenda) -> Mode:
         "answers": "\n\n".join(map(render_turn, present.values())),
         "result": _describe_ranking(standings, ballots),
     }
-    brief = fill_template(agenda.settings.conclusion_prompt, values)
+    brief = fill_template(settings.conclusion_prompt, values)
     return (yield from conclude(agenda, standings, answers, brief))
 
 
 def debate(agenda: Agenda) -> Mode:
     """Rounds in which each answers the strongest point against it, a vote, an end."""
-    turns = yield from _argue(agenda)
+    rounds, values = agenda.settings.rounds, {"question": agenda.question}
+    brief = fill_template(agenda.settings.debate_prompt, values)
+    turns, _ = yield from _take_rounds(agenda.aliases, rounds, agenda.last, brief)
     present = [turn.alias for turn in turns if turn.text]
     if len(present) < 2:
         return (yield from _end_early(turns, present))
@@ -1721,24 +1732,9 @@ def debate(agenda: Agenda) -> Mode:
     yield Publish("ranking", _render_votes(standings, ballots) + _list_lost(voted))
     counts = ", ".join(f"{s.alias} has {s.ballots}" for s in standings)
     result = f"The members voted ({len(ballots)} valid votes): {counts}."
-    values = {"question": agenda.question, "answers": "", "result": result}
+    values |= {"answers": "", "result": result}
     brief = fill_template(agenda.settings.conclusion_prompt, values)
     return (yield from conclude(agenda, standings, turns, brief))
-
-
-def _argue(agenda: Agenda) -> Generator[Step, Any, list[Turn]]:
-    """The rounds of a debate; gives the last turn of everybody that says something."""
-    rounds, failures = agenda.settings.rounds, dict[str, int]()
-    brief = fill_template(agenda.settings.debate_prompt, {"question": agenda.question})
-    latest: dict[str, Turn] = {}
-    for number in range(1, rounds + 1):
-        role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(_rotate(agenda.aliases, agenda.last), failures):
-            turn = yield from speak(alias, failures, brief=brief, role=role)
-            role = ""
-            if turn.text or alias not in latest:
-                latest[alias] = turn
-    return [latest[alias] for alias in agenda.aliases]
 
 
 def conclude(
@@ -1956,11 +1952,9 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
     standings = []
     for alias in aliases:
         lists = [ballot.ranks for ballot in ballots if alias in ballot.ranks]
-        score = mean_rank = None
-        if lists:
-            scaled = ((each[alias] - 1) / max(len(each) - 1, 1) for each in lists)
-            score = sum(scaled) / len(lists)
-            mean_rank = sum(each[alias] for each in lists) / len(lists)
+        scaled = [(each[alias] - 1) / max(len(each) - 1, 1) for each in lists]
+        score = fmean(scaled) if lists else None
+        mean_rank = fmean(each[alias] for each in lists) if lists else None
         firsts = sum(each[alias] == min(each.values()) for each in lists)
         standings.append(Standing(alias, score, mean_rank, len(lists), firsts))
     return sorted(
@@ -2018,9 +2012,11 @@ def _render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> s
 
 def _list_lost(judged: Sequence[Ballot | LostBallot]) -> str:
     """Under a table: whose ballot is not in it, and why."""
-    lost = [each for each in judged if isinstance(each, LostBallot)]
-    reasons = [(each.voter, plain_line(each.reason, 120).rstrip(".")) for each in lost]
-    return "".join(f"\n\nNo ballot from {voter}: {why}." for voter, why in reasons)
+    return "".join(
+        f"\n\nNo ballot from {lost.voter}: {plain_line(lost.reason, 120).rstrip('.')}."
+        for lost in judged
+        if isinstance(lost, LostBallot)
+    )
 
 
 def _describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
@@ -2081,7 +2077,9 @@ def read_history(
         role, content = message.get("role"), _read_content(message.get("content"))
         if role in ("system", "developer"):
             prompts.append(text_of(content).strip())
-        elif role in ("assistant", "tool") or (replies[-1] and _is_images(content)):
+        elif role in ("assistant", "tool") or (
+            replies[-1] and text_of(content) == TOOL_IMAGES
+        ):
             replies[-1].append({**message, "content": content})
         else:
             questions.append(Question(content))
@@ -2100,11 +2098,6 @@ def _read_content(content: Any) -> str | list[Json]:
     if isinstance(content, list):
         return [part for part in content if isinstance(part, dict)]
     return content if isinstance(content, str) else text_of([content])
-
-
-def _is_images(content: str | list[Json]) -> bool:
-    """Whether a user message only carries a tool's images, as the host writes them."""
-    return isinstance(content, list) and text_of(content) == TOOL_IMAGES
 
 
 def reply_authors(
@@ -2132,11 +2125,9 @@ def _author(reply: Sequence[Json], own_models: Container[str]) -> str | None:
     for message in reply:
         output, model = message.get("output"), message.get("model")
         items = output if isinstance(output, list) else ()
-        if any(
-            isinstance(i, dict) and isinstance(i.get("speaker"), str) for i in items
-        ):
-            return None
-        if isinstance(model, str) and model in own_models:
+        speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
+        by_us = isinstance(model, str) and model in own_models
+        if by_us or any(isinstance(speaker, str) for speaker in speakers):
             return None
         name = message.get("modelName") or model
     return (clean_alias(str(name or "")) or "Assistant") if reply else None
@@ -2153,24 +2144,24 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             sections[-1][2].append(message)
             continue
         text = text_of(message["content"])
-        first, *rest = [text] if author else HEADING.split(text)
-        _add_words(sections[-1][2], first if author else _drop_notices(first))
-        for colour, alias, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
-            sections.append((colour, alias.strip(), []))
-            _add_words(sections[-1][2], _drop_notices(text))
+        parts = ["", "", *([text] if author else HEADING.split(text))]
+        for colour, alias, said in zip(
+            parts[::3], parts[1::3], parts[2::3], strict=True
+        ):
+            if colour:
+                sections.append((colour, alias.strip(), []))
+            lines = said.split("\n")
+            kept = [each for each in lines if author or not each.startswith(_NOTICES)]
+            if words := "\n".join(kept).strip():
+                sections[-1][2].append({"role": "assistant", "content": words})
         _add_tool_calls(sections[-1][2], message.get("tool_calls"))
     for colour, alias, own in sections:
         if (own or colour) and colour != SYSTEM_MARK:  # a silent one has a heading only
-            said = (text_of(m["content"]) for m in own if m["role"] == "assistant")
-            name, _, role = alias.partition(ROLE) if colour else (alias, "", "")
-            text = "\n\n".join(filter(None, said))
-            concludes = role == CONCLUSION
-            yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
-
-
-def _add_words(messages: list[Json], text: str) -> None:
-    if text.strip():
-        messages.append({"role": "assistant", "content": text.strip()})
+            texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
+            concludes = bool(colour) and alias.endswith(CONCLUSION)
+            alias = author or alias.removesuffix(CONCLUSION) or "Assistant"
+            text = "\n\n".join(filter(None, texts))
+            yield Turn(alias, text, tuple(own), concludes=concludes)
 
 
 def _add_tool_calls(messages: list[Json], calls: Any) -> None:
@@ -2200,12 +2191,6 @@ def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
             continue
         kept.append(entry)
     return kept[::-1]
-
-
-def _drop_notices(text: str) -> str:
-    """A section's text without the lines that are ours."""
-    ours = (NOTICE, PROGRESS, FIGURES, OUTCOME)
-    return "\n".join(line for line in text.split("\n") if not line.startswith(ours))
 
 
 def render_turn(turn: Turn) -> str:
@@ -2292,9 +2277,8 @@ def messages_for_manager(
 
 def last_question(entries: Sequence[Entry]) -> str:
     """The text of the question that is being answered."""
-    questions = (e for e in reversed(entries) if isinstance(e, Question))
-    question = next(questions, None)
-    return text_of(question.content) if question else ""
+    asked = (text_of(e.content) for e in reversed(entries) if isinstance(e, Question))
+    return next(asked, "")
 
 
 _COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
@@ -2302,7 +2286,7 @@ _COMMAND_PLACES = (  # with what parts it from the question: a line break, or bl
     re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
     re.compile(rf"(?P<cut>(?:\A|\s){_COMMAND}\s*+\Z)"),
 )
-_CONTEXT_ENDS = ("</context>", "</attached_files>")  # of what the host puts in front
+_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 
 
 def read_rounds(entries: Sequence[Entry]) -> tuple[list[Entry], int | None]:
@@ -2326,28 +2310,22 @@ def _cut_rounds(content: str | list[Json]) -> tuple[str | list[Json], int | None
     if isinstance(content, str):
         return _cut_command(content)
     for at, part in enumerate(content):
-        text = text_of([part])
-        if text[_own_start(text) :].strip():
+        text = text_of([part])  # "" for an image
+        if _HOST_CONTEXT.sub("", text).strip():
             cut, number = _cut_command(text)
             return [*content[:at], {**part, "text": cut}, *content[at + 1 :]], number
     return content, None
 
 
 def _cut_command(text: str) -> tuple[str, int | None]:
-    start = _own_start(text)
-    host, own = text[:start], text[start:]
+    context = _HOST_CONTEXT.match(text)
+    own = text[context.end() :] if context else text
     for place in _COMMAND_PLACES:
         found = place.search(own)
         if found and not _is_quoted(own[: found.start("command")]):
             cut = own[: found.start("cut")] + own[found.end("cut") :]
-            return host + cut, int(found["number"])
+            return (context[0] if context else "") + cut, int(found["number"])
     return text, None
-
-
-def _own_start(text: str) -> int:
-    """Where a user's own text begins, behind what the host put in front of it."""
-    ends = (text.rfind(end) + len(end) for end in _CONTEXT_ENDS if end in text)
-    return max(ends, default=0)
 
 
 def _is_quoted(before: str) -> bool:
@@ -2361,14 +2339,9 @@ def _is_quoted(before: str) -> bool:
 
 # -- tool arguments --------------------------------------------------------------------
 
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list,),
-    "object": (dict,),
-}
+_JSON_TYPES: dict[str, Any] = dict(
+    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
+)
 
 
 def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
@@ -2424,7 +2397,7 @@ def _has_type(value: Any, wanted: str) -> bool:
         return wanted == "boolean" or wanted not in _JSON_TYPES
     if wanted == "integer" and isinstance(value, float):
         return value.is_integer()
-    return isinstance(value, _JSON_TYPES.get(wanted, (object,)))
+    return isinstance(value, _JSON_TYPES.get(wanted, object))
 
 
 # ======================================================================================
