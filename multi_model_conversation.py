@@ -2,7 +2,7 @@
 title: Multi-Model Conversation
 author: The Multi-Model Conversation authors
 description: Two or more models answer each other, live, in one message.
-version: 0.1.0
+version: 0.2.0
 license: MIT
 required_open_webui_version: 0.11.0
 """
