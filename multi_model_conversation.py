@@ -2158,10 +2158,10 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
     for colour, alias, own in sections:
         if (own or colour) and colour != SYSTEM_MARK:  # a silent one has a heading only
             texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
-            concludes = bool(colour) and alias.endswith(CONCLUSION)
-            alias = author or alias.removesuffix(CONCLUSION) or "Assistant"
+            name, _, role = alias.partition(ROLE) if colour else (alias, "", "")
             text = "\n\n".join(filter(None, texts))
-            yield Turn(alias, text, tuple(own), concludes=concludes)
+            concludes = role == CONCLUSION
+            yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
 
 
 def _add_tool_calls(messages: list[Json], calls: Any) -> None:
@@ -3368,25 +3368,24 @@ async def resolve_cast(
     Raises `ConversationError` where nobody is left who could take part.
     """
     seats, problems, by_default = choose_seats(settings, cards)
-    leader = seats[0].model_id if seats else ""
+    wanted = dict.fromkeys(seat.model_id for seat in seats)
+    leader = next(iter(wanted), "")
     if settings.manager_model and seats:
         try:
             leader = find_model(settings.manager_model, cards).id
+            wanted[leader] = None
         except ConversationError as error:
             first = seats[0].alias
             problems.append(f"Manager: {error}. {first}'s model leads instead.")
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
-    wanted = dict.fromkeys(
-        [*(seat.model_id for seat in seats), leader] if seats else ()
-    )
     params, defaults = await host.model_params([*wanted, pipe_id])
     voices = await host.voices([cards[i] for i in wanted], params, defaults, settings)
-    present = [seat for seat in seats if isinstance(voices[seat.model_id], Voice)]
+    usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     for seat in seats:
-        voice = voices[seat.model_id]
-        lost = [f"its model cannot be prepared: {voice}"]
-        found = voice.problems if isinstance(voice, Voice) else lost
+        lost = (f"its model cannot be prepared: {voices[seat.model_id]}",)
+        found = usable[seat.model_id].problems if seat.model_id in usable else lost
         problems += [f"{seat.alias}: {problem}." for problem in found]
+    present = [seat for seat in seats if seat.model_id in usable]
     if not present:
         reasons = " ".join(problems) or "There is no chat model that you may use."
         raise ConversationError(
@@ -3394,12 +3393,11 @@ async def resolve_cast(
             "in the valves of this model, or ask an admin for access to models."
         )
     aliases = [seat.alias for seat in present]
-    usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     participants = []
     for colour, seat in zip(COLOURS, present, strict=False):
-        own = usable[seat.model_id]
-        system = render_system(settings, seat, aliases, own, chat_system)
-        participants.append(Participant(seat.alias, colour, system, own))
+        voice = usable[seat.model_id]
+        system = render_system(settings, seat, aliases, voice, chat_system)
+        participants.append(Participant(seat.alias, colour, system, voice))
     return Cast(
         tuple(participants),
         usable.get(leader, participants[0].voice),

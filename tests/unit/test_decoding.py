@@ -670,7 +670,9 @@ def test_no_guarded_line_poses_as_a_speaker_a_notice_or_the_host(
     shown = guard("".join(scraps))
     assert not posing(shown)
     assert not mmc.HEADING.search(shown)
-    assert mmc._drop_notices(shown) == shown.strip()
+    said = {"role": "assistant", "content": shown}
+    _, turns = mmc.read_history([said] if shown.strip() else [])
+    assert [turn.text for turn in turns] == ([shown.strip()] if shown.strip() else [])
 
 
 HOSTILE = [
