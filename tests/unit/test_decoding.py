@@ -672,7 +672,9 @@ def test_no_guarded_line_poses_as_a_speaker_a_notice_or_the_host(
     assert not mmc.HEADING.search(shown)
     said = {"role": "assistant", "content": shown}
     _, turns = mmc.read_history([said] if shown.strip() else [])
-    assert [turn.text for turn in turns] == ([shown.strip()] if shown.strip() else [])
+    assert [getattr(turn, "text", None) for turn in turns] == (
+        [shown.strip()] if shown.strip() else []
+    )
 
 
 HOSTILE = [
