@@ -152,32 +152,27 @@ class SharedSettings(BaseModel):
 
     participants: list[str] = _setting(
         [],
-        "The models that talk to each other, in the order in which you tick them. "
-        "Nothing chosen: up to three models you may use.",
+        "Who talks, in the order of ticking. None: up to three models you may use.",
         input={"type": "multiselect", "options": "model_options"},
     )
     team: str = _setting(
         "",
-        "One participant per line, `Alias | model id | persona`; it wins over the list "
-        "above and may seat one model several times.",
+        "Lines `Alias | model id | persona`, in place of the list above; a model may "
+        "take several seats.",
     )
     rounds: Count = _setting(
         2,
-        "How often each participant speaks; with a manager, rounds times participants "
-        "is the most turns there are.",
+        "How often each speaks. Manager: at most this, times the participants, turns.",
     )
     manager_model: str = _setting(
         "",
-        "The model that picks the next speaker in Manager mode. Nothing chosen: the "
-        "first participant's model.",
+        "Picks the next speaker in Manager mode. None: the first participant's model.",
         input={"type": "select", "options": "model_options"},
     )
-    instructions: str = _setting(
-        "", "Text added to the system prompt of every participant."
-    )
+    instructions: str = _setting("", "Added to the system prompt of every participant.")
     temperature: float | None = _setting(
         None,
-        "Sampling temperature for every participant. Unset: each model keeps its own.",
+        "Sampling temperature of every participant. Unset: each model keeps its own.",
         type="number",  # the page draws a text box only for a plain type
     )
     # Not in the panels: the chat's own controls set these; what is stored still counts.
@@ -210,36 +205,25 @@ class Settings(SharedSettings):
     """
 
     chair: str = _setting(
-        "",
-        "Alias of the participant that writes the conclusion of a council or debate. "
-        "Nothing set: the best ranked, or the winner of the vote.",
+        "", "Alias of who concludes a council or debate. None: the best ranked."
     )
     quorum: int = _setting(
-        0,
-        "How many answers a council needs before it reviews them. 0: all, or those "
-        "that are there at the answer deadline.",
+        0, "Answers a council needs before it reviews them. 0: all, or all in time."
     )
     remember_drafts: bool = _setting(
-        False,
-        "Whether a council or debate sees every earlier draft in a second question, "
-        "instead of the earlier conclusions only.",
+        False, "Whether a second question sees all drafts, not only the conclusions."
     )
     show_figures: Literal["council and debate", "always", "never"] = _setting(
-        "council and debate",
-        "When a small line under the conversation shows each participant's speed and "
-        "tokens.",
+        "council and debate", "When a last line shows everybody's speed and tokens."
     )
     builtin_tools: Literal["features", "all", "none"] = _setting(
         "features",
-        "Which of Open WebUI's own tools participants get: those of features switched "
-        "on in the chat and of attached knowledge, all, or none.",
+        "Open WebUI's own tools: of features switched on and knowledge, all, or none.",
     )
     max_participants: Annotated[Count, AfterValidator(lambda n: min(n, MOST_SEATS))] = (
-        _setting(8, "The most participants a conversation may have (1 to 8).")
+        _setting(8, "The most participants of a conversation (1 to 8).")
     )
-    max_rounds: Count = _setting(
-        10, "Ceiling for the number of rounds a user may ask for."
-    )
+    max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
     max_tool_rounds: Annotated[int, AfterValidator(lambda n: max(n, 0))] = _setting(
         8, "How often a participant may call tools in one turn."
     )
@@ -250,55 +234,41 @@ class Settings(SharedSettings):
         1, "How many models of one Ollama server may answer at the same time."
     )
     skip_after: float = _setting(
-        45,
-        "How many seconds a model is silent before you are asked whether to skip it. "
-        "0: never.",
+        45, "Seconds of silence after which you are asked whether to skip. 0: never."
     )
     answer_deadline: Seconds = _setting(
-        180,
-        "How many seconds a member of a council may take before the others go on "
-        "without its answer.",
+        180, "Seconds after which a council goes on without a member's answer."
     )
     first_token_timeout: Seconds = _setting(
-        120, "How many seconds a model may take until it says something."
+        120, "Seconds a model may take until it says something."
     )
     silence_timeout: Seconds = _setting(
-        60, "How many seconds a model may pause in the middle of its answer."
+        60, "Seconds a model may pause in the middle of its answer."
     )
-    turn_timeout: Seconds = _setting(
-        600, "How many seconds one turn may take in all, tools included."
-    )
+    turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
     tool_timeout: Seconds = _setting(
-        120, "How many seconds one tool call, or the shared web search, may take."
+        120, "Seconds of one tool call, or of the shared web search."
     )
     rules_prompt: str = _setting(
-        RULES_PROMPT,
-        "What every participant is told about the conversation. Knows {name} and "
-        "{participants}.",
+        RULES_PROMPT, "What everybody is told. Knows {name} and {participants}."
     )
     manager_prompt: str = _setting(
         MANAGER_PROMPT,
-        "How the manager is asked. Knows {history}, {last_speaker} and "
-        "{participant_list}.",
+        "Asks who is next. Knows {history}, {last_speaker} and {participant_list}.",
     )
     review_prompt: str = _setting(
         REVIEW_PROMPT,
-        "How a council's members are asked to rank the others' answers. Knows "
-        "{question} and {answers}.",
+        "Asks a council's members for a ranking. Knows {question} and {answers}.",
     )
     conclusion_prompt: str = _setting(
         CONCLUSION_PROMPT,
-        "How the chair of a council or debate is asked for the final answer. Knows "
-        "{question}, {answers} and {result}.",
+        "Asks the chair to conclude. Knows {question}, {answers} and {result}.",
     )
     debate_prompt: str = _setting(
-        DEBATE_PROMPT,
-        "What every member of a debate is told at each turn. Knows {question}.",
+        DEBATE_PROMPT, "What is said at each turn of a debate. Knows {question}."
     )
     vote_prompt: str = _setting(
-        VOTE_PROMPT,
-        "How the members of a debate are asked to vote. Knows {question} and "
-        "{candidates}.",
+        VOTE_PROMPT, "Asks a debate's members to vote. Knows {question}, {candidates}."
     )
     # Not in the panel: nobody tunes these, tests and benchmarks do.
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
@@ -317,11 +287,8 @@ _V2_NAMES = {
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
     """Valves of "Multi Model Conversations v2" -> our names, as far as they are set."""
-    found = {
-        ours: stored[v2]
-        for v2, ours in _V2_NAMES.items()
-        if stored.get(v2) not in (None, "")
-    }
+    set_there = {name for name, value in stored.items() if value not in (None, "")}
+    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in set_there}
     lines = []
     for number in range(1, 6):
         model = stored.get(f"Participant{number}Model")
@@ -2615,9 +2582,11 @@ _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
 )
 _BUILTINS_OF_FEATURES = ("web_search", "image_generation", "code_interpreter")
-_CITING_TOOLS = "fetch_url view_file view_knowledge_file query_knowledge_files".split(
-    " "
-)
+_CITING_TOOLS = {
+    "fetch_url",
+    "view_file",
+    "view_knowledge_file",
+}  # of hosts before 0.12
 OLLAMA = "ollama"  # how the name of an Ollama connection begins
 _SAMPLING_NAMES = (  # the host's
     "temperature top_p top_k min_p max_tokens max_completion_tokens seed stop "
@@ -2872,11 +2841,9 @@ class Host:
         from open_webui.utils.tools import get_builtin_tools
 
         team = (self.metadata.get("model") or {}).get("info") or {}
-        attached = (meta.get("knowledge"), (team.get("meta") or {}).get("knowledge"))
-        meta = {
-            **meta,
-            "knowledge": [item for items in attached for item in items or ()],
-        }
+        knowledge = list(meta.get("knowledge") or ())
+        knowledge += (team.get("meta") or {}).get("knowledge") or ()
+        meta = {**meta, "knowledge": knowledge}
         allowed = _builtins_model(model, meta, self.metadata, settings)
         if not allowed:
             return {}
@@ -2918,12 +2885,6 @@ class Host:
         scope = {**self.request.scope, "state": {**state, INNER_RUN: True}}
         return Request(scope, self.request.receive)
 
-    def _inner_metadata(self) -> Json:
-        """The chat's metadata, without what lets an inner pipe write our message."""
-        names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
-        names += ["task", "task_body"] if self.metadata.get("task") else []
-        return {name: self.metadata[name] for name in names if name in self.metadata}
-
     @asynccontextmanager
     async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
         """Call a model; gives the items of its reply, and frees it when left.
@@ -2932,10 +2893,14 @@ class Host:
         """
         from open_webui.utils.chat import generate_chat_completion
 
+        # nothing that lets an inner pipe write into our message
+        names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
+        names += ["task", "task_body"] if self.metadata.get("task") else []
+        kept = {name: self.metadata[name] for name in names if name in self.metadata}
         with foreign_errors(ModelFailure):
             response = await generate_chat_completion(
                 self._inner_request(),
-                {**payload, "metadata": self._inner_metadata()},
+                {**payload, "metadata": kept},
                 self.user,
                 bypass_system_prompt=True,
             )
@@ -3154,12 +3119,16 @@ class Host:
             async def function(**arguments: Any) -> Any:
                 return await run(name, tool, arguments)
 
-            return {**tool, "callable": function, "direct": False}
+            return {**tool, "callable": function}
+
+        async def in_page(event: Json) -> Any:
+            name = event["data"]["name"]
+            return await run(name, voice.tools[name], event["data"]["params"])
 
         request = self._inner_request()
         extra = {
             "__event_emitter__": self.emitter,
-            "__event_call__": self.caller,
+            "__event_call__": in_page,
             "__metadata__": self.metadata,
             "__user__": self.user.model_dump(),
             "__request__": request,
@@ -3181,7 +3150,7 @@ class Host:
 
 
 def own_function_id() -> str:
-    """The id under which this file is installed; the host names its module after it."""
+    """The id under which this file is installed, from the name of its module."""
     found = re.fullmatch(r"function_(.+)_[0-9a-f]{32}", __name__)
     return found[1] if found else __name__
 
