@@ -146,18 +146,14 @@ def test_all_three_wires_say_the_same(server: ModelServer) -> None:
     assert json.loads(lines[-1])["eval_count"] > 0
 
 
-@pytest.mark.parametrize(
-    "turn",
-    [
-        '<message from="Bob">\n{}\n</message>',
-        "Bob: {}",
-        "**Bob:** {}",
-        "[Bob] {}",
-        "### 🔴 Bob\n\n{}",
-    ],
-)
-def test_a_speaker_answers_the_one_before_it(server: ModelServer, turn: str) -> None:
-    before = turn.format("Oaks outlive us all.")
+def tagged(*turns: tuple[str, str]) -> str:
+    """Turns as a prompt of ours shows them."""
+    told = (f'<message from="{name}">\n{text}\n</message>' for name, text in turns)
+    return "\n\n".join(told)
+
+
+def test_a_speaker_answers_the_one_before_it(server: ModelServer) -> None:
+    before = tagged(("Bob", "Oaks outlive us all."))
     said = chat(server, ask("carol", f"{QUESTION}\n\n{before}"))
     assert said["content"].startswith(f'Carol here. On "{QUESTION.rstrip("?")}"')
     assert 'Bob said "Oaks outlive us all"' in said["content"]
@@ -197,7 +193,8 @@ def test_streamed_calls_may_share_an_index_or_have_none(server: ModelServer) -> 
 def test_the_manager_picks_a_candidate_and_ends_when_told(
     server: ModelServer,
 ) -> None:
-    prompt = 'Alice: one\n\nBob: two\n\nCandidates: ["Alice", "Carol"]'
+    turns = tagged(("Alice", "one"), ("Bob", "two"))
+    prompt = f'{turns}\n\nCandidates: ["Alice", "Carol"]'
     chosen = json.loads(chat(server, ask("manager", QUESTION, prompt))["content"])
     assert (chosen["next"], chosen["done"]) == ("Carol", False)
     goes_on = chat(server, ask("manager", f"{QUESTION} MANAGER:end-after-3", prompt))
@@ -207,7 +204,7 @@ def test_the_manager_picks_a_candidate_and_ends_when_told(
     wrong = chat(server, ask("manager", f"{QUESTION} MANAGER:wrong", prompt))
     name = json.loads(wrong["content"])["next"]
     assert name not in ("Alice", "Bob", "Carol")
-    again = f"There is no {name}. Choose from:\n- Alice\n- Carol: a botanist"
+    again = f'There is no {name}. Choose one of: ["Alice", "Carol"]'
     right = ask("manager", f"{QUESTION} MANAGER:wrong", prompt, again)
     assert json.loads(chat(server, right)["content"])["next"] == "Carol"
 
@@ -216,8 +213,7 @@ def test_the_moderator_ends_when_all_were_heard_and_one_twice_since_the_question
     server: ModelServer,
 ) -> None:
     def turns(*names: str) -> str:
-        tagged = (f'<message from="{name}">\nWell.\n</message>' for name in names)
-        return "\n\n".join(tagged)
+        return tagged(*((name, "Well.") for name in names))
 
     def choose(history: str) -> dict[str, Any]:
         asked = f'So far:\n\n{history}\n\nWho is next? Choose one of: ["Ada", "Grace"]'

@@ -280,7 +280,7 @@ def empty_once(body: Body) -> Script:
 def stream_refuser(body: Body) -> Script:
     """Refuse to stream."""
     if body.get("stream"):
-        return refuses(400, "This model does not support streaming.")(body)
+        return refuses(422, "This model does not support streaming.")(body)
     return Script([Text(spoken("Refuser", read_prompt(body)))])
 
 
@@ -333,17 +333,16 @@ def of_family(model: str) -> Behaviour | None:
 
 # --- the tables --------------------------------------------------------------------
 
-_PLAIN: dict[str, Behaviour] = {
-    name: speaker(name.capitalize())
-    for name in ("alice", "bob", "carol", "dave", "erin")
-}
-_THINKERS: dict[str, Behaviour] = {
+_FAMILIES = ("wait-0.2", "wait-1", "wait-5", "wait-20", "tokens-400-200")
+
+BEHAVIOURS: dict[str, Behaviour] = {
+    **{
+        name: speaker(name.capitalize())
+        for name in ("alice", "bob", "carol", "dave", "erin")
+    },
     "thinker": thinker("Thinker"),
-    "thinker-r": thinker("Thinker", Style(reasoning_key="reasoning")),
     "thinker-tags": thinker("Thinker", tags=True),
     "thinker-cut": thinker("Thinker", Style(cut="characters"), tags=True),
-}
-_TOOL_USERS: dict[str, Behaviour] = {
     "toolie": tool_user("Toolie", one_call),
     "toolie-two": tool_user("Toolie", two_calls),
     "toolie-loop": with_tasks(tool_loop),
@@ -352,8 +351,12 @@ _TOOL_USERS: dict[str, Behaviour] = {
     "toolie-index0": tool_user("Toolie", index0_calls),
     "toolie-noindex": tool_user("Toolie", noindex_calls),
     "toolie-mixed": with_tasks(mixed_calls),
-}
-_FAILURES: dict[str, Behaviour] = {
+    "faker": says(FAKE_TEXT),
+    "markup": says(MARKUP_TEXT),
+    "json-although-stream": speaker("Whole", Style(whole_json=True)),
+    "no-usage": speaker("Uncounted", Style(usage="never")),
+    "always-usage": speaker("Counted", Style(usage="always")),
+    "crlf": speaker("Carriage", Style(crlf=True)),
     "fails-500": refuses(500, "The scripted server failed."),
     "fails-401": refuses(401, "The scripted key is not valid."),
     "fails-429": refuses(429, "Too many scripted requests.", Retry_After="2"),
@@ -366,23 +369,6 @@ _FAILURES: dict[str, Behaviour] = {
     "empty": lambda body: Script([]),
     "empty-once": with_tasks(empty_once),
     "stream-refuser": with_tasks(stream_refuser),
-}
-_STYLES: dict[str, Behaviour] = {
-    "faker": says(FAKE_TEXT),
-    "markup": says(MARKUP_TEXT),
-    "json-although-stream": speaker("Whole", Style(whole_json=True)),
-    "no-usage": speaker("Uncounted", Style(usage="never")),
-    "always-usage": speaker("Counted", Style(usage="always")),
-    "crlf": speaker("Carriage", Style(crlf=True)),
-}
-_FAMILIES = ("wait-0.2", "wait-1", "wait-5", "wait-20", "tokens-400-200")
-
-BEHAVIOURS: dict[str, Behaviour] = {
-    **_PLAIN,
-    **_THINKERS,
-    **_TOOL_USERS,
-    **_STYLES,
-    **_FAILURES,
     "manager": with_tasks(manager),
     **{name: made for name in _FAMILIES if (made := of_family(name))},
     **{name: with_tasks(one, demo_topic) for name, one in DEMO_BEHAVIOURS.items()},

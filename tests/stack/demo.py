@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import httpx
 
+from tests.stack.demo_models import SAID
 from tests.stack.host import OpenWebUI, free_port
 from tests.stack.models import ModelServer
 
@@ -30,27 +31,6 @@ FOUR = (*SPEAKERS, "edsger")
 MODERATOR = "moderator"
 ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 TOOL_ID = "almanac"
-TOOL = '''"""
-title: Almanac
-description: A few facts to look up
-"""
-
-
-class Tools:
-    def look_up(self, topic: str) -> str:
-        """
-        Look up a fact about a topic.
-
-        :param topic: What to look up, in one or two words.
-        """
-        facts = (
-            "three of four teams that wrote their first attempt down kept it",
-            "the median first version took nine days, and the second took four",
-            "most of the cost came after the second month, not before it",
-            "one in five of those asked had changed their mind within a year",
-        )
-        return facts[sum(map(ord, topic)) % len(facts)]
-'''
 
 
 def preferred_port() -> int:
@@ -106,7 +86,7 @@ def furnish(host: OpenWebUI) -> None:
     host.sign_in_without_login()
     source = (ROOT / f"{FUNCTION_ID}.py").read_text("utf-8")
     host.install_function(FUNCTION_ID, FUNCTION_NAME, source)
-    host.create_tool(TOOL_ID, TOOL, "Almanac")
+    host.create_tool(TOOL_ID, SAID["tool"], "Almanac")
     for model in host.models():
         if model["id"].startswith(f"{FUNCTION_ID}."):
             meta = {"toolIds": [TOOL_ID], "capabilities": {"builtin_tools": False}}

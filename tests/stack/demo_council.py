@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 from tests.stack.demo_models import (
     ADA,
@@ -20,6 +20,7 @@ from tests.stack.demo_models import (
     EDSGER,
     GRACE,
     PACE,
+    SAID,
     Character,
     moderator,
     point_of,
@@ -45,23 +46,16 @@ _BRIEF = re.compile(
     r"(?:\A|\n\n)(?=This is a debate\.|The debate is over\."
     r"|(?:The|Several) participants answered the question independently)"
 )
-BREAKS_OFF = "The server had an error while processing your request."
+BREAKS_OFF: str = SAID["breaks_off"]
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Seconds to the first token, and tokens per second."""
-
-    pause: float
-    pace: float
-
-
-SPEEDS: Mapping[str, Speed] = {
-    "Ada": Speed(0.1, 90.0),
-    "Grace": Speed(0.6, 50.0),
-    "Alan": Speed(1.5, 22.0),
-    "Edsger": Speed(0.9, 30.0),
+SPEEDS = {
+    "Ada": (0.1, 90.0),
+    "Grace": (0.6, 50.0),
+    "Alan": (1.5, 22.0),
+    "Edsger": (0.9, 30.0),
 }
+"""Seconds to the first token, and tokens per second, of who is asked alone."""
 
 
 def without_brief(body: Body) -> tuple[Body, str]:
@@ -104,22 +98,18 @@ def seated(who: Character, speaks: Behaviour) -> Behaviour:
             return Script([Text(does(who, asked, brief))], pace=PACE)
         if not is_asked_alone(asked):
             return speaks(asked)
-        if who is EDSGER:
-            return breaks_off(asked)
-        speed = SPEEDS[who.name]
-        script = speaks(asked)
-        wait = Pause(0.0 if fresh_results(asked) else speed.pause)
-        return replace(script, steps=[wait, *script.steps], pace=speed.pace)
+        pause, pace = SPEEDS[who.name]
+        script = breaks_off(asked) if who is EDSGER else speaks(asked)
+        wait = Pause(0.0 if fresh_results(asked) else pause)
+        return replace(script, steps=[wait, *script.steps], pace=pace)
 
     return behave
 
 
 def breaks_off(body: Body) -> Script:
     """Answer well until the connection breaks."""
-    speed = SPEEDS["Edsger"]
     begun = write_turn(EDSGER, read_prompt(body)).split("\n\n")[0]
-    text = begun.rsplit(" ", 3)[0]
-    return Script([Pause(speed.pause), Text(text), Fail(BREAKS_OFF)], pace=speed.pace)
+    return Script([Text(begun.rsplit(" ", 3)[0]), Fail(BREAKS_OFF)])
 
 
 def favour(question: str) -> list[str]:
@@ -133,7 +123,7 @@ def author_of(said: Said) -> str:
     """Name who wrote an answer that has no name, by the claims it makes."""
     text = " ".join(said.text.split())
     for who in CHARACTERS:
-        if any(claim.text in text for stage in who.claims for claim in stage):
+        if any(claim in text for stage in who.claims for claim, _ in stage):
             return who.name
     return EDSGER.name
 
@@ -143,9 +133,9 @@ def review(who: Character, asked: Body, brief: str) -> str:
     answers = [said for said in split_speakers(brief) if said.speaker]
     order = favour(read_prompt(asked).question)
     answers.sort(key=lambda said: order.index(author_of(said)))
-    verdicts = ("This can be done next week: {}.", "True, but it comes second: {}.")
+    first, later = SAID["review"]["verdicts"]
     comments = {
-        str(said.speaker): verdicts[min(at, 1)].format(point_of(said))
+        said.speaker: (later if at else first).format(point=point_of(said))
         for at, said in enumerate(answers)
     }
     ranking = [[said.speaker] for said in answers]
@@ -154,16 +144,11 @@ def review(who: Character, asked: Body, brief: str) -> str:
 
 def vote(who: Character, asked: Body, brief: str) -> str:
     """Vote for one of the others."""
-    brief_alone: Body = {"messages": [{"role": "user", "content": brief}]}
-    candidates = read_candidates(brief_alone)
-    order = favour(read_prompt(asked).question)
-    chosen = min(candidates, key=lambda name: _place(name, order), default="")
-    reason = f"{chosen} answered what was said against it."
+    candidates = read_candidates({"messages": [{"role": "user", "content": brief}]})
+    order = [*favour(read_prompt(asked).question), *candidates]
+    chosen = min(candidates, key=order.index, default="")
+    reason = SAID["review"]["vote"].format(name=chosen)
     return json.dumps({"vote": chosen, "reason": reason}, ensure_ascii=False)
-
-
-def _place(name: str, order: Sequence[str]) -> int:
-    return order.index(name) if name in order else len(order)
 
 
 def conclude(who: Character, asked: Body, brief: str) -> str:
@@ -175,83 +160,49 @@ def conclude(who: Character, asked: Body, brief: str) -> str:
     if answers:
         ranked = re.findall(r"(?m)^- (.+?) \((?:mean rank|not ranked)", brief)
         order = [name for name in ranked if name in answers] or list(answers)
-        return _of_council(
-            who, {name: point_of(answers[name]) for name in order}, slots
-        )
-    counts = dict(re.findall(r"(\w+) has (\d+)", brief))
-    return _of_debate(who, counts, _last_points(who, asked), slots)
-
-
-def _of_council(
-    who: Character, points: Mapping[str, str], slots: Mapping[str, str]
-) -> str:
-    *agreeing, last = points
-    wanted = ", then ".join(points[name] for name in agreeing)
-    parts = [
-        f"“{slots['q']}” has a plainer answer than any one of us gave. What comes "
-        f"first is {wanted or points[last]}. It is small enough to begin with next "
-        f"week, and {slots['a']} will look different after it."
-    ]
-    if len(agreeing) > 1:
-        parts.append(
-            f"**Where we agree.** {_names(who, agreeing)} agree on the direction: see "
-            f"what {slots['b']} does to us before anybody makes a promise, and argue "
-            "about the rest when there is a result."
-        )
-    parts.append(_minority(who, last, points[last], slots))
+        points = {name: point_of(answers[name]) for name in order}
+        parts = _of_council(who, points, slots)
+    else:
+        # The last point of everybody who spoke since the question.
+        said = [one for one in conversation(asked) if one.speaker != ""]
+        points = {one.speaker or who.name: point_of(one) for one in said}
+        counts = dict(re.findall(r"(\w+) has (\d+)", brief))
+        parts = _of_debate(who, counts, points, slots)
     return "\n\n".join(parts)
 
 
-def _minority(who: Character, name: str, point: str, slots: Mapping[str, str]) -> str:
-    if name == who.name:
-        return (
-            f"**The minority view** is my own: {point}. The others put it last, so "
-            f"take it as a doubt about {slots['a']}, and not as advice."
-        )
-    return (
-        f"**The minority view** is {name}’s: {point}, before anything else is done. I "
-        f"side with the others, because it would leave {slots['b']} as it is for "
-        "longer than it needs to; but it is a fair doubt, and whoever decides about "
-        f"{slots['a']} should have an answer to it."
-    )
+Slots = Mapping[str, str]
 
 
-def _names(who: Character, names: Sequence[str]) -> str:
-    said = [name for name in names if name != who.name]
-    said += ["I"] if who.name in names else []
-    return ", ".join(said[:-1]) + f" and {said[-1]}"
-
-
-def _last_points(who: Character, asked: Body) -> dict[str, str]:
-    """The last point of everybody who spoke since the question."""
-    said = conversation(asked)
-    return {one.speaker or who.name: point_of(one) for one in said if one.speaker != ""}
+def _of_council(who: Character, points: Slots, slots: Slots) -> Iterator[str]:
+    words = SAID["council"]
+    *agreeing, last = points
+    wanted = ", then ".join(points[name] for name in agreeing) or points[last]
+    yield words["first"].format(wanted=wanted, **slots)
+    if len(agreeing) > 1:
+        names = [name for name in agreeing if name != who.name]
+        names += ["I"] if who.name in agreeing else []
+        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        yield words["agreed"].format(names=listed, **slots)
+    minority = words["own" if last == who.name else "minority"]
+    yield minority.format(name=last, point=points[last], **slots)
 
 
 def _of_debate(
-    who: Character,
-    counts: Mapping[str, str],
-    points: Mapping[str, str],
-    slots: Mapping[str, str],
-) -> str:
+    who: Character, counts: Slots, points: Slots, slots: Slots
+) -> Iterator[str]:
+    words = SAID["debate"]
     order = sorted(counts, key=lambda name: -int(counts[name]))
     first, second = [*order, "", ""][:2]
-    votes = ", ".join(f"{name} {counts[name]}" for name in order)
-    mine = "my point" if first == who.name else f"{first}’s point"
-    parts = [
-        f"On “{slots['q']}” the debate came to rest on {mine}: "
-        f"{points.get(first, 'a first step')}. The votes fell like this: {votes}."
-    ]
-    if second in points:
-        parts.append(
-            f"**The strongest point on the other side** is {second}’s: "
-            f"{points[second]}. Nobody has refuted it; it has to wait for its turn."
-        )
-    parts.append(
-        f"**What stays open** is how much {slots['a']} depends on {slots['b']}. No "
-        "vote decides that, but the first result will."
+    yield words["first"].format(
+        whose="my" if first == who.name else f"{first}’s",
+        point=points.get(first, "a first step"),
+        votes=", ".join(f"{name} {counts[name]}" for name in order),
+        **slots,
     )
-    return "\n\n".join(parts)
+    if second in points:
+        yield words["other"].format(name=second, point=points[second])
+    yield words["open"].format_map(slots)
 
 
 BY_NAME = {who.name.lower(): who for who in CHARACTERS}

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
-from types import TracebackType
 from typing import Any, Literal, Self
 from uuid import uuid4
 
@@ -228,32 +227,29 @@ class Api:
 
     # -- accounts ------------------------------------------------------------------
 
-    def _account(self, signed: Json) -> Account:
-        return Account(
+    def _sign_in(self, how: str, form: Json) -> Account:
+        signed = self.request("POST", f"/api/v1/auths/{how}", form)
+        account = Account(
             **{name: str(signed[name]) for name in Account.__dataclass_fields__}
         )
+        self._admin = self._admin or account
+        self.set_interface(account, {})
+        return account
 
     def sign_up_admin(self, name: str = "Ada Admin") -> Account:
         """Create the first account, which administers the host."""
         form = {"name": name, "email": "admin@example.com", "password": "password"}
-        self._admin = self._account(self.request("POST", "/api/v1/auths/signup", form))
-        self.set_interface(self._admin, {})
-        return self._admin
+        return self._sign_in("signup", form)
 
     def sign_in_without_login(self) -> Account:
         """The only account of a server that runs with `WEBUI_AUTH=False`."""
-        form = {"email": "", "password": ""}
-        self._admin = self._account(self.request("POST", "/api/v1/auths/signin", form))
-        self.set_interface(self._admin, {})
-        return self._admin
+        return self._sign_in("signin", {"email": "", "password": ""})
 
     def add_user(self, name: str, role: str = "user") -> Account:
         """Create another account, signed in."""
         email = f"{name.lower().replace(' ', '.')}@example.com"
         form = {"name": name, "email": email, "password": "password", "role": role}
-        account = self._account(self.request("POST", "/api/v1/auths/add", form))
-        self.set_interface(account, {})
-        return account
+        return self._sign_in("add", form)
 
     def set_interface(self, account: Account, settings: Json) -> None:
         """Set the page's own settings for one account; "What's New" stays away."""
@@ -277,12 +273,6 @@ class Api:
         self.request("POST", "/api/v1/functions/create", form)
         if enable:
             self.request("POST", f"/api/v1/functions/id/{id}/toggle")
-        self.models()
-
-    def update_function(self, id: str, name: str, content: str) -> None:
-        """Replace a function's source."""
-        form = {"id": id, "name": name, "content": content, "meta": {"description": ""}}
-        self.request("POST", f"/api/v1/functions/id/{id}/update", form)
         self.models()
 
     def set_valves(self, function_id: str, values: Json) -> Json:
@@ -320,13 +310,6 @@ class Api:
         created: Json = self.request("POST", "/api/v1/models/create", form)
         self.models()
         return created
-
-    def update_model(self, model: Json) -> Json:
-        """Replace the settings of a model that has some."""
-        form = {"name": model["id"], "meta": {}, "params": {}, **model}
-        updated: Json = self.request("POST", "/api/v1/models/model/update", form)
-        self.models()
-        return updated
 
     def delete_model(self, model_id: str) -> None:
         """Remove a workspace model, or a base model's own settings."""
@@ -501,10 +484,5 @@ class OpenWebUI(Api):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.stop()

@@ -1,22 +1,19 @@
 """A scripted model server: OpenAI's Chat Completions and Responses, and Ollama.
 
 In a test: `with ModelServer() as server:` and point a client at `server.openai_url` or,
-for Ollama, at `server.url`. From a shell: `python -m tests.stack.models --port 9000`.
-What a model does depends on its id alone; see `behaviours.py` and `demo_models.py`.
+for Ollama, at `server.url`. What a model does depends on its id alone; see
+`behaviours.py` and `demo_models.py`.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import hashlib
-import json
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Self
 
@@ -85,7 +82,6 @@ class Seen:
     path: str
     body: Body
     at: float
-    sequence: int
     chat: Body = field(default_factory=dict)
 
     @property
@@ -151,16 +147,12 @@ class Hold:
         self.release()
 
 
-class _Refused(Exception):
-    """The script answers with an HTTP error."""
+class _Ended(Exception):
+    """The script ends the response: by an HTTP error, or by letting it die."""
 
-    def __init__(self, status: Status) -> None:
-        super().__init__(status.code)
+    def __init__(self, status: Status | None = None) -> None:
+        super().__init__()
         self.status = status
-
-
-class _Dropped(Exception):
-    """The script lets the connection die."""
 
 
 class ModelServer:
@@ -186,7 +178,6 @@ class ModelServer:
         self._aborted: list[str] = []
         self._in_flight: list[str] = []
         self._max_in_flight = 0
-        self._sequence = 0
         self._holds: list[Hold] = []
         self._tasks: set[asyncio.Task[object]] = set()
         self._closing = False
@@ -479,9 +470,7 @@ class ModelServer:
         self, model: str, path: str, body: Body, chat: Body | None = None
     ) -> None:
         with self._changed:
-            self._sequence += 1
-            at = time.monotonic()
-            seen = Seen(model, path, body, at, self._sequence, chat or {})
+            seen = Seen(model, path, body, time.monotonic(), chat or {})
             self._requests.append(seen)
             self._changed.notify_all()
 
@@ -559,10 +548,8 @@ class _Exchange:
                     continue
                 await response.write(opening + wire.render(delta))
                 opening = b""
-        except _Refused as refused:
-            return _refusal(refused.status, self._wire)
-        except _Dropped:
-            return self._drop(response)
+        except _Ended as ended:
+            return self._end(ended.status, response)
         if not response.prepared:
             await response.prepare(self._request)
         if not self._reply.failed:
@@ -573,17 +560,19 @@ class _Exchange:
         """Send the answer in one piece when it is complete."""
         try:
             played = [delta async for delta in self._play()]
-        except _Refused as refused:
-            return _refusal(refused.status, self._wire)
-        except _Dropped:
-            return self._drop(web.Response())
+        except _Ended as ended:
+            return self._end(ended.status, web.Response())
         deltas = [delta for delta in played if not isinstance(delta, Headers)]
         for delta in deltas:
             if isinstance(delta, Fail):
                 return _refusal(Status(delta.code, error_body(delta)), self._wire)
         return web.json_response(_WHOLES[self._wire](self._reply, deltas))
 
-    def _drop(self, response: web.StreamResponse) -> web.StreamResponse:
+    def _end(
+        self, status: Status | None, response: web.StreamResponse
+    ) -> web.StreamResponse:
+        if status:
+            return _refusal(status, self._wire)
         if self._request.transport is not None:
             self._request.transport.close()
         return response
@@ -618,9 +607,9 @@ class _Exchange:
             case Silence():
                 await asyncio.Event().wait()
             case Status():
-                raise _Refused(step)
+                raise _Ended(step)
             case Disconnect():
-                raise _Dropped
+                raise _Ended
             case _:
                 pass
 
@@ -645,20 +634,13 @@ def _refusal(status: Status, wire: WireName) -> web.Response:
 
 
 def _ollama_model(model: str) -> Body:
-    details = {
-        "format": "gguf",
-        "family": "llama",
-        "families": ["llama"],
-        "parameter_size": "8.0B",
-        "quantization_level": "Q4_0",
-    }
     return {
         "name": model,
         "model": model,
         "modified_at": "2026-01-31T12:00:00Z",
         "size": 4_000_000_000,
         "digest": hashlib.sha256(model.encode()).hexdigest(),
-        "details": details,
+        "details": {"format": "gguf", "family": "llama", "parameter_size": "8.0B"},
     }
 
 
@@ -669,26 +651,3 @@ def embedding(text: str, size: int = 32) -> list[float]:
         vector[hashlib.sha256(word.encode()).digest()[0] % size] += 1.0
     length = sum(one * one for one in vector) ** 0.5 or 1.0
     return [one / length for one in vector]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until interrupted, after printing the address."""
-    parser = argparse.ArgumentParser(prog="tests.stack.models", description=__doc__)
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--demo", action="store_true", help="list the demo's models")
-    parser.add_argument("--list", action="store_true", help="print what is listed")
-    chosen = parser.parse_args(arguments)
-    models = list(DEMO_NAMES) if chosen.demo else None
-    if chosen.list:
-        json.dump(models or list(BEHAVIOURS), sys.stdout, indent=1)
-        return 0
-    with ModelServer(chosen.port, models, chosen.host) as server:
-        print(server.url, flush=True)
-        with suppress(KeyboardInterrupt):
-            threading.Event().wait()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

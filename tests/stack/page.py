@@ -15,7 +15,6 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from types import TracebackType
 from typing import Any, Required, Self, TypedDict, Unpack
 from uuid import uuid4
 
@@ -182,11 +181,6 @@ class Reply:
         return self.message.get("files") or []
 
     @property
-    def embeds(self) -> list[Any]:
-        """The embedded pages."""
-        return self.message.get("embeds") or []
-
-    @property
     def error(self) -> Any:
         """What went wrong, as the page shows it, or nothing."""
         error = self.message.get("error")
@@ -201,6 +195,11 @@ class Reply:
     def size(self) -> int:
         """Bytes that all events of this message took on the socket."""
         return sum(event.size for event in self.events)
+
+    def end_siblings(self) -> None:
+        """Show all answers to the question as finished, as Stop does."""
+        for sibling in self.chat.messages[self.message["parentId"]]["childrenIds"]:
+            self.chat.messages[sibling]["done"] = True
 
     def notice(self) -> None:
         """Note the times of what has just become visible, and wake who waits."""
@@ -326,8 +325,6 @@ def on_completion(reply: Reply, data: Json) -> None:
     set_content(message, data)
     if not message.get("sources"):
         message["sources"] = data.get("sources")
-    if data.get("selected_model_id"):
-        message["selectedModelId"] = data["selected_model_id"]
     if data.get("usage"):
         message["usage"] = data["usage"]
     if data.get("done"):
@@ -338,10 +335,7 @@ def on_cancel(reply: Reply, data: Json) -> None:
     """`chat:tasks:cancel`: the run was stopped."""
     if data.get("output") is not None:
         reply.message["output"] = data["output"]
-    parent = reply.chat.messages.get(reply.message["parentId"]) or {}
-    for sibling in parent.get("childrenIds", []):
-        reply.chat.messages[sibling]["done"] = True
-    reply.message["done"] = True
+    reply.end_siblings()
 
 
 def on_active(reply: Reply, data: Json) -> None:
@@ -363,20 +357,15 @@ def on_message(reply: Reply, data: Json) -> None:
     reply.message["content"] += data["content"]
 
 
-def on_replace(reply: Reply, data: Json) -> None:
-    """`replace`: other plain text."""
-    reply.message["content"] = data["content"]
+def sets(name: str, key: str) -> Callable[[Reply, Json], None]:
+    """The rule of an event that only replaces one field."""
+    return lambda reply, data: reply.message.update({name: data[key]})
 
 
 def on_files(reply: Reply, data: Json) -> None:
     """`files`: the files of the answer."""
     before = (reply.message.get("files") or []) if reply.chat.temporary else []
     reply.message["files"] = [*before, *data["files"]]
-
-
-def on_embeds(reply: Reply, data: Json) -> None:
-    """`embeds`: the embedded pages of the answer."""
-    reply.message["embeds"] = data["embeds"]
 
 
 def on_source(reply: Reply, data: Json) -> None:
@@ -392,11 +381,6 @@ def on_source(reply: Reply, data: Json) -> None:
 def on_error(reply: Reply, data: Json) -> None:
     """`chat:message:error`: the run failed."""
     set_error(reply.message, data.get("error"))
-
-
-def on_follow_ups(reply: Reply, data: Json) -> None:
-    """`chat:message:follow_ups`: suggestions under the answer."""
-    reply.message["followUps"] = data["follow_ups"]
 
 
 def on_title(reply: Reply, data: Any) -> None:
@@ -420,16 +404,16 @@ RULES: dict[str, Callable[[Reply, Any], None]] = {
     "status": on_status,
     "message": on_message,
     "chat:message:delta": on_message,
-    "replace": on_replace,
-    "chat:message": on_replace,
+    "replace": sets("content", "content"),
+    "chat:message": sets("content", "content"),
     "files": on_files,
     "chat:message:files": on_files,
-    "embeds": on_embeds,
-    "chat:message:embeds": on_embeds,
+    "embeds": sets("embeds", "embeds"),
+    "chat:message:embeds": sets("embeds", "embeds"),
     "source": on_source,
     "citation": on_source,
     "chat:message:error": on_error,
-    "chat:message:follow_ups": on_follow_ups,
+    "chat:message:follow_ups": sets("followUps", "follow_ups"),
     "chat:title": on_title,
     "chat:outlet": on_outlet,
 }
@@ -473,7 +457,6 @@ class Page:
         self.host = host
         self.account = account
         self.calls: list[Call] = []
-        self.notifications: list[Json] = []
         self.unknown_events: list[Event] = []
         self._handlers: dict[str, CallHandler] = {}
         self._replies: dict[str, Reply] = {}
@@ -510,12 +493,7 @@ class Page:
         self._heart = asyncio.create_task(self._beat())
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         if self._heart:
             self._heart.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -544,8 +522,6 @@ class Page:
             return await self._answer(event, arrived)
         if kind == "request:interaction:done":
             self._close_call(data or {})
-        elif kind == "notification":
-            self.notifications.append(data or {})
         if not (event.get("shared") and event.get("user_id") == self.account.id):
             await self._apply(event, arrived)
         return None
@@ -714,9 +690,7 @@ class Page:
         """Press Stop."""
         path = f"/api/tasks/chat/{reply.chat.id}/stop"
         (await self._http.post(path)).raise_for_status()
-        parent = reply.chat.messages[reply.message["parentId"]]
-        for sibling in parent["childrenIds"]:
-            reply.chat.messages[sibling]["done"] = True
+        reply.end_siblings()
         reply.notice()
 
     async def stop_all(self) -> None:

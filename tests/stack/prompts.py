@@ -1,54 +1,28 @@
-"""How a scripted model reads what it was sent.
-
-Everything here is a guess at the format of somebody's prompt, kept in small functions
-so that each can be tuned alone.
-"""
+"""How a scripted model reads what it was sent: our prompts, and the host's tasks."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from tests.stack.scripts import Body
 
 _TAGGED = re.compile(r'<message from="([^"\n]*)">\s*(.*?)\s*</message>', re.DOTALL)
-# Without such tags, at the start of a paragraph: "Bob: …", "**Bob:** …", "[Bob] …",
-# "### 🔴 Bob".
-_LABEL = re.compile(
-    r"(?:\A|\n\s*\n|(?<=\n)(?=\[|\*\*|\#))\s*"
-    r"(?:\#{1,6}\s+(?:[^\w\s]+\s+)?(?P<heading>[^\n:]{1,40})\s*(?:\n|\Z)"
-    r"|\*\*(?P<bold>[^\n*:]{1,40})(?::\*\*\s|\*\*:\s|\*\*[ ]*\n)"
-    r"|\[(?P<bracket>[^\n\]]{1,40})\]:?\s"
-    r"|(?P<plain>[A-Z][\w'.-]*(?: [\w'.-]+){0,3}):\s)"
-)
-_USERS = {"user", "human", "question", "the user", "user question"}
-_NOT_NAMES = _USERS | set(
-    [
-        *("candidates", "participants", "speakers", "available participants", "names"),
-        *("conversation", "the conversation", "the conversation so far", "transcript"),
-        *("rules", "note", "notes", "task", "answer", "last speaker", "reason", "next"),
-        *("example", "format", "output", "instructions", "previous speaker", "history"),
-    ]
-)
 _CUE = re.compile(
     r"\b(?:your turn|go on\.|(?:respond|reply|answer|speak) as|now (?:speak|it is))"
 )
-_SMALL_WORDS = """
-    again alive already always enough maybe never often sometimes together today
-    a about after all also am an and any are as at be because been being best better
-    between but by can could did do does doing down during each ever explain first for
-    from get give going good had has have having he help her here him his how i if in
-    instead into is it its just kind know let like make many me more most much must my
-    need next no not now of on one only or other our out over own please really right
-    say shall she should so some still such take talk tell than that the their them
-    then there these they thing things think this those through to too two under until
-    up us use using very want was way we well were what when where whether which while
-    who whom whose why will with without word words would write yes you your yours
-"""
-STOPWORDS = frozenset(_SMALL_WORDS.split())
+WORDS = {
+    kind: frozenset(words.split())
+    for kind, words in tomllib.loads(
+        Path(__file__).with_name("words.toml").read_text("utf-8")
+    ).items()
+}
+"""The words of each kind in `words.toml`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +50,13 @@ def messages_of(body: Body) -> list[Body]:
 
 def split_speakers(text: str) -> list[Said]:
     """Split a user message into the contributions of labelled speakers."""
-    if _TAGGED.search(text):
-        return _split_tagged(text)
-    said: list[Said] = []
-    speaker, start = "", 0
-    for match in _LABEL.finditer(text):
-        if before := text[start : match.start()].strip():
-            said.append(Said(speaker, before))
-        name = next(group for group in match.groups() if group).strip()
-        speaker, start = "" if name.lower() in _USERS else name, match.end()
-    if rest := text[start:].strip():
-        said.append(Said(speaker, rest))
-    return said
-
-
-def _split_tagged(text: str) -> list[Said]:
     said: list[Said] = []
     start = 0
     for match in _TAGGED.finditer(text):
-        if before := text[start : match.start()].strip():
-            said.append(Said("", before))
-        said.append(Said(match.group(1), match.group(2)))
+        said += [Said("", text[start : match.start()]), Said(*match.groups())]
         start = match.end()
-    if rest := text[start:].strip():
-        said.append(Said("", rest))
-    return said
+    said.append(Said("", text[start:]))
+    return [Said(one.speaker, found) for one in said if (found := one.text.strip())]
 
 
 def conversation(body: Body) -> list[Said]:
@@ -168,7 +124,7 @@ def keywords(text: str, count: int = 3) -> list[str]:
     found: list[str] = []
     for word in re.findall(r"[^\W\d_][\w'’-]*", text):
         known = {one.lower() for one in found}
-        if len(word) > 2 and word.lower() not in STOPWORDS | known:
+        if len(word) > 2 and word.lower() not in WORDS["small"] | known:
             found.append(word)
     if len(found) > count:
         longest = sorted(found, key=len, reverse=True)[:count]
@@ -215,29 +171,19 @@ def sensible_arguments(spec: Body, question: str) -> str:
     properties = schema.get("properties") or {}
     required = schema.get("required") or []
     values = {
-        name: _sensible_value(name, properties.get(name) or {}, question)
-        for name in required
+        name: _sensible_value(properties.get(name) or {}, question) for name in required
     }
     return json.dumps(values, ensure_ascii=False)
 
 
-def _sensible_value(name: str, schema: Body, question: str) -> Any:
+def _sensible_value(schema: Body, question: str) -> Any:
     if "default" in schema:
         return schema["default"]
     if schema.get("enum"):
         return schema["enum"][0]
-    by_type: dict[str, Any] = {
-        "integer": 3,
-        "number": 1.5,
-        "boolean": True,
-        "array": [],
-        "object": {},
-    }
-    kind = schema.get("type")
-    if isinstance(kind, str) and kind in by_type:
-        return by_type[kind]
-    by_name = {"expression": "6 * 7", "timezone": "UTC", "date": "2026-01-31"}
-    return by_name.get(name) or " ".join(keywords(question)) or "sample"
+    topic = " ".join(keywords(question)) or "sample"
+    by_type = {"integer": 3, "number": 1.5, "boolean": True, "array": [], "object": {}}
+    return by_type.get(schema.get("type") or "", topic)
 
 
 # --- the host's background tasks -------------------------------------------------
@@ -273,63 +219,22 @@ def task_topic(body: Body) -> list[str]:
 
 
 def read_candidates(body: Body) -> list[str]:
-    """Find the names a group manager may choose from, in the last message with any."""
-    for message in reversed(messages_of(body)):
-        text = text_of(message)
-        if message.get("role") == "assistant":
-            continue
-        if names := _names_in_json(text) or _names_in_list(text):
-            return names
-    return []
-
-
-def _names_in_json(text: str) -> list[str]:
+    """Find the names to choose from: the last list of texts there is."""
     decoder = json.JSONDecoder()
-    for match in reversed(list(re.finditer(r"\[", text))):
-        try:
-            value, _ = decoder.raw_decode(text[match.start() :])
-        except json.JSONDecodeError:
-            continue
-        if names := [name for one in value if (name := _name_of(one))]:
-            return names
+    for message in reversed(messages_of(body)):
+        text = "" if message.get("role") == "assistant" else text_of(message)
+        for match in reversed(list(re.finditer(r"\[", text))):
+            with suppress(json.JSONDecodeError):
+                names, _ = decoder.raw_decode(text[match.start() :])
+                if names and all(isinstance(name, str) for name in names):
+                    return list(names)
     return []
 
 
-def _name_of(value: Any) -> str:
-    if isinstance(value, dict):
-        value = value.get("alias") or value.get("name")
-    return value if isinstance(value, str) else ""
-
-
-def _names_in_list(text: str) -> list[str]:
-    lines = re.findall(r"^\s*[-*] +(.+)$", text, re.MULTILINE)
-    names = [re.split(r"\s+[(–—-]|\s*:", line)[0].strip("*`\"' ") for line in lines]
-    return [name for name in names if 0 < len(name) <= 40]
-
-
-def turns_seen(body: Body, names: Sequence[str] = ()) -> list[str]:
-    """Name the speakers whose turns a manager's prompt shows, in order.
-
-    Where turns are tagged, only those since the user's last question.
-    """
-    text = "\n\n".join(text_of(message) for message in messages_of(body))
-    if _TAGGED.search(text):
-        return _tagged_turns(text)
-    labels = re.finditer(
-        r"^\s*(?:\#{1,6}\s+(?:[^\w\s]+\s+)?|\*\*|\[)?"
-        r"([A-Z][\w'.-]*(?: [\w'.-]+){0,3}?)(?:\]|:?\*\*)?(?::\s|\]|$)",
-        text,
-        re.MULTILINE,
-    )
-    found = [label.group(1) for label in labels]
-    if names:
-        return [name for name in found if name in names]
-    return [name for name in found if name.lower() not in _NOT_NAMES]
-
-
-def _tagged_turns(text: str) -> list[str]:
-    said = _split_tagged(text)
-    if said[-1].speaker == "":
+def turns_seen(body: Body) -> list[str]:
+    """Name who has spoken, by a manager's prompt, since the user's last question."""
+    said = split_speakers(whole_text(body))
+    if said and said[-1].speaker == "":
         said.pop()  # what the manager is asked, after the conversation
     asked = [place for place, one in enumerate(said) if one.speaker == ""]
     since = said[asked[-1] + 1 :] if asked else said

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 from uuid import uuid4
 
+from tests.stack.prompts import text_of
 from tests.stack.scripts import (
     Body,
     CallEnd,
@@ -450,53 +451,44 @@ class ResponsesStream:
         self._open, self._text = kind, ""
         if kind is None:
             return out
-        prefix = "msg" if kind == "message" else "rs"
-        item_id = f"{prefix}_{self._reply.id}_{len(self._output)}"
-        if kind == "message":
-            item = _message_item(item_id, "", "in_progress")
-        else:
-            item = _reasoning_item(item_id, "")
+        item = self._item(f"{kind}_{self._reply.id}_{len(self._output)}")
         self._output.append(item)
         return out + self._item_event("response.output_item.added", item) + self._part()
+
+    def _item(self, item_id: str, status: str = "in_progress") -> Body:
+        if self._open == "message":
+            return _message_item(item_id, self._text, status)
+        return _reasoning_item(item_id, self._text)
 
     def _item_event(self, kind: str, item: Body) -> bytes:
         ids = [one["id"] for one in self._output]
         return self._event(kind, output_index=ids.index(item["id"]), item=item)
 
-    def _at(self) -> Body:
+    def _text_event(self, what: str, **values: Any) -> bytes:
+        """An event about the open item's text, or about the part the text is in."""
         index = "content_index" if self._open == "message" else "summary_index"
         place = {"output_index": len(self._output) - 1, index: 0}
-        return {"item_id": self._output[-1]["id"], **place}
+        item_id = self._output[-1]["id"]
+        return self._event(f"response.{what}", item_id=item_id, **place, **values)
 
-    def _part(self, done: bool = False) -> bytes:
-        which = "done" if done else "added"
+    def _part(self, which: str = "added") -> bytes:
         if self._open == "message":
             part = {"type": "output_text", "text": self._text, "annotations": []}
-            return self._event(
-                f"response.content_part.{which}", **self._at(), part=part
-            )
+            return self._text_event(f"content_part.{which}", part=part)
         part = {"type": "summary_text", "text": self._text}
-        kind = f"response.reasoning_summary_part.{which}"
-        return self._event(kind, **self._at(), part=part)
+        return self._text_event(f"reasoning_summary_part.{which}", part=part)
 
     def _text_kind(self) -> str:
-        if self._open == "message":
-            return "response.output_text"
-        return "response.reasoning_summary_text"
+        return "output_text" if self._open == "message" else "reasoning_summary_text"
 
     def _grow(self, text: str) -> bytes:
         self._text += text
-        return self._event(f"{self._text_kind()}.delta", **self._at(), delta=text)
+        return self._text_event(f"{self._text_kind()}.delta", delta=text)
 
     def _close_item(self) -> bytes:
-        done = self._event(f"{self._text_kind()}.done", **self._at(), text=self._text)
-        out = done + self._part(done=True)
-        item_id = self._output[-1]["id"]
-        if self._open == "message":
-            item = _message_item(item_id, self._text)
-        else:
-            item = _reasoning_item(item_id, self._text)
-        self._output[-1] = item
+        done = self._text_event(f"{self._text_kind()}.done", text=self._text)
+        out = done + self._part("done")
+        item = self._output[-1] = self._item(self._output[-1]["id"], "completed")
         return out + self._item_event("response.output_item.done", item)
 
     def _start_call(self, call: ToolCall) -> bytes:
@@ -557,22 +549,8 @@ def _message_of_item(item: Body) -> Body:
             call = {"id": item.get("call_id"), "type": "function", "function": function}
             return {"role": "assistant", "content": "", "tool_calls": [call]}
         case "function_call_output":
-            output = item.get("output", "")
-            text = output if isinstance(output, str) else _parts_text(output)
-            return {
-                "role": "tool",
-                "tool_call_id": item.get("call_id"),
-                "content": text,
-            }
+            output = text_of({"content": item.get("output")})
+            call_id = item.get("call_id")
+            return {"role": "tool", "tool_call_id": call_id, "content": output}
         case _:
-            return {"role": item.get("role"), "content": _message_text(item)}
-
-
-def _message_text(item: Body) -> str:
-    content = item.get("content", "")
-    return content if isinstance(content, str) else _parts_text(content)
-
-
-def _parts_text(parts: Any) -> str:
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return "\n".join(text for text in texts if isinstance(text, str))
+            return {"role": item.get("role"), "content": text_of(item)}

@@ -101,15 +101,7 @@ def count_lookup(name: str) -> None:
 
 
 def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, counting each of its calls under `name`."""
-    if inspect.iscoroutinefunction(function):
-
-        @functools.wraps(function)
-        async def call_async(*args: Any, **kwargs: Any) -> Any:
-            count_lookup(name)
-            return await function(*args, **kwargs)
-
-        return call_async
+    """`function`, or coroutine function, counting each of its calls under `name`."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
