@@ -2582,11 +2582,10 @@ _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
 )
 _BUILTINS_OF_FEATURES = ("web_search", "image_generation", "code_interpreter")
-_CITING_TOOLS = {
-    "fetch_url",
-    "view_file",
-    "view_knowledge_file",
-}  # of hosts before 0.12
+_CITING_TOOLS = (  # where the host does not name them (0.11)
+    "search_web fetch_url view_file view_knowledge_file query_knowledge_files "
+    "query_chat_files"
+)
 OLLAMA = "ollama"  # how the name of an Ollama connection begins
 _SAMPLING_NAMES = (  # the host's
     "temperature top_p top_k min_p max_tokens max_completion_tokens seed stop "
@@ -3092,7 +3091,7 @@ class Host:
         """Show the sources of a tool that reads documents or pages."""
         from open_webui.utils import middleware
 
-        names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS)
+        names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
         if not self.in_chat or call.name not in names or not text:
             return
         sources: list[Json] = []
