@@ -1310,8 +1310,12 @@ _UNDERLINE = re.compile(
     rf"{_BEGIN}()[-=](?:[-=\s\ufeff]{{0,298}}(?![^\r\n])|[-=\s\ufeff]{{299}})"
 )
 _UNDECIDED_UNDERLINE = re.compile(rf"{_BEGIN}[-=][-=\s\ufeff]{{0,298}}\Z")
-_READ_BACK = re.compile(rf"(?<![^\r\n])()(?:### [{_MARKS}]|> [{_SIGNS}])")
-_UNDECIDED_READ_BACK = re.compile(r"(?<![^\r\n])(?:#{1,3}|### |> ?)\Z")
+_READ_BACK = re.compile(  # by us, or by the host, which cuts details out of a history
+    rf"(?i)(?<![^\r\n])()(?:### [{_MARKS}]|> [{_SIGNS}])|(<)(?=details(?:[\s/>]|\Z))"
+)
+_UNDECIDED_READ_BACK = re.compile(
+    r"(?:(?<![^\r\n])(?:#{1,3}|### |> ?)|<[a-zA-Z]{0,7})\Z"
+)
 _HOT = re.compile(rf"[\r\n#>:<&{{=\\{_MARKS}-]")  # where any of these may begin
 _FENCE = re.compile(r" {0,3}(?:`{3,}+(?=[^`]*\Z)|~{3,})")
 _HIDES_FENCES = re.compile(
@@ -1372,7 +1376,7 @@ class ForgeryGuard:
     with the sign of a notice as us, and an element that the page draws (`<details>`,
     `<video>`) as the host. None passes, however it is spelled: a backslash or a
     zero-width space shows it as the plain text it is. In a code fence that every parser
-    sees, only what `read_history` would take for ours is escaped.
+    sees, only what would be read back as ours, or the host's, is escaped.
     """
 
     def __init__(self) -> None:
