@@ -670,7 +670,7 @@ def test_no_guarded_line_poses_as_a_speaker_a_notice_or_the_host(
     shown = guard("".join(scraps))
     assert not posing(shown)
     assert not mmc.HEADING.search(shown)
-    assert mmc.drop_notices(shown) == shown.strip()
+    assert mmc._drop_notices(shown) == shown.strip()
 
 
 HOSTILE = [
