@@ -2,7 +2,7 @@
 title: Multi-Model Conversation
 author: The Multi-Model Conversation authors
 description: Two or more models answer each other, live, in one message.
-version: 0.1.0
+version: 0.2.0
 license: MIT
 required_open_webui_version: 0.11.0
 """
@@ -33,6 +33,7 @@ import logging
 import re
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -50,6 +51,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from itertools import count
+from statistics import fmean
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -145,41 +147,32 @@ def _setting(default: Any, description: str, **schema: Any) -> Any:
     return Field(default=default, description=description, json_schema_extra=extra)
 
 
-def _choice_of_models(kind: str) -> Json:
-    return {"type": kind, "options": "model_options"}
-
-
 class SharedSettings(BaseModel):
     """What the administrator sets for all, and everybody may set for themselves."""
 
     participants: list[str] = _setting(
         [],
-        "The models that talk to each other, in the order in which you tick them. "
-        "Nothing chosen: up to three models you may use.",
-        input=_choice_of_models("multiselect"),
+        "Who talks, in the order of ticking. None: up to three models you may use.",
+        input={"type": "multiselect", "options": "model_options"},
     )
     team: str = _setting(
         "",
-        "One participant per line, `Alias | model id | persona`; it wins over the list "
-        "above and may seat one model several times.",
+        "Lines `Alias | model id | persona`, in place of the list above; a model may "
+        "take several seats.",
     )
     rounds: Count = _setting(
         2,
-        "How often each participant speaks; with a manager, rounds times participants "
-        "is the most turns there are.",
+        "How often each speaks. Manager: at most this, times the participants, turns.",
     )
     manager_model: str = _setting(
         "",
-        "The model that picks the next speaker in Manager mode. Nothing chosen: the "
-        "first participant's model.",
-        input=_choice_of_models("select"),
+        "Picks the next speaker in Manager mode. None: the first participant's model.",
+        input={"type": "select", "options": "model_options"},
     )
-    instructions: str = _setting(
-        "", "Text added to the system prompt of every participant."
-    )
+    instructions: str = _setting("", "Added to the system prompt of every participant.")
     temperature: float | None = _setting(
         None,
-        "Sampling temperature for every participant. Unset: each model keeps its own.",
+        "Sampling temperature of every participant. Unset: each model keeps its own.",
         type="number",  # the page draws a text box only for a plain type
     )
     # Not in the panels: the chat's own controls set these; what is stored still counts.
@@ -212,36 +205,25 @@ class Settings(SharedSettings):
     """
 
     chair: str = _setting(
-        "",
-        "Alias of the participant that writes the conclusion of a council or debate. "
-        "Nothing set: the best ranked, or the winner of the vote.",
+        "", "Alias of who concludes a council or debate. None: the best ranked."
     )
     quorum: int = _setting(
-        0,
-        "How many answers a council needs before it reviews them. 0: all, or those "
-        "that are there at the answer deadline.",
+        0, "Answers a council needs before it reviews them. 0: all, or all in time."
     )
     remember_drafts: bool = _setting(
-        False,
-        "Whether a council or debate sees every earlier draft in a second question, "
-        "instead of the earlier conclusions only.",
+        False, "Whether a second question sees all drafts, not only the conclusions."
     )
     show_figures: Literal["council and debate", "always", "never"] = _setting(
-        "council and debate",
-        "When a small line under the conversation shows each participant's speed and "
-        "tokens.",
+        "council and debate", "When a last line shows everybody's speed and tokens."
     )
     builtin_tools: Literal["features", "all", "none"] = _setting(
         "features",
-        "Which of Open WebUI's own tools participants get: those of features switched "
-        "on in the chat and of attached knowledge, all, or none.",
+        "Open WebUI's own tools: of features switched on and knowledge, all, or none.",
     )
     max_participants: Annotated[Count, AfterValidator(lambda n: min(n, MOST_SEATS))] = (
-        _setting(8, "The most participants a conversation may have (1 to 8).")
+        _setting(8, "The most participants of a conversation (1 to 8).")
     )
-    max_rounds: Count = _setting(
-        10, "Ceiling for the number of rounds a user may ask for."
-    )
+    max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
     max_tool_rounds: Annotated[int, AfterValidator(lambda n: max(n, 0))] = _setting(
         8, "How often a participant may call tools in one turn."
     )
@@ -252,55 +234,41 @@ class Settings(SharedSettings):
         1, "How many models of one Ollama server may answer at the same time."
     )
     skip_after: float = _setting(
-        45,
-        "How many seconds a model is silent before you are asked whether to skip it. "
-        "0: never.",
+        45, "Seconds of silence after which you are asked whether to skip. 0: never."
     )
     answer_deadline: Seconds = _setting(
-        180,
-        "How many seconds a member of a council may take before the others go on "
-        "without its answer.",
+        180, "Seconds after which a council goes on without a member's answer."
     )
     first_token_timeout: Seconds = _setting(
-        120, "How many seconds a model may take until it says something."
+        120, "Seconds a model may take until it says something."
     )
     silence_timeout: Seconds = _setting(
-        60, "How many seconds a model may pause in the middle of its answer."
+        60, "Seconds a model may pause in the middle of its answer."
     )
-    turn_timeout: Seconds = _setting(
-        600, "How many seconds one turn may take in all, tools included."
-    )
+    turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
     tool_timeout: Seconds = _setting(
-        120, "How many seconds one tool call, or the shared web search, may take."
+        120, "Seconds of one tool call, or of the shared web search."
     )
     rules_prompt: str = _setting(
-        RULES_PROMPT,
-        "What every participant is told about the conversation. Knows {name} and "
-        "{participants}.",
+        RULES_PROMPT, "What everybody is told. Knows {name} and {participants}."
     )
     manager_prompt: str = _setting(
         MANAGER_PROMPT,
-        "How the manager is asked. Knows {history}, {last_speaker} and "
-        "{participant_list}.",
+        "Asks who is next. Knows {history}, {last_speaker} and {participant_list}.",
     )
     review_prompt: str = _setting(
         REVIEW_PROMPT,
-        "How a council's members are asked to rank the others' answers. Knows "
-        "{question} and {answers}.",
+        "Asks a council's members for a ranking. Knows {question} and {answers}.",
     )
     conclusion_prompt: str = _setting(
         CONCLUSION_PROMPT,
-        "How the chair of a council or debate is asked for the final answer. Knows "
-        "{question}, {answers} and {result}.",
+        "Asks the chair to conclude. Knows {question}, {answers} and {result}.",
     )
     debate_prompt: str = _setting(
-        DEBATE_PROMPT,
-        "What every member of a debate is told at each turn. Knows {question}.",
+        DEBATE_PROMPT, "What is said at each turn of a debate. Knows {question}."
     )
     vote_prompt: str = _setting(
-        VOTE_PROMPT,
-        "How the members of a debate are asked to vote. Knows {question} and "
-        "{candidates}.",
+        VOTE_PROMPT, "Asks a debate's members to vote. Knows {question}, {candidates}."
     )
     # Not in the panel: nobody tunes these, tests and benchmarks do.
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
@@ -319,11 +287,8 @@ _V2_NAMES = {
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
     """Valves of "Multi Model Conversations v2" -> our names, as far as they are set."""
-    found = {
-        ours: stored[v2]
-        for v2, ours in _V2_NAMES.items()
-        if stored.get(v2) not in (None, "")
-    }
+    set_there = {name for name, value in stored.items() if value not in (None, "")}
+    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in set_there}
     lines = []
     for number in range(1, 6):
         model = stored.get(f"Participant{number}Model")
@@ -710,19 +675,15 @@ Mode = Generator[Step, Any, str]
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Who speaks next, or that the conversation is finished, and why."""
+    """Who speaks next and why; nobody, where the conversation is finished."""
 
     alias: str
-    done: bool
     reason: str
 
 
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
-    try:
-        line = " ".join(str(text).split())
-    except RecursionError:  # a list in lists, as deep as JSON is read
-        return ""
+    line = " ".join(str(text).split())
     line = re.sub(r"[`<>\[\]]", "", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -731,16 +692,13 @@ def plain_line(text: object, limit: int = 300) -> str:
 # ==== 3 Decoding
 # ======================================================================================
 
-TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
-SSE_FIELDS = (":", "event:", "id:", "retry:")
+_TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
+_LONGEST_TAG = 300  # characters that are held back, with its attributes
+_SSE_FIELDS = (":", "event:", "id:", "retry:")
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads`, for which text that is nested too deeply is no JSON either.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
+    """`json.loads`; text that is nested too deeply is a `ValueError` too."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -748,11 +706,7 @@ def parse_json(text: str) -> Any:
 
 
 def parse_json_at(text: str, at: int = 0) -> tuple[Any, int]:
-    """The JSON value that begins at a place of a text, and where it ends.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The JSON value at a place of a text, and where it ends; else a `ValueError`."""
     try:
         return json.JSONDecoder().raw_decode(text, at)
     except RecursionError as error:
@@ -767,65 +721,66 @@ class SSEDecoder:
     the lines of a JSON body that was printed over several.
     """
 
-    LONGEST_EVENT = 1_000_000  # characters that are kept to be joined with later lines
-
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._line = ""
-        self._event = ""
+        self._line: list[str] = []
+        self._event: list[str] = []  # lines of a value that is not complete
+        self._depth = 0  # of brackets that are open in it
         self.used = False  # whether something looked like an event or JSON
 
     def feed(self, piece: bytes | str) -> Iterator[Any]:
         """Take the next piece of the stream; yields the values it completes."""
         text = self._utf8.decode(piece) if isinstance(piece, bytes) else piece
-        *lines, self._line = (self._line + text).split("\n")
+        *lines, rest = text.split("\n")
         for line in lines:
-            if line:
-                yield from self._read_line(line)
-            elif self._event:
-                self._end_event()
+            whole, self._line = "".join([*self._line, line]), []
+            yield from self._read_line(whole)
+        self._line.append(rest)
 
     def close(self) -> Iterator[Any]:
         """The stream has ended; yields what its last, unfinished line held."""
-        rest = self._line + self._utf8.decode(b"", final=True)
-        self._line = ""
+        rest = "".join([*self._line, self._utf8.decode(b"", final=True)])
+        self._line = []
         yield from self._read_line(rest)
-        self._end_event()
 
     def _read_line(self, line: str) -> Sequence[Any]:
         line = line.rstrip("\r")
         if line.startswith("data:"):
             return self._read_data(line[5:].removeprefix(" ").rstrip())
         if not line.strip():
-            self._end_event()
-        elif line.startswith("{") or (self._event and not line.startswith(SSE_FIELDS)):
+            self._event = []
+        elif line.startswith("{") or (self._event and not line.startswith(_SSE_FIELDS)):
             return self._read_data(line)
-        elif not line.startswith(SSE_FIELDS):
+        elif not line.startswith(_SSE_FIELDS):
             log.debug("skipped a line that is neither an event nor JSON")
         return ()
 
     def _read_data(self, data: str) -> Sequence[Any]:
         self.used = True
-        if data == "[DONE]" or not data:
+        if data in ("", "[DONE]"):
             return ()
-        joined = f"{self._event}\n{data}" if self._event else data
-        candidates = [data] if not self._event or data.startswith("{") else []
-        if self._event and data.endswith("}"):
-            candidates.append(joined)
-        for candidate in candidates:
-            try:
-                value = parse_json(candidate)
-            except ValueError:
-                continue
-            self._event = ""
-            return (value,)
-        self._event = joined if len(joined) < self.LONGEST_EVENT else ""
+        if not self._event or data.startswith("{"):
+            with suppress(ValueError):
+                value, self._event = parse_json(data), []
+                return (value,)
+        self._depth = _nesting(data) + (self._depth if self._event else 0)
+        self._event.append(data)
+        if self._depth > 0:
+            return ()
+        lines, self._event = self._event, []  # as it stands, or nothing can complete it
+        with suppress(ValueError):
+            return (parse_json("\n".join(lines)),)
+        log.debug("skipped an event that is not JSON")
         return ()
 
-    def _end_event(self) -> None:
-        if self._event:
-            log.debug("skipped an event that is not JSON")
-            self._event = ""
+
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
+
+
+def _nesting(text: str) -> int:
+    """How many more brackets of a piece of JSON are opened than closed."""
+    found = Counter(_BRACKET.findall(text))
+    return found["{"] + found["["] - found["}"] - found["]"]
 
 
 class ThinkSplitter:
@@ -837,93 +792,77 @@ class ThinkSplitter:
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
         self._tags = tuple(tags)
         self._first = "".join({start[0] for start, _ in self._tags})
-        self._start = self._start_pattern()
-        self._end = ""
+        whole, begun = [], []
+        for start, _ in self._tags:
+            name, last = re.escape(start[:-1]), re.escape(start[-1])
+            attributes = _TAG_ATTRIBUTES if start[0] + start[-1] == "<>" else ""
+            whole.append(f"({name}(?:{attributes})?{last})")
+            begun += [f"{name}{attributes}" for _ in attributes[:1]]
+        self._start = re.compile("|".join(whole))
+        self._begun = re.compile(rf"(?:{'|'.join(begun) or '(?!)'})\Z")
+        self._end = ""  # while reasoning, the tag that ends it
         self._held = ""
-        self._trim = False
+        self._trim = False  # between the end of reasoning and the text
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
         idle = not self._held and not self._end and not self._trim
         if idle and not any(first in text for first in self._first):
             return [TextDelta(text)]
-        self._held += text
+        text = self._held + text
         events: list[ReplyEvent] = []
-        while self._step(events):
-            pass
-        return events
+        at = self._begin_text(text, 0)
+        while tag := self._find_tag(text, at):
+            place, after, end = tag
+            events += self._events(text[at:place])
+            self._trim, self._end = bool(self._end), end
+            at = self._begin_text(text, after)
+        cut = len(text) - self._count_undecided(text[at:][-_LONGEST_TAG:])
+        self._held = text[cut:]
+        return events + self._events(text[at:cut])
 
     def close(self) -> list[ReplyEvent]:
         """The text has ended; what was held back is given out as what it is."""
         rest, self._held = self._held, ""
-        if not rest:
+        return self._events(rest)
+
+    def _events(self, text: str) -> list[ReplyEvent]:
+        if not text:
             return []
-        return [ReasoningDelta(rest) if self._end else TextDelta(rest)]
+        return [ReasoningDelta(text) if self._end else TextDelta(text)]
 
-    def _start_pattern(self) -> re.Pattern[str] | None:
-        if not self._tags:
-            return None
-        alternatives = []
-        for start, _ in self._tags:
-            if start.startswith("<") and start.endswith(">"):
-                alternatives.append(rf"<{re.escape(start[1:-1])}(?:{TAG_ATTRIBUTES})?>")
-            else:
-                alternatives.append(re.escape(start))
-        return re.compile("|".join(f"({each})" for each in alternatives))
-
-    def _step(self, events: list[ReplyEvent]) -> bool:
-        """Read as far as the next tag; False when nothing more can be decided."""
+    def _begin_text(self, text: str, at: int) -> int:
         if self._trim:
-            self._held = self._held.lstrip()
-            self._trim = not self._held
+            at = _skip_blanks(text, at)
+            self._trim = at == len(text)
+        return at
+
+    def _find_tag(self, text: str, at: int) -> tuple[int, int, str] | None:
+        """Where the next tag begins and ends, and what ends the reasoning it begins."""
         if self._end:
-            return self._read_reasoning(events)
-        found = self._start.search(self._held) if self._start else None
+            place = text.find(self._end, at)
+            return None if place < 0 else (place, place + len(self._end), "")
+        found = self._start.search(text, at) if self._tags else None
         if not found:
-            self._give(events, TextDelta, self._undecided())
-            return False
-        before, self._held = self._held[: found.start()], self._held[found.end() :]
-        if before:
-            events.append(TextDelta(before))
-        self._end = self._tags[(found.lastindex or 1) - 1][1]
-        return True
+            return None
+        return found.start(), found.end(), self._tags[(found.lastindex or 1) - 1][1]
 
-    def _read_reasoning(self, events: list[ReplyEvent]) -> bool:
-        at = self._held.find(self._end)
-        if at < 0:
-            self._give(events, ReasoningDelta, partial_end(self._held, self._end))
-            return False
-        if at:
-            events.append(ReasoningDelta(self._held[:at]))
-        self._held = self._held[at + len(self._end) :]
-        self._end, self._trim = "", True
-        return True
-
-    def _undecided(self) -> int:
-        """How many characters at the end of the text could become a start tag."""
-        longest = 0
-        for start, _ in self._tags:
-            at = self._held.rfind(start[0])
-            tail = self._held[at:] if at >= 0 else ""
-            name = re.escape(start[:-1]) if start.startswith("<") else None
-            begun = name and re.fullmatch(name + TAG_ATTRIBUTES, tail)
-            if tail and (begun or (start.startswith(tail) and tail != start)):
-                longest = max(longest, len(tail))
-        return longest
-
-    def _give(
-        self,
-        events: list[ReplyEvent],
-        kind: type[TextDelta] | type[ReasoningDelta],
-        undecided: int,
-    ) -> None:
-        at = len(self._held) - undecided
-        if at:
-            events.append(kind(self._held[:at]))
-        self._held = self._held[at:]
+    def _count_undecided(self, text: str) -> int:
+        """How many characters at the end of the text could become a tag."""
+        if self._end:
+            return _partial_end(text, self._end)
+        begun = self._begun.search(text)
+        lengths = [_partial_end(text, start) for start, _ in self._tags]
+        return max([*lengths, len(begun[0]) if begun else 0])
 
 
-def partial_end(text: str, tag: str) -> int:
+def _skip_blanks(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _partial_end(text: str, tag: str) -> int:
     """Length of the longest end of `text` that is a beginning of `tag`."""
     for length in range(min(len(tag) - 1, len(text)), 0, -1):
         if text.endswith(tag[:length]):
@@ -951,7 +890,7 @@ def error_text(error: Any) -> str:
     return plain_line(error) or "an error without a message"
 
 
-MALFORMED = (
+_MALFORMED = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -961,20 +900,20 @@ MALFORMED = (
 )  # what reading a value of an unexpected shape raises
 
 
-PLAIN_CHUNK = frozenset(
+_PLAIN_CHUNK = frozenset(
     ("id", "object", "created", "model", "choices", "system_fingerprint")
 )
-PLAIN_DELTA = frozenset(("content", "role"))
+_PLAIN_DELTA = frozenset(("content", "role"))
 
 
-def plain_delta(value: Any) -> str | None:
+def _plain_delta(value: Any) -> str | None:
     """The text of a chunk that is nothing but text, as nearly all are; else None."""
-    if type(value) is not dict or not value.keys() <= PLAIN_CHUNK:
+    if type(value) is not dict or not value.keys() <= _PLAIN_CHUNK:
         return None
     choices = value.get("choices")
     choice = choices[0] if type(choices) is list and choices else None
     delta = choice.get("delta") if type(choice) is dict else None
-    if type(delta) is not dict or not delta.keys() <= PLAIN_DELTA:
+    if type(delta) is not dict or not delta.keys() <= _PLAIN_DELTA:
         return None
     text = delta.get("content")
     return text if type(text) is str and text else None
@@ -999,7 +938,7 @@ class ReplyDecoder:
     def feed(self, item: Any) -> Iterator[ReplyEvent]:
         """Take the next item of the reply's body, of any type."""
         plain = isinstance(item, str) and not self._sse.used
-        if plain and not item.lstrip().startswith(("{", "data:", *SSE_FIELDS)):
+        if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
         elif isinstance(item, (bytes, str)):
             for value in self._sse.feed(item):
@@ -1015,14 +954,14 @@ class ReplyDecoder:
 
     def read(self, value: Any) -> Iterator[ReplyEvent]:
         """Read one decoded value; a value that makes no sense gives nothing."""
-        text = plain_delta(value)
+        text = _plain_delta(value)
         if text is not None:
             self._has_text = self._has_deltas = True
             yield from self._think.feed(text)
             return
         try:
             yield from self._read_value(value)
-        except MALFORMED as error:
+        except _MALFORMED as error:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
 
     def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
@@ -1060,22 +999,24 @@ class ReplyDecoder:
             yield from self._read_message(chunk["message"])
         elif "content" in chunk:
             yield from self._read_text(text_of(chunk["content"]))
-        yield from read_sources(chunk.get("sources"))
+        sources = chunk.get("sources")
+        found = sources if isinstance(sources, list) else ()
+        yield from (SourceFound(source) for source in found if isinstance(source, dict))
 
     def _read_message(self, message: Json, copy: bool = False) -> Iterator[ReplyEvent]:
         """A delta, or a whole message: a `copy` repeats what was already streamed."""
         if not copy:
             for key in ("reasoning_content", "reasoning", "thinking"):
                 if message.get(key):
-                    yield from read_reasoning(message[key])
+                    yield from _read_reasoning(message[key])
                     break
             yield from self._read_text(text_of(message.get("content")))
         if not (copy and self._has_calls):
-            for call in read_tool_calls(message):
+            for call in _read_tool_calls(message):
                 self._has_calls = True
                 yield call
         for annotation in message.get("annotations") or ():
-            yield from read_annotation(annotation)
+            yield from _read_annotation(annotation)
 
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         if kind in ("response.output_text.delta", "response.refusal.delta"):
@@ -1084,10 +1025,10 @@ class ReplyDecoder:
             "response.reasoning_text.delta",
             "response.reasoning_summary_text.delta",
         ):
-            yield from read_reasoning(event["delta"])
+            yield from _read_reasoning(event["delta"])
         elif kind == "response.function_call_arguments.delta":
             self._streamed_calls.add(event["output_index"])
-            yield tool_call_delta(event["output_index"], "", "", event["delta"])
+            yield _tool_call_delta(event["output_index"], "", "", event["delta"])
         elif kind in ("response.output_item.added", "response.output_item.done"):
             yield from self._read_output_item(kind, event)
         elif kind in ("response.failed", "error"):
@@ -1102,13 +1043,13 @@ class ReplyDecoder:
         item, index = event["item"], event.get("output_index")
         if item.get("type") == "function_call" and kind.endswith("added"):
             call_id = item.get("call_id") or item.get("id")
-            yield tool_call_delta(index, call_id, item.get("name"), "")
+            yield _tool_call_delta(index, call_id, item.get("name"), "")
         elif item.get("type") == "function_call" and index not in self._streamed_calls:
-            yield tool_call_delta(index, "", "", item.get("arguments"))
+            yield _tool_call_delta(index, "", "", item.get("arguments"))
         elif item.get("type") == "message" and kind.endswith("done"):
             for part in item.get("content") or ():
                 for annotation in part.get("annotations") or ():
-                    yield from read_annotation(annotation)
+                    yield from _read_annotation(annotation)
 
     def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
         yield from _read_usage(response.get("usage"))
@@ -1118,21 +1059,21 @@ class ReplyDecoder:
                     yield from self._read_text(text_of(item.get("content")))
 
 
-def read_reasoning(content: Any) -> Iterator[ReplyEvent]:
+def _read_reasoning(content: Any) -> Iterator[ReplyEvent]:
     """Reasoning, as text or as parts."""
     text = text_of(content)
     if text:
         yield ReasoningDelta(text)
 
 
-def read_tool_calls(message: Json) -> Iterator[ToolCallDelta]:
+def _read_tool_calls(message: Json) -> Iterator[ToolCallDelta]:
     """The pieces of tool calls in a delta or a message."""
     calls = message.get("tool_calls") or ()
     if message.get("function_call"):
         calls = ({"index": 0, "function": message["function_call"]},)
     for call in calls:
         function = call.get("function") or {}
-        yield tool_call_delta(
+        yield _tool_call_delta(
             call.get("index"),
             call.get("id"),
             function.get("name"),
@@ -1140,7 +1081,7 @@ def read_tool_calls(message: Json) -> Iterator[ToolCallDelta]:
         )
 
 
-def tool_call_delta(
+def _tool_call_delta(
     index: Any, call_id: Any, name: Any, arguments: Any
 ) -> ToolCallDelta:
     """A piece of a tool call from parts of any type; an object becomes JSON text."""
@@ -1154,14 +1095,7 @@ def tool_call_delta(
     )
 
 
-def read_sources(sources: Any) -> Iterator[ReplyEvent]:
-    """The sources a pipe or the host adds to a stream."""
-    for source in sources if isinstance(sources, list) else ():
-        if isinstance(source, dict):
-            yield SourceFound(source)
-
-
-def read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
+def _read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
     """A URL citation, flat (Responses API) or nested (Chat Completions) -> a source."""
     if annotation.get("type") != "url_citation":
         return
@@ -1221,6 +1155,7 @@ class ToolCallAccumulator:
 
     def __init__(self) -> None:
         self._latest: dict[int | None, OpenCall] = {}
+        self._first: dict[str, OpenCall] = {}
         self._known: dict[tuple[int | None, str], OpenCall] = {}
         self._order: list[OpenCall] = []
 
@@ -1234,6 +1169,7 @@ class ToolCallAccumulator:
         if delta.id:
             call.id = call.id or delta.id
             self._known[delta.index, delta.id] = call
+            self._first.setdefault(call.id, call)
         call.name = delta.name or call.name
         if delta.arguments:
             call.arguments.append(delta.arguments)
@@ -1253,8 +1189,8 @@ class ToolCallAccumulator:
         if delta.index is not None:
             call = self._latest.get(delta.index)
         else:
-            same = (call for call in self._order if delta.id and call.id == delta.id)
-            call = next(same, self._order[-1] if self._order else None)
+            last = self._order[-1] if self._order else None
+            call = self._first.get(delta.id, last)
         if call is None or (delta.id and call.id and call.id != delta.id):
             return None
         if delta.index is None and delta.name and call.name and call.id != delta.id:
@@ -1265,30 +1201,30 @@ class ToolCallAccumulator:
 def split_objects(text: str) -> list[str]:
     """`{"a":1}{"b":2}` -> both objects; any other text stays whole."""
     found: list[str] = []
-    rest = text.strip()
-    while rest.startswith("{"):
+    at = _skip_blanks(text, 0)
+    while text.startswith("{", at):
         try:
-            _, end = parse_json_at(rest)
+            _, end = parse_json_at(text, at)
         except ValueError:
             return [text]
-        found.append(rest[:end])
-        rest = rest[end:].strip()
-    return [text] if rest or not found else found
+        found.append(text[at:end])
+        at = _skip_blanks(text, end)
+    return found if found and at == len(text) else [text]
 
 
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
 # checkbox. Looking ahead is bounded; a line that goes on for longer counts as forged.
 _MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
-_ANY_MARK = rf"(?:[{_MARKS}]|&#|\\char)"  # also as a reference, or set by KaTeX
-_SIGNS = "⚠⏳⏱🏁"  # with which our notices begin
+_SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
 _BEGIN = (
     r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
 )
 _FORGERY = re.compile(
-    rf"(?i){_BEGIN}()(?:#{{1,6}}(?![\w#])|:::)"
-    rf"(?:[^\r\n]{{0,299}}?{_ANY_MARK}|[^\r\n]{{300}})"
-    rf"|{_BEGIN}()>(?:[^\w>]{{0,299}}?(?:[{_SIGNS}\ufffd]|&#|&\w{{1,31}};)|[^\w>]{{300}})"
+    rf"(?i){_BEGIN}()(?:#{{1,6}}(?![\w#])|:::)(?:[^\r\n]{{300}}"
+    rf"|(?:[^\r\n{_MARKS}&\\]++|&(?!#)|\\(?!char))*+[^\r\n])"  # char: KaTeX can set any
+    rf"|{_BEGIN}()>(?:[^\w>]{{300}}"
+    rf"|(?:[^\w>{_SIGNS}&]++|&(?!#|\w{{1,31}};))*+[{_SIGNS}&])"
     r"|(<|&(?:lt|#0{0,7}60|#x0{0,7}3c);?)(?=(?:/|&sol;)?(?:[a-z]{0,7}&#"
     r"|(?:audio|details|video)(?:[\s/>&\ufeff]|\Z)|(?:file|iframe|status)[\s\ufeff]))"
     r"|(&#x?0{8})"
@@ -1309,7 +1245,7 @@ _HOT = re.compile(rf"[\r\n#>:<&{{=\\{_MARKS}-]")  # where any of these may begin
 _FENCE = re.compile(r" {0,3}(?:`{3,}+(?=[^`]*\Z)|~{3,})")
 _HIDES_FENCES = re.compile(
     r"\$\$|\\\[|\\begin|^[^\w<]*<[a-zA-Z/!?]|^\s*(?:\[|:::)"
-    r"|^[ \t]*(?:\ufeff|[^\S \t])|^\s*(?:\t| {4})\s*[`~]{3}"
+    r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
 )
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
 
@@ -1442,6 +1378,7 @@ ROLE = " · "  # in a heading, between a name and what it speaks as; names have 
 CONCLUSION = "conclusion"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
+_NOTICES = (NOTICE, PROGRESS, FIGURES, OUTCOME)
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 
 
@@ -1460,10 +1397,8 @@ def unique_aliases(seats: Iterable[Seat]) -> list[Seat]:
     taken: set[str] = set()
     result = []
     for seat in seats:
-        alias, number = seat.alias, 1
-        while alias.casefold() in taken:
-            number += 1
-            alias = f"{seat.alias} {number}"
+        names = (f"{seat.alias} {n}" if n > 1 else seat.alias for n in count(1))
+        alias = next(name for name in names if name.casefold() not in taken)
         taken.add(alias.casefold())
         result.append(Seat(alias, seat.model_id, seat.persona))
     return result
@@ -1508,7 +1443,7 @@ def choose_seats(
     """
     team = enumerate(settings.team.split("\n"), 1)
     lines = [(number, line) for number, line in team if line.strip()]
-    count = len(lines) or len(settings.participants)
+    chosen = len(lines) or len(settings.participants)
     wanted = [
         (f"Team line {number} ({plain_line(line, 60)})", line.split("|", 2))
         for number, line in lines[:_TEAM_READ]
@@ -1516,7 +1451,7 @@ def choose_seats(
         (f"Participant {plain_line(model_id, 60)}", [model_id])
         for model_id in settings.participants[:_TEAM_READ]
     ]
-    if not count:
+    if not chosen:
         usual = [c for c in cards.values() if c.by_default and not c.is_self]
         wanted = [("", [card.id]) for card in usual[:3]]
     seats: list[Seat] = []
@@ -1529,9 +1464,9 @@ def choose_seats(
     seats = unique_aliases(seats)
     most = settings.max_participants
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if count > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {count} seats were read.")
-    return seats[:most], problems, not count
+    if chosen > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
+    return seats[:most], problems, not chosen
 
 
 def render_system(
@@ -1579,20 +1514,32 @@ def _still_able(aliases: Iterable[str], failures: Mapping[str, int]) -> list[str
     return [a for a in aliases if failures.get(a, 0) < FAILURES_ALLOWED]
 
 
-def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
-    """Everybody once per round, in order; `last` spoke before (a continued reply)."""
+def _take_rounds(
+    aliases: Sequence[str], rounds: int, last: str | None, brief: str = ""
+) -> Generator[Step, Any, tuple[list[Turn], bool]]:
+    """Everybody once per round; gives the last turn of each, and if anybody is left.
+
+    A turn that says something is not replaced by one that does not.
+    """
     failures: dict[str, int] = {}
-    answered = False
+    latest: dict[str, Turn] = {}
     for number in range(1, rounds + 1):
         role = f"round {number} of {rounds}" if rounds > 1 else ""
         for alias in _still_able(_rotate(aliases, last), failures):
-            turn = yield from speak(alias, failures, role=role)
-            answered, role = answered or bool(turn.text), ""
-        if not _still_able(aliases, failures):
-            break
-    if not answered:
+            turn = yield from speak(alias, failures, brief=brief, role=role)
+            role = ""
+            if turn.text or alias not in latest:
+                latest[alias] = turn
+    turns = [latest[alias] for alias in aliases if alias in latest]
+    return turns, bool(_still_able(aliases, failures))
+
+
+def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
+    """Everybody once per round, in order; `last` spoke before (a continued reply)."""
+    turns, anybody_left = yield from _take_rounds(aliases, rounds, last)
+    if not any(turn.text for turn in turns):
         return "Nobody could answer"
-    if not _still_able(aliases, failures):
+    if not anybody_left:
         return "Ended: nobody is left who can answer"
     return f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
 
@@ -1607,7 +1554,7 @@ def managed(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
             break
         candidates = [alias for alias in able if alias != last] or able
         choice = yield from _choose_speaker(candidates, last, aliases)
-        if choice.done:
+        if not choice.alias:
             return f"The manager ended it: {choice.reason or 'no reason given'}"
         last = choice.alias
         turn = yield from speak(last, failures, choice.reason)
@@ -1627,21 +1574,22 @@ def _choose_speaker(
     One candidate alone is asked about too, since the manager may rather end it; but
     before anybody has spoken it may not, so there is nothing to ask.
     """
-    alone = Choice(candidates[0], False, "the only one left")
+    first = candidates[0]
+    alone = Choice(first, "the only one left")
     if len(candidates) == 1 and last is None:
         return alone
     step = AskManager(tuple(candidates), last)
     for _ in range(2):
         answer: str | None = yield step
         if answer is None:
-            return Choice(candidates[0], False, "next in order, the manager failed")
+            return Choice(first, "next in order, the manager failed")
         found = _read_choice(answer, candidates, aliases, may_end=last is not None)
         if isinstance(found, Choice):
             return found
         if len(candidates) == 1:
             return alone
         step = AskManager(tuple(candidates), last, found, answer)
-    return Choice(candidates[0], False, "next in order, the manager named nobody")
+    return Choice(first, "next in order, the manager named nobody")
 
 
 _NAMING_KEYS = ("next", "speaker", "name")
@@ -1664,12 +1612,12 @@ def _read_choice(
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
     if any(verdict.get(key) is True for key in _ENDING_KEYS):
         if may_end:
-            return Choice("", True, reason)
+            return Choice("", reason)
         return "Nobody has spoken yet, so it cannot be done."
     named = next((verdict[key] for key in _NAMING_KEYS if verdict.get(key)), "")
     found = _find_names(plain_line(named) if verdict else answer, aliases)
     if len(found) == 1 and found[0] in candidates:
-        return Choice(found[0], False, reason)
+        return Choice(found[0], reason)
     listed = json.dumps(list(candidates), ensure_ascii=False)
     return f"Your answer must name exactly one of {listed}."
 
@@ -1716,15 +1664,15 @@ class Agenda:
 
 def council(agenda: Agenda) -> Mode:
     """Answers in parallel, anonymous ranking by the members, a chair's conclusion."""
+    settings = agenda.settings
     answers: list[Turn] = yield Speak(
-        agenda.aliases, "answering", quorum=agenda.settings.quorum, joins=False
+        agenda.aliases, "answering", quorum=settings.quorum, joins=False
     )
     present = {turn.alias: turn for turn in answers if turn.failure is None}
     if len(present) < 2:
         return (yield from _end_early(answers, list(present)))
-    judged: list[Ballot | LostBallot] = yield Rank(
-        ranking_papers(agenda, list(present.values()))
-    )
+    papers = ranking_papers(agenda, list(present.values()))
+    judged: list[Ballot | LostBallot] = yield Rank(papers)
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(list(present), ballots)
     yield Publish("ranking", render_ranking(standings, ballots) + _list_lost(judged))
@@ -1733,13 +1681,15 @@ def council(agenda: Agenda) -> Mode:
         "answers": "\n\n".join(map(render_turn, present.values())),
         "result": _describe_ranking(standings, ballots),
     }
-    brief = fill_template(agenda.settings.conclusion_prompt, values)
+    brief = fill_template(settings.conclusion_prompt, values)
     return (yield from conclude(agenda, standings, answers, brief))
 
 
 def debate(agenda: Agenda) -> Mode:
     """Rounds in which each answers the strongest point against it, a vote, an end."""
-    turns = yield from _argue(agenda)
+    rounds, values = agenda.settings.rounds, {"question": agenda.question}
+    brief = fill_template(agenda.settings.debate_prompt, values)
+    turns, _ = yield from _take_rounds(agenda.aliases, rounds, agenda.last, brief)
     present = [turn.alias for turn in turns if turn.text]
     if len(present) < 2:
         return (yield from _end_early(turns, present))
@@ -1749,24 +1699,9 @@ def debate(agenda: Agenda) -> Mode:
     yield Publish("ranking", _render_votes(standings, ballots) + _list_lost(voted))
     counts = ", ".join(f"{s.alias} has {s.ballots}" for s in standings)
     result = f"The members voted ({len(ballots)} valid votes): {counts}."
-    values = {"question": agenda.question, "answers": "", "result": result}
+    values |= {"answers": "", "result": result}
     brief = fill_template(agenda.settings.conclusion_prompt, values)
     return (yield from conclude(agenda, standings, turns, brief))
-
-
-def _argue(agenda: Agenda) -> Generator[Step, Any, list[Turn]]:
-    """The rounds of a debate; gives the last turn of everybody that says something."""
-    rounds, failures = agenda.settings.rounds, dict[str, int]()
-    brief = fill_template(agenda.settings.debate_prompt, {"question": agenda.question})
-    latest: dict[str, Turn] = {}
-    for number in range(1, rounds + 1):
-        role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(_rotate(agenda.aliases, agenda.last), failures):
-            turn = yield from speak(alias, failures, brief=brief, role=role)
-            role = ""
-            if turn.text or alias not in latest:
-                latest[alias] = turn
-    return [latest[alias] for alias in agenda.aliases]
 
 
 def conclude(
@@ -1984,11 +1919,9 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
     standings = []
     for alias in aliases:
         lists = [ballot.ranks for ballot in ballots if alias in ballot.ranks]
-        score = mean_rank = None
-        if lists:
-            scaled = ((each[alias] - 1) / max(len(each) - 1, 1) for each in lists)
-            score = sum(scaled) / len(lists)
-            mean_rank = sum(each[alias] for each in lists) / len(lists)
+        scaled = [(each[alias] - 1) / max(len(each) - 1, 1) for each in lists]
+        score = fmean(scaled) if lists else None
+        mean_rank = fmean(each[alias] for each in lists) if lists else None
         firsts = sum(each[alias] == min(each.values()) for each in lists)
         standings.append(Standing(alias, score, mean_rank, len(lists), firsts))
     return sorted(
@@ -2046,9 +1979,11 @@ def _render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> s
 
 def _list_lost(judged: Sequence[Ballot | LostBallot]) -> str:
     """Under a table: whose ballot is not in it, and why."""
-    lost = [each for each in judged if isinstance(each, LostBallot)]
-    reasons = [(each.voter, plain_line(each.reason, 120).rstrip(".")) for each in lost]
-    return "".join(f"\n\nNo ballot from {voter}: {why}." for voter, why in reasons)
+    return "".join(
+        f"\n\nNo ballot from {lost.voter}: {plain_line(lost.reason, 120).rstrip('.')}."
+        for lost in judged
+        if isinstance(lost, LostBallot)
+    )
 
 
 def _describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
@@ -2109,7 +2044,9 @@ def read_history(
         role, content = message.get("role"), _read_content(message.get("content"))
         if role in ("system", "developer"):
             prompts.append(text_of(content).strip())
-        elif role in ("assistant", "tool") or (replies[-1] and _is_images(content)):
+        elif role in ("assistant", "tool") or (
+            replies[-1] and text_of(content) == TOOL_IMAGES
+        ):
             replies[-1].append({**message, "content": content})
         else:
             questions.append(Question(content))
@@ -2128,11 +2065,6 @@ def _read_content(content: Any) -> str | list[Json]:
     if isinstance(content, list):
         return [part for part in content if isinstance(part, dict)]
     return content if isinstance(content, str) else text_of([content])
-
-
-def _is_images(content: str | list[Json]) -> bool:
-    """Whether a user message only carries a tool's images, as the host writes them."""
-    return isinstance(content, list) and text_of(content) == TOOL_IMAGES
 
 
 def reply_authors(
@@ -2160,11 +2092,9 @@ def _author(reply: Sequence[Json], own_models: Container[str]) -> str | None:
     for message in reply:
         output, model = message.get("output"), message.get("model")
         items = output if isinstance(output, list) else ()
-        if any(
-            isinstance(i, dict) and isinstance(i.get("speaker"), str) for i in items
-        ):
-            return None
-        if isinstance(model, str) and model in own_models:
+        speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
+        by_us = isinstance(model, str) and model in own_models
+        if by_us or any(isinstance(speaker, str) for speaker in speakers):
             return None
         name = message.get("modelName") or model
     return (clean_alias(str(name or "")) or "Assistant") if reply else None
@@ -2181,24 +2111,24 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             sections[-1][2].append(message)
             continue
         text = text_of(message["content"])
-        first, *rest = [text] if author else HEADING.split(text)
-        _add_words(sections[-1][2], first if author else _drop_notices(first))
-        for colour, alias, text in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
-            sections.append((colour, alias.strip(), []))
-            _add_words(sections[-1][2], _drop_notices(text))
+        parts = ["", "", *([text] if author else HEADING.split(text))]
+        for colour, alias, said in zip(
+            parts[::3], parts[1::3], parts[2::3], strict=True
+        ):
+            if colour:
+                sections.append((colour, alias.strip(), []))
+            lines = said.split("\n")
+            kept = [each for each in lines if author or not each.startswith(_NOTICES)]
+            if words := "\n".join(kept).strip():
+                sections[-1][2].append({"role": "assistant", "content": words})
         _add_tool_calls(sections[-1][2], message.get("tool_calls"))
     for colour, alias, own in sections:
         if (own or colour) and colour != SYSTEM_MARK:  # a silent one has a heading only
-            said = (text_of(m["content"]) for m in own if m["role"] == "assistant")
+            texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
             name, _, role = alias.partition(ROLE) if colour else (alias, "", "")
-            text = "\n\n".join(filter(None, said))
+            text = "\n\n".join(filter(None, texts))
             concludes = role == CONCLUSION
             yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
-
-
-def _add_words(messages: list[Json], text: str) -> None:
-    if text.strip():
-        messages.append({"role": "assistant", "content": text.strip()})
 
 
 def _add_tool_calls(messages: list[Json], calls: Any) -> None:
@@ -2228,12 +2158,6 @@ def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
             continue
         kept.append(entry)
     return kept[::-1]
-
-
-def _drop_notices(text: str) -> str:
-    """A section's text without the lines that are ours."""
-    ours = (NOTICE, PROGRESS, FIGURES, OUTCOME)
-    return "\n".join(line for line in text.split("\n") if not line.startswith(ours))
 
 
 def render_turn(turn: Turn) -> str:
@@ -2320,9 +2244,8 @@ def messages_for_manager(
 
 def last_question(entries: Sequence[Entry]) -> str:
     """The text of the question that is being answered."""
-    questions = (e for e in reversed(entries) if isinstance(e, Question))
-    question = next(questions, None)
-    return text_of(question.content) if question else ""
+    asked = (text_of(e.content) for e in reversed(entries) if isinstance(e, Question))
+    return next(asked, "")
 
 
 _COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
@@ -2330,7 +2253,7 @@ _COMMAND_PLACES = (  # with what parts it from the question: a line break, or bl
     re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
     re.compile(rf"(?P<cut>(?:\A|\s){_COMMAND}\s*+\Z)"),
 )
-_CONTEXT_ENDS = ("</context>", "</attached_files>")  # of what the host puts in front
+_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 
 
 def read_rounds(entries: Sequence[Entry]) -> tuple[list[Entry], int | None]:
@@ -2354,28 +2277,22 @@ def _cut_rounds(content: str | list[Json]) -> tuple[str | list[Json], int | None
     if isinstance(content, str):
         return _cut_command(content)
     for at, part in enumerate(content):
-        text = text_of([part])
-        if text[_own_start(text) :].strip():
+        text = text_of([part])  # "" for an image
+        if _HOST_CONTEXT.sub("", text).strip():
             cut, number = _cut_command(text)
             return [*content[:at], {**part, "text": cut}, *content[at + 1 :]], number
     return content, None
 
 
 def _cut_command(text: str) -> tuple[str, int | None]:
-    start = _own_start(text)
-    host, own = text[:start], text[start:]
+    context = _HOST_CONTEXT.match(text)
+    own = text[context.end() :] if context else text
     for place in _COMMAND_PLACES:
         found = place.search(own)
         if found and not _is_quoted(own[: found.start("command")]):
             cut = own[: found.start("cut")] + own[found.end("cut") :]
-            return host + cut, int(found["number"])
+            return (context[0] if context else "") + cut, int(found["number"])
     return text, None
-
-
-def _own_start(text: str) -> int:
-    """Where a user's own text begins, behind what the host put in front of it."""
-    ends = (text.rfind(end) + len(end) for end in _CONTEXT_ENDS if end in text)
-    return max(ends, default=0)
 
 
 def _is_quoted(before: str) -> bool:
@@ -2389,14 +2306,9 @@ def _is_quoted(before: str) -> bool:
 
 # -- tool arguments --------------------------------------------------------------------
 
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list,),
-    "object": (dict,),
-}
+_JSON_TYPES: dict[str, Any] = dict(
+    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
+)
 
 
 def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
@@ -2452,7 +2364,7 @@ def _has_type(value: Any, wanted: str) -> bool:
         return wanted == "boolean" or wanted not in _JSON_TYPES
     if wanted == "integer" and isinstance(value, float):
         return value.is_integer()
-    return isinstance(value, _JSON_TYPES.get(wanted, (object,)))
+    return isinstance(value, _JSON_TYPES.get(wanted, object))
 
 
 # ======================================================================================
@@ -2670,28 +2582,9 @@ _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
 )
 _BUILTINS_OF_FEATURES = ("web_search", "image_generation", "code_interpreter")
-_BUILTIN_CATEGORIES = (
-    *_BUILTINS_OF_FEATURES,
-    "time",
-    "user_input",
-    "files",
-    "knowledge",
-    "memory",
-    "chats",
-    "subagents",
-    "notes",
-    "channels",
-    "skills",
-    "tasks",
-    "automations",
-    "calendar",
-    "notifications",
-)
-_CITING_TOOLS = (  # where the host does not say so itself (0.11)
-    "fetch_url",
-    "view_file",
-    "view_knowledge_file",
-    "query_knowledge_files",
+_CITING_TOOLS = (  # where the host does not name them (0.11)
+    "search_web fetch_url view_file view_knowledge_file query_knowledge_files "
+    "query_chat_files"
 )
 OLLAMA = "ollama"  # how the name of an Ollama connection begins
 _SAMPLING_NAMES = (  # the host's
@@ -2947,11 +2840,9 @@ class Host:
         from open_webui.utils.tools import get_builtin_tools
 
         team = (self.metadata.get("model") or {}).get("info") or {}
-        attached = (meta.get("knowledge"), (team.get("meta") or {}).get("knowledge"))
-        meta = {
-            **meta,
-            "knowledge": [item for items in attached for item in items or ()],
-        }
+        knowledge = list(meta.get("knowledge") or ())
+        knowledge += (team.get("meta") or {}).get("knowledge") or ()
+        meta = {**meta, "knowledge": knowledge}
         allowed = _builtins_model(model, meta, self.metadata, settings)
         if not allowed:
             return {}
@@ -2993,12 +2884,6 @@ class Host:
         scope = {**self.request.scope, "state": {**state, INNER_RUN: True}}
         return Request(scope, self.request.receive)
 
-    def _inner_metadata(self) -> Json:
-        """The chat's metadata, without what lets an inner pipe write our message."""
-        names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
-        names += ["task", "task_body"] if self.metadata.get("task") else []
-        return {name: self.metadata[name] for name in names if name in self.metadata}
-
     @asynccontextmanager
     async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
         """Call a model; gives the items of its reply, and frees it when left.
@@ -3007,10 +2892,14 @@ class Host:
         """
         from open_webui.utils.chat import generate_chat_completion
 
+        # nothing that lets an inner pipe write into our message
+        names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
+        names += ["task", "task_body"] if self.metadata.get("task") else []
+        kept = {name: self.metadata[name] for name in names if name in self.metadata}
         with foreign_errors(ModelFailure):
             response = await generate_chat_completion(
                 self._inner_request(),
-                {**payload, "metadata": self._inner_metadata()},
+                {**payload, "metadata": kept},
                 self.user,
                 bypass_system_prompt=True,
             )
@@ -3062,14 +2951,12 @@ class Host:
             with suppress(HostFailure), foreign_errors(HostFailure):
                 await self.emitter(event)
 
-    def asks_approval(self) -> bool:
-        """Whether this chat wants to be asked before a tool runs."""
-        return (self.metadata.get("params") or {}).get("tool_approval_mode") == "ask"
-
     async def approve(self, call: ToolCall, arguments: Json) -> bool:
         """Whether the user lets a tool run, where the chat is set to ask."""
+        if (self.metadata.get("params") or {}).get("tool_approval_mode") != "ask":
+            return True
         asked = {"id": call.id, "name": call.name, "arguments": arguments}
-        return not self.asks_approval() or await self.confirm({"tool_call": asked})
+        return await self.confirm({"tool_call": asked})
 
     async def confirm(self, question: Json) -> bool:
         """Ask the person at the page; no answer is a no."""
@@ -3083,36 +2970,30 @@ class Host:
 
     # -- search and tools --------------------------------------------------------------
 
-    async def searches(self) -> bool:
-        """Whether web search is on in this chat, allowed, and not done by the host
-        already, as it is for legacy function calling."""
+    async def search(self, model_id: str, question: str) -> tuple[str, list[Json]]:
+        """The host's own web search -> what was found, and its sources.
+
+        Gives nothing where it is off in the chat, not allowed, or was done by the host
+        already, as it is for legacy function calling. Raises `ModelFailure`.
+        """
         from open_webui.models.config import Config
+        from open_webui.utils import middleware
         from open_webui.utils.access_control import has_permission
 
         features = self.metadata.get("features") or {}
         calling = (self.metadata.get("params") or {}).get("function_calling")
         if not features.get("web_search") or calling == "legacy" or not self.in_chat:
-            return False
-        if not await Config.get("web.search.enable"):
-            return False
-        permissions = await Config.get("user.permissions")
-        return self.user.role == "admin" or bool(
-            await has_permission(self.user.id, "features.web_search", permissions)
-        )
-
-    async def search(self, model_id: str, question: str) -> tuple[str, list[Json]]:
-        """The host's own web search -> what was found, and its sources.
-
-        Gives nothing where it is not to be done; raises `ModelFailure`.
-        """
-        from open_webui.utils import middleware
-
+            return "", []
         messages = [{"role": "user", "content": question}]
         extra = {"__event_emitter__": self.emitter, "__chat_id__": None}
         body: Json = {"model": model_id, "messages": messages, "files": []}
         request = self._inner_request()
         with foreign_errors(ModelFailure):
-            if not await self.searches():
+            permissions = await Config.get("user.permissions")
+            may = self.user.role == "admin" or await has_permission(
+                self.user.id, "features.web_search", permissions
+            )
+            if not (may and await Config.get("web.search.enable")):
                 return "", []
             body = await middleware.chat_web_search_handler(
                 request, body, extra, self.user
@@ -3210,7 +3091,7 @@ class Host:
         """Show the sources of a tool that reads documents or pages."""
         from open_webui.utils import middleware
 
-        names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS)
+        names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
         if not self.in_chat or call.name not in names or not text:
             return
         sources: list[Json] = []
@@ -3221,11 +3102,15 @@ class Host:
         await self.show_sources(sources)
 
     async def use_legacy_tools(
-        self, voice: Voice, messages: list[Json], run: ToolRunner
+        self,
+        voice: Voice,
+        messages: list[Json],
+        run: Callable[[str, Json, Json], Awaitable[Any]],
     ) -> tuple[list[Json], list[Json]]:
         """The host's prompt-based tool use: messages with what the tools gave, sources.
 
-        Every tool runs through `run`, wherever it lives. Raises `ModelFailure`.
+        Every tool runs through `run`: by its name, the tool, and the arguments. Raises
+        `ModelFailure`.
         """
         from open_webui.utils import middleware
 
@@ -3233,12 +3118,16 @@ class Host:
             async def function(**arguments: Any) -> Any:
                 return await run(name, tool, arguments)
 
-            return {**tool, "callable": function, "direct": False}
+            return {**tool, "callable": function}
+
+        async def in_page(event: Json) -> Any:
+            name = event["data"]["name"]
+            return await run(name, voice.tools[name], event["data"]["params"])
 
         request = self._inner_request()
         extra = {
             "__event_emitter__": self.emitter,
-            "__event_call__": self.caller,
+            "__event_call__": in_page,
             "__metadata__": self.metadata,
             "__user__": self.user.model_dump(),
             "__request__": request,
@@ -3259,12 +3148,8 @@ class Host:
         return messages, sources
 
 
-ToolRunner = Callable[[str, Json, Json], Awaitable[Any]]
-"""Runs a tool of this name with these arguments; gives what it returned."""
-
-
 def own_function_id() -> str:
-    """The id under which this file is installed; the host names its module after it."""
+    """The id under which this file is installed, from the name of its module."""
     found = re.fullmatch(r"function_(.+)_[0-9a-f]{32}", __name__)
     return found[1] if found else __name__
 
@@ -3326,6 +3211,14 @@ def _knowledge_prompt(meta: Json) -> str:
     return "\n".join(("<attached_knowledge>", *lines, "</attached_knowledge>"))
 
 
+class _OnlyThese(dict[str, bool]):
+    """Categories of built-in tools; others, also those of a later host, are off."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Whether a category is on."""
+        return super().get(name, False)
+
+
 def _builtins_model(
     model: Json, meta: Json, metadata: Json, settings: Settings
 ) -> Json | None:
@@ -3347,8 +3240,7 @@ def _builtins_model(
             wanted.append("knowledge")
         if not wanted:
             return None
-        off = {name: False for name in _BUILTIN_CATEGORIES if name not in wanted}
-        categories = {**own, **off}
+        categories = _OnlyThese({name: own.get(name, True) for name in wanted})
     info = {**(model.get("info") or {}), "meta": {**meta, "builtinTools": categories}}
     return {**model, "info": info}
 
@@ -3444,22 +3336,24 @@ async def resolve_cast(
     Raises `ConversationError` where nobody is left who could take part.
     """
     seats, problems, by_default = choose_seats(settings, cards)
-    leader = seats[0].model_id if seats else ""
+    wanted = dict.fromkeys(seat.model_id for seat in seats)
+    leader = next(iter(wanted), "")
     if settings.manager_model and seats:
         try:
             leader = find_model(settings.manager_model, cards).id
+            wanted[leader] = None
         except ConversationError as error:
             first = seats[0].alias
             problems.append(f"Manager: {error}. {first}'s model leads instead.")
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
-    wanted = dict.fromkeys(
-        [*(seat.model_id for seat in seats), leader] if seats else ()
-    )
     params, defaults = await host.model_params([*wanted, pipe_id])
     voices = await host.voices([cards[i] for i in wanted], params, defaults, settings)
-    present = [seat for seat in seats if isinstance(voices[seat.model_id], Voice)]
+    usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     for seat in seats:
-        problems += _problems_of(seat, voices[seat.model_id])
+        lost = (f"its model cannot be prepared: {voices[seat.model_id]}",)
+        found = usable[seat.model_id].problems if seat.model_id in usable else lost
+        problems += [f"{seat.alias}: {problem}." for problem in found]
+    present = [seat for seat in seats if seat.model_id in usable]
     if not present:
         reasons = " ".join(problems) or "There is no chat model that you may use."
         raise ConversationError(
@@ -3467,7 +3361,6 @@ async def resolve_cast(
             "in the valves of this model, or ask an admin for access to models."
         )
     aliases = [seat.alias for seat in present]
-    usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     participants = []
     for colour, seat in zip(COLOURS, present, strict=False):
         voice = usable[seat.model_id]
@@ -3480,13 +3373,6 @@ async def resolve_cast(
         by_default,
         chat_sampling(body, defaults, params.get(pipe_id, {})),
     )
-
-
-def _problems_of(seat: Seat, voice: Voice | str) -> list[str]:
-    """What could not be looked up for a seat, in sentences."""
-    if isinstance(voice, str):
-        return [f"{seat.alias}: its model cannot be prepared: {voice}."]
-    return [f"{seat.alias}: {problem}." for problem in voice.problems]
 
 
 # ======================================================================================
@@ -4015,11 +3901,8 @@ class ModelCalls:
         self._gates: dict[str, ConnectionGate] = {}
         self._dialog = asyncio.Lock()
         self._plain: set[str] = set()  # models that reject `stream_options`
-        self._admitted: dict[tuple[int, str], float] = {}
-
-    def admitted_at(self, stage: int, speaker: str) -> float | None:
-        """When a speaker's first call of a stage was let in; None: it is queued."""
-        return self._admitted.get((stage, speaker))
+        # when the first call of a speaker in a stage was let in; not yet: it is queued
+        self.admitted: dict[tuple[int, str], float] = {}
 
     async def text(self, call: ModelCall, streams: bool = True) -> str:
         """A plain completion -> its text; raises `ModelFailure`."""
@@ -4119,7 +4002,7 @@ class ModelCalls:
         gate = self._gates.setdefault(connection, ConnectionGate(most))
         with call.clock.paused():
             await gate.enter(call.stage, call.voice.model_id)
-        self._admitted.setdefault((call.stage, call.speaker), time.monotonic())
+        self.admitted.setdefault((call.stage, call.speaker), time.monotonic())
         try:
             yield
         finally:
@@ -4580,8 +4463,7 @@ async def _speak(run: Run, step: Speak, stage: int) -> list[Turn]:
         tasks[section] = run.tasks.create_task(turn)
     if together:
         named = {section.participant.alias: task for section, task in tasks.items()}
-        waiting = Waiting("answered", stage, lambda turn: turn.failure is None)
-        await _wait_in_view(run, named, waiting, step.quorum)
+        await _wait_in_view(run, named, "answered", stage, step.quorum)
     else:
         await asyncio.wait(tasks.values())
     turns = [_close_turn(run, section, task) for section, task in tasks.items()]
@@ -4599,19 +4481,18 @@ def _close_turn(run: Run, section: Section, task: asyncio.Task[Turn]) -> Turn:
     return Turn(section.participant.alias, "", failure="it was late", late=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """What is waited for (answered, judged), in which stage, and what counts as it."""
-
-    what: str
-    stage: int
-    counts: Callable[[Any], bool]
+def _is_there(result: Turn | Ballot | LostBallot) -> bool:
+    """Whether this is what was waited for: an answer, or a ballot."""
+    return getattr(result, "failure", None) is None and not isinstance(
+        result, LostBallot
+    )
 
 
 async def _wait_in_view(
     run: Run,
     tasks: Mapping[str, asyncio.Task[Any]],
-    waiting: Waiting,
+    what: str,
+    stage: int,
     quorum: int = 0,
 ) -> None:
     """Wait until the quorum is there, everybody is done, or has had its time.
@@ -4629,10 +4510,10 @@ async def _wait_in_view(
         )
         now = time.monotonic()
         for alias, task in tasks.items():
-            if task.done() and waiting.counts(task.result()):
+            if task.done() and _is_there(task.result()):
                 there.setdefault(alias, now - begun)
         since = {
-            alias: run.models.admitted_at(waiting.stage, alias)
+            alias: run.models.admitted.get((stage, alias))
             for alias, task in pending.items()
             if not task.done()
         }
@@ -4642,9 +4523,9 @@ async def _wait_in_view(
             break
         if now - shown_at >= 1:
             shown_at = now
-            text = _describe_progress(len(tasks), waiting.what, there, since)
-            run.screen.publish_progress(waiting.what, f"{text} · {now - begun:.1f} s")
-    run.screen.replace(waiting.what, "")
+            text = _describe_progress(len(tasks), what, there, since)
+            run.screen.publish_progress(what, f"{text} · {now - begun:.1f} s")
+    run.screen.replace(what, "")
 
 
 def _describe_progress(
@@ -4661,8 +4542,7 @@ def _describe_progress(
     return " · ".join(parts)
 
 
-BallotReader = Callable[..., Ballot | str]
-"""Reads an answer to a ballot paper -> the ballot, or what is wrong with it."""
+BallotReader = Callable[..., Ballot | str]  # an answer -> the ballot, or what is wrong
 
 
 async def _collect_ballots(
@@ -4675,8 +4555,7 @@ async def _collect_ballots(
         paper.voter: run.tasks.create_task(_cast_ballot(run, paper, read, stage))
         for paper in papers
     }
-    waiting = Waiting("judged", stage, lambda ballot: isinstance(ballot, Ballot))
-    await _wait_in_view(run, tasks, waiting)
+    await _wait_in_view(run, tasks, "judged", stage)
     late = {voter for voter, task in tasks.items() if not task.done()}
     await end_tasks(*tasks.values())
     return [

@@ -5,6 +5,7 @@ import re
 from playwright.async_api import expect
 
 from tests.browser.scene import MANAGER, Scene
+from tests.integration.talk import in_rounds
 from tests.stack.browser import REPLY
 from tests.stack.models import ModelServer
 
@@ -22,7 +23,6 @@ async def test_three_participants_are_seen_while_they_speak(
         await page.ask(QUESTION)
         in_thought.wait_until_reached(timeout=30)
         await page.wait_text("Thinking")
-        await page.wait_status("Grace · round 1 of 2")
         await scene.snap(page, "1-reasoning")
         in_call = model_server.hold("toolie", after=8)
     in_call.wait_until_reached(timeout=30)
@@ -31,7 +31,7 @@ async def test_three_participants_are_seen_while_they_speak(
     second_round = model_server.hold("alice", after=9)
     in_call.release()
     second_round.wait_until_reached(timeout=30)
-    await page.wait_status("Ada · round 2 of 2")
+    await page.wait_text("Ada · round 2 of 2")
     await expect(tab.get_by_text('Alice here. On "Should we sail to')).to_have_count(2)
     await scene.snap(page, "3-second-round")
     second_round.release()
@@ -39,7 +39,7 @@ async def test_three_participants_are_seen_while_they_speak(
     await page.wait_finished()
     await page.wait_status("Finished after 2 rounds · 6 turns")
     headings = await tab.locator(f"{REPLY} h3").all_inner_texts()
-    assert headings == ["🔵 Ada", "🔴 Grace", "🟢 Tom"] * 2
+    assert headings == in_rounds(2, "🔵 Ada", "🔴 Grace", "🟢 Tom")
     shown = await page.visible_reply_text()
     assert shown.count("Thought for") == 2
     assert shown.count("View Result from look_up_tide") == 2
@@ -102,9 +102,9 @@ async def test_somebody_who_has_set_nothing_just_types(scene: Scene) -> None:
     await page.wait_finished()
     shown = await page.visible_reply_text()
     headings = re.findall(r"[🔵🔴🟢🟠] (.+)", shown)
-    first, second = headings[:3], headings[3:]
-    assert first == second and len(set(first)) == 3
-    assert f"{', '.join(first)} talk" in (await page.status_history())[0]
+    names = headings[3].removesuffix(" · round 2 of 2"), *headings[4:]
+    assert headings == in_rounds(2, *names) and len(set(names)) == 3
+    assert f"{', '.join(names)} talk" in (await page.status_history())[0]
     await page.wait_status("with the Valves button beside the input")
     await scene.snap(page, "9-nothing-configured")
 

@@ -9,6 +9,7 @@ from playwright.async_api import expect
 
 from tests.browser.scene import COUNCIL, DEBATE, Scene
 from tests.conftest import FUNCTION_ID
+from tests.integration.talk import in_rounds
 from tests.stack.browser import REPLY, OpenPage
 from tests.stack.host import OpenWebUI
 from tests.stack.members import member
@@ -334,7 +335,7 @@ async def test_a_debate_is_decided_by_votes(scene: Scene, council: Council) -> N
     await page.ask(f"{QUESTION} /rounds 2")
     await page.wait_finished()
     assert await headings(page) == [
-        *(["🔵 Oda", "🔴 Ella", "🟢 Beth"] * 2),
+        *in_rounds(2, "🔵 Oda", "🔴 Ella", "🟢 Beth"),
         *("🏆 Votes", "🔵 Oda · conclusion"),
     ]
     assert await table(page) == [

@@ -45,7 +45,7 @@ async def test_the_administrators_valves_are_saved(
     panel = await ValvesPanel.of(tab)
     await panel.tick("Participants", "dave", "erin")
     await panel.fill("Rounds", "1")
-    await panel.fill("Silence timeout (s)", "45")
+    await panel.fill("Silence Timeout", "45")
     await panel.save()
     try:
         path = f"/api/v1/functions/id/{FUNCTION_ID}/valves"

@@ -27,6 +27,7 @@ import base64
 from fastapi.responses import HTMLResponse
 
 meeting = asyncio.Barrier(2)
+inside = []
 
 
 class Tools:
@@ -52,6 +53,14 @@ class Tools:
         """Waits until it is called a second time."""
         await meeting.wait()
         return "we met"
+
+    async def crowd(self) -> str:
+        """Says how many calls of it run at the same time."""
+        inside.append(1)
+        seen = len(inside)
+        await asyncio.sleep(0.2)
+        inside.pop()
+        return f"{seen} at once"
 
     async def tell(self, __event_emitter__=None) -> str:
         """Says what it is doing."""

@@ -155,6 +155,13 @@ def headings(reply: Reply) -> list[str]:
     return [line[4:].strip() for line in lines if line.startswith("### ")]
 
 
+def in_rounds(rounds: int, first: str, *others: str) -> list[str]:
+    """The headings of rounds in which these speak; the first one's names the round."""
+    numbers = range(1, rounds + 1)
+    names = [[f"{first} · round {number} of {rounds}", *others] for number in numbers]
+    return [name for one_round in names for name in one_round]
+
+
 def results(reply: Reply) -> list[str]:
     """What the tool cards say, in the order of the calls; each call has just one."""
     outputs = {item["call_id"]: item for item in items(reply, "function_call_output")}

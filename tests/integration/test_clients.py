@@ -5,7 +5,14 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from tests.integration.talk import MANAGER, ROUND_ROBIN, Talk, headings, kinds
+from tests.integration.talk import (
+    MANAGER,
+    ROUND_ROBIN,
+    Talk,
+    headings,
+    in_rounds,
+    kinds,
+)
 from tests.stack.host import Account, OpenWebUI
 
 QUESTION = "Should we plant oaks or birches?"
@@ -66,7 +73,7 @@ def test_a_stream_says_what_the_answer_in_one_piece_says(
     assert streamed.split() == said.split()
     assert tokens == counted > 0
     lines = [line for line in said.splitlines() if line.startswith("### ")]
-    assert lines == ["### 🔵 Ann", "### 🔴 Ben"] * 2
+    assert lines == [f"### {name}" for name in in_rounds(2, "🔵 Ann", "🔴 Ben")]
     assert "Alice here." in said and "Bob here." in said
 
 

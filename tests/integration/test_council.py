@@ -599,7 +599,7 @@ def skips_ben(call: Call) -> bool:
 
 async def test_a_dialog_closes_by_itself_when_the_member_speaks(talk: Talk) -> None:
     gather(talk, 3)
-    talk.admin_sets(skip_after=0.5)
+    talk.admin_sets(skip_after=1)
     async with talk.page() as page:
         with talk.models.hold(model("Ben")) as silent:
 
@@ -612,7 +612,7 @@ async def test_a_dialog_closes_by_itself_when_the_member_speaks(talk: Talk) -> N
             await finish(page, reply)
         (call,) = page.calls
     assert call.data["title"] == "Skip Ben?"
-    assert call.data["message"].startswith("Ben has said nothing for 0.5 s. ")
+    assert call.data["message"].startswith("Ben has said nothing for 1 s. ")
     assert call.closed.is_set()
     assert outcome(reply) == "3 of 3 answered · chaired by Ben"
     assert talk.models.aborted == []
@@ -931,18 +931,16 @@ async def test_so_many_members_of_a_connection_answer_at_once(
     assert talk.models.max_in_flight == (at_once or 4)
 
 
-@pytest.mark.parametrize(("times", "retry_after"), [(2, 0.3), (1, None)])
+@pytest.mark.parametrize(("retry_after", "pause"), [(1.4, 1.4), (0.1, 1), (None, 1)])
 async def test_a_busy_model_is_waited_for(
-    talk: Talk, times: int, retry_after: float | None
+    talk: Talk, retry_after: float | None, pause: float
 ) -> None:
-    gather(talk, 3, Ben=busy(times, odd("Ben"), retry_after))
+    gather(talk, 3, Ben=busy(1, odd("Ben"), retry_after))
     reply = await talk.ask(QUESTION, COUNCIL)
     assert outcome(reply) == "3 of 3 answered · chaired by Ben"
     asked = [seen.at for seen in of_stage(talk, "answer", model("Ben"))]
-    assert len(asked) == times + 1
-    pause = retry_after or 1.0
-    for earlier, later in pairwise(asked):
-        assert pause * 0.95 <= later - earlier < pause + 0.6
+    earlier, later = asked
+    assert pause * 0.95 <= later - earlier < pause + 0.6
     assert "⚠️" not in reply.text
 
 
@@ -966,7 +964,7 @@ async def test_who_stays_busy_fails_after_the_patience(talk: Talk) -> None:
         "2 of 3 answered · Ben failed: Too many scripted requests. (HTTP 429) "
         "· chaired by Ann"
     )
-    assert len(of_stage(talk, "answer", model("Ben"))) == 3
+    assert len(of_stage(talk, "answer", model("Ben"))) == 2
 
 
 # -- API clients -----------------------------------------------------------------------
@@ -1099,8 +1097,8 @@ async def test_a_debate_has_the_rounds_of_the_question_a_vote_and_a_conclusion(
         "| Cy | 0 | – |",
     ]
     assert outcome(reply) == "3 of 3 answered · chaired by Ben"
-    described = [status["description"] for status in reply.statuses[:2]]
-    assert described == [f"{name} · round 1 of 1" for name in NAMES[1:3]]
+    described = [status["description"] for status in reply.statuses[:-1]]
+    assert described == ["Members judge each other", "Ben · concluding"]
     for seen in talk.models.turns():
         assert "/rounds" not in seen.text and QUESTION in seen.text
     (concluding,) = of_stage(talk, "conclusion")
@@ -1177,16 +1175,6 @@ async def test_one_search_serves_the_whole_council(talk: Talk) -> None:
     assert len(reply.sources) == 1, cited
     assert "https://example.com/oaks" in str(reply.sources)
     assert outcome(reply) == "3 of 3 answered · chaired by Ben"
-
-
-async def test_nothing_is_searched_where_it_is_switched_off(talk: Talk) -> None:
-    gather(talk, 2)
-    talk.admin_sets(share_search=False)
-    with SearchEngine(FINDS) as engine:
-        reply = await search(talk, engine)
-        assert engine.queries == []
-    assert reply.sources == []
-    assert "Found on the web" not in str([s.text for s in talk.models.turns()])
 
 
 async def test_nothing_is_searched_without_the_feature_or_in_round_robin(

@@ -17,6 +17,7 @@ from tests.integration.talk import (
     ask,
     assert_goes_on,
     headings,
+    in_rounds,
     items,
     question_of,
     reached,
@@ -241,7 +242,8 @@ async def test_who_rejects_stream_options_is_streamed_without_them_from_then_on(
     talk.add_model("strict", strict)
     talk.seat("Sue | strict", "Ben | bob", rounds=3)
     reply = await talk.ask(QUESTION)
-    assert headings(reply) == ["🔵 Sue", "🔴 Ben"] * 3 and "⚠️" not in reply.text
+    assert headings(reply) == in_rounds(3, "🔵 Sue", "🔴 Ben")
+    assert "⚠️" not in reply.text
     bodies = [seen.body for seen in talk.models.turns("strict")]
     assert [body["stream"] for body in bodies] == [True] * 4
     assert ["stream_options" in body for body in bodies] == [True] + [False] * 3
@@ -273,7 +275,7 @@ async def test_an_api_request_without_a_chat_sends_nothing_to_pages(
     talk.seat("Ann | alice", "Ben | bob", rounds=2)
     async with talk.page() as page:
         said = await reached(lambda: call(talk, asks(QUESTION)))
-        assert drawn_headings(said) == ["🔵 Ann", "🔴 Ben"] * 2
+        assert drawn_headings(said) == in_rounds(2, "🔵 Ann", "🔴 Ben")
         await ask(page, "And maples?", "carol")  # whatever was sent is here by now
         assert "status" not in [event.type for event in page.unknown_events]
 
@@ -357,7 +359,7 @@ def test_clients_see_nobody_inside_somebody_elses_code(
     talk.seat("Ann | open-fence", "Ben | bob", rounds=2)
     text = how(talk, asks(QUESTION))
     assert text.count("Bob here.") == 2
-    assert drawn_headings(text) == ["🔵 Ann", "🔴 Ben"] * 2
+    assert drawn_headings(text) == in_rounds(2, "🔵 Ann", "🔴 Ben")
 
 
 # -- 19: nobody poses as somebody else -------------------------------------------------

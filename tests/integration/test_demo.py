@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.talk import in_rounds
 from tests.stack.browser import Browser
 from tests.stack.demo import COUNCIL, ROOT
 from tests.stack.demo_council import BREAKS_OFF
@@ -89,7 +90,8 @@ async def test_the_demo_opens_ready_to_type_and_leaves_nothing_behind(
     url = read_url(demo)
     everybody = ["Ada", "Grace", "Alan"]
     shown = await ask(browser, url, "Finished after 2 rounds · 6 turns")
-    assert re.findall(r"[🔵🔴🟢🟠] (\w+)", shown) == everybody * 2
+    names = in_rounds(2, *everybody)
+    assert re.findall(r"[🔵🔴🟢🟠] (.+)", shown) == names
     assert shown.count("Thought for") == 2
     assert shown.count("View Result from look_up") == 1
     assert "⚠️" not in shown

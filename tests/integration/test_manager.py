@@ -45,6 +45,15 @@ async def test_the_most_turns_are_rounds_times_participants(talk: Talk) -> None:
     assert last_status(reply).startswith("Finished: all turns were taken · 6 turns")
 
 
+async def test_a_talk_of_two_can_be_ended_too(talk: Talk) -> None:
+    talk.seat(*TEAM[:2], rounds=3, manager_model="manager")
+    reply = await talk.ask("Oaks or birches? MANAGER:end-after-3", MANAGER)
+    assert talk.order() == [
+        *("manager", "alice", "manager", "bob", "manager", "alice", "manager")
+    ]
+    assert last_status(reply).startswith("The manager ended it: 3 turns are enough")
+
+
 async def test_a_wrong_answer_is_sent_back_once_with_what_was_wrong(
     talk: Talk,
 ) -> None:

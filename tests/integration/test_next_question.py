@@ -9,6 +9,7 @@ from tests.integration.talk import (
     assert_alternates,
     assert_goes_on,
     headings,
+    in_rounds,
 )
 from tests.stack.behaviours import says
 from tests.stack.scripts import Behaviour, Body, Reasoning, Script, Text, ToolCall
@@ -78,7 +79,8 @@ async def test_prompts_go_on_from_question_to_question(
         assert_goes_on(earlier, later)
         if not any(m["role"] == "tool" for m in later):
             assert_alternates(later)
-    assert headings(first) == ["🔵 Ann", "🔴 Ben"] * 2 == headings(second)
+    names = in_rounds(2, "🔵 Ann", "🔴 Ben")
+    assert headings(first) == names == headings(second)
     own = [m for m in talk.models.turns("bob")[-1].messages if m["role"] == "assistant"]
     assert all(str(m["content"]).startswith("Bob here.") for m in own)
     assert len(own) == 3

@@ -11,6 +11,7 @@ from tests.integration.talk import (
     ROUND_ROBIN,
     Talk,
     headings,
+    in_rounds,
     last_status,
     shown_error,
     system_of,
@@ -28,10 +29,7 @@ async def test_nothing_configured_seats_three_and_says_how_to_choose(
     reply = await talk.ask(QUESTION)
     seated = ["alice", "bob", "carol"]
     assert talk.order() == seated * 2
-    assert headings(reply) == [
-        f"{colour} {name}"
-        for colour, name in zip("🔵🔴🟢" * 2, seated * 2, strict=True)
-    ]
+    assert headings(reply) == in_rounds(2, "🔵 alice", "🔴 bob", "🟢 carol")
     first = reply.statuses[0]["description"]
     assert all(name in first for name in seated) and "Valves" in first
     assert last_status(reply).startswith("Finished after 2 rounds · 6 turns · ")
@@ -183,7 +181,7 @@ async def test_stored_valves_of_v2_seat_the_same_cast(
     host.set_user_valves(talk.account, FUNCTION_ID, V2)
     reply = await talk.ask(QUESTION)
     assert talk.order() == ["alice", "bob", "alice", "bob"]
-    assert headings(reply)[:2] == ["🔵 Ann", "🔴 Participant 2"]
+    assert headings(reply) == in_rounds(2, "🔵 Ann", "🔴 Participant 2")
     system = system_of(talk.sent("alice"))
     assert "You doubt.\nAlways." in system
     assert "Respond only as your specified participant." in system
@@ -191,14 +189,15 @@ async def test_stored_valves_of_v2_seat_the_same_cast(
     assert (body["temperature"], body["top_k"], body["top_p"]) == (0.25, 7, 0.75)
 
 
-async def test_manager_prompts_of_v2_are_used(talk: Talk, host: OpenWebUI) -> None:
+async def test_the_manager_model_of_v2_leads_with_our_prompt(
+    talk: Talk, host: OpenWebUI
+) -> None:
     host.set_user_valves(talk.account, FUNCTION_ID, V2)
     await talk.ask(QUESTION, MANAGER)
-    assert talk.order() == ["manager", "alice", "bob", "alice", "bob"]
-    asked = talk.sent("manager")
-    assert system_of(asked) == "You are a group manager."
-    assert asked[1]["content"].startswith(f"History:\n{QUESTION}\nLast: ")
-    assert '["Ann", "Participant 2"]' in asked[1]["content"]
+    assert talk.order() == ["manager", "alice", "manager", "bob"] * 2
+    (asked,) = talk.sent("manager")
+    assert asked["role"] == "user" and "You lead a conversation" in asked["content"]
+    assert '["Ann", "Participant 2"]' in asked["content"]
 
 
 async def test_the_admins_valves_are_defaults_for_everybody(talk: Talk) -> None:

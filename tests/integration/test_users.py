@@ -11,6 +11,7 @@ from tests.integration.talk import (
     ask,
     finish,
     headings,
+    in_rounds,
     items,
     reached,
 )
@@ -44,8 +45,8 @@ async def test_two_users_at_the_same_time_see_only_their_own(
             assert "ONE" not in str(theirs.unknown_events)
             assert str(second.chat.id) not in str(mine.unknown_events)
             assert str(first.chat.id) not in str(theirs.unknown_events)
-    assert headings(first) == ["🔵 Ann", "🔴 Ben"] * 2
-    assert headings(second) == ["🔵 Cy", "🔴 Di"] * 2
+    assert headings(first) == in_rounds(2, "🔵 Ann", "🔴 Ben")
+    assert headings(second) == in_rounds(2, "🔵 Cy", "🔴 Di")
     for reply, own, foreign in ((first, "ONE", "TWO"), (second, "TWO", "ONE")):
         shown = str(reply.message) + str([event.data for event in reply.events])
         assert f"WORD-{own}" in shown and foreign not in shown
@@ -80,7 +81,7 @@ async def test_ten_chats_at_once_all_come_right(talk: Talk, garden: str) -> None
         question = f'Use look_up on {mark}. ARGS: {{"topic": "{mark}"}}'
         async with talk.page() as page:
             reply = await ask(page, question, tool_ids=[garden])
-        assert headings(reply) == ["🔵 Ann", "🔴 Tim", "🟢 Ben"] * 2
+        assert headings(reply) == in_rounds(2, "🔵 Ann", "🔴 Tim", "🟢 Ben")
         assert len(items(reply, "reasoning")) == 2
         shown = str(reply.message)
         assert f"The almanac on {mark}: 3 lines." in shown

@@ -8,6 +8,7 @@ from tests.integration.talk import (
     Talk,
     ask,
     headings,
+    in_rounds,
     items,
     question_of,
     results,
@@ -44,7 +45,7 @@ RESPONSES = ["alice", "thinker", "toolie", "fails-midway", "fails-500"]
 async def test_a_responses_connection_speaks_reasons_and_counts(talk: Talk) -> None:
     talk.seat("Ann | resp.thinker", "Ben | bob", "Cy | resp.alice", rounds=2)
     reply = await talk.ask(QUESTION)
-    assert headings(reply) == ["🔵 Ann", "🔴 Ben", "🟢 Cy"] * 2
+    assert headings(reply) == in_rounds(2, "🔵 Ann", "🔴 Ben", "🟢 Cy")
     assert {s.path for s in talk.models.turns("thinker")} == {"/v1/responses"}
     assert "Thinker here." in reply.text
     assert [b["speaker"] for b in items(reply, "reasoning")] == ["Ann", "Ann"]
@@ -89,7 +90,7 @@ async def test_ollama_models_speak_reason_and_call_tools(
         rounds=2,
     )
     reply = await talk.ask(LOOK_UP, tool_ids=[garden])
-    assert headings(reply) == ["🔵 Ann", "🔴 Ben", "🟢 Tim"] * 2
+    assert headings(reply) == in_rounds(2, "🔵 Ann", "🔴 Ben", "🟢 Tim")
     assert {seen.path for seen in talk.models.turns()} == {"/api/chat"}
     assert [b["speaker"] for b in items(reply, "reasoning")] == ["Ben", "Ben"]
     assert set(results(reply)) == {"The almanac on oaks: 3 lines."}

@@ -676,14 +676,6 @@ def test_remarks_are_kept_by_name_as_harmless_lines() -> None:
     )
 
 
-def test_lists_in_lists_are_no_place_and_no_remark() -> None:
-    for depth in range(940, 1000):
-        deep = "[" * depth + "]" * depth
-        answer = f'{{"ranking": ["B", {deep}, "A"], "comments": {{"A": {deep}}}}}'
-        assert ranks(answer) == WRONG
-        vote(f'{{"vote": {deep}}}')
-
-
 @pytest.mark.parametrize("comments", ["null", "[]", '"fine"', "3"])
 def test_remarks_of_another_shape_are_none(comments: str) -> None:
     answer = f'{{"ranking": ["A", "B", "C"], "comments": {comments}}}'

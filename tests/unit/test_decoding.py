@@ -505,7 +505,7 @@ def test_the_end_that_could_become_a_tag_is_found(text: str, tag: str) -> None:
     longest = max(
         (n for n in range(len(tag)) if n and text.endswith(tag[:n])), default=0
     )
-    assert mmc.partial_end(text, tag) == longest
+    assert mmc._partial_end(text, tag) == longest
 
 
 # -- tool calls ------------------------------------------------------------------------
@@ -670,7 +670,11 @@ def test_no_guarded_line_poses_as_a_speaker_a_notice_or_the_host(
     shown = guard("".join(scraps))
     assert not posing(shown)
     assert not mmc.HEADING.search(shown)
-    assert mmc._drop_notices(shown) == shown.strip()
+    said = {"role": "assistant", "content": shown}
+    _, turns = mmc.read_history([said] if shown.strip() else [])
+    assert [getattr(turn, "text", None) for turn in turns] == (
+        [shown.strip()] if shown.strip() else []
+    )
 
 
 HOSTILE = [

@@ -1,5 +1,6 @@
 """What the documents say is what the code does."""
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.unit.plugin import SOURCE, mmc
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 
 
 def default_text(value: object) -> str:
@@ -53,6 +54,54 @@ def test_the_readme_lists_every_other_setting_of_the_administrator() -> None:
     users = rows(mmc.Pipe.UserValves)
     listed = between("Only the administrator sets these", "## What participants see")
     assert listed == [each for each in rows(mmc.Pipe.Valves) if each not in users]
+
+
+def test_the_readme_names_the_settings_that_no_panel_shows() -> None:
+    shown = mmc.Pipe.Valves.model_json_schema()["properties"]
+    hidden = mmc.Pipe.Valves.model_fields.keys() - shown.keys()
+    assert hidden
+    assert [name for name in hidden if f"`{name}`" not in README] == []
+
+
+def texts_of_the_code() -> str:
+    """Every text in the code; what an f-string fills in is left out."""
+    parts = [
+        "".join(str(v.value) for v in node.values if isinstance(v, ast.Constant))
+        if isinstance(node, ast.JoinedStr)
+        else node.value
+        for node in ast.walk(ast.parse(SOURCE))
+        if isinstance(node, ast.JoinedStr | ast.Constant)
+    ]
+    return "\n".join(part for part in parts if isinstance(part, str))
+
+
+def quoted_messages() -> list[str]:
+    """What the troubleshooting table quotes of ours."""
+    table = README.split("## Troubleshooting")[1].split("\n## ")[0]
+    symptoms = [line.split(" | ")[0] for line in table.splitlines()]
+    return [quote for text in symptoms for quote in re.findall(r"`([^`]+)`", text)]
+
+
+def test_the_code_says_what_the_troubleshooting_table_quotes() -> None:
+    said = texts_of_the_code()
+    quoted = quoted_messages()
+    assert len(quoted) > 20
+    for message in quoted:
+        pieces = re.split(r'…|\d+|\*\*Ann\*\*|"', message)
+        assert all(piece.strip(" :.") in said for piece in pieces), message
+
+
+def test_the_comparison_has_the_figures_of_the_last_benchmark() -> None:
+    last = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+    measured = {
+        "Socket bytes a token": "socket bytes a token, 200 tokens/s",
+        "Server CPU per 1,000 tokens, s": "server CPU per 1,000 tokens, 200 tokens/s",
+        "Tokens a second, models that do not wait": "tokens/s, models that do not wait",
+    }
+    for ours, theirs in measured.items():
+        shown = README.split(f"| {ours} |")[1].split("\n")[0]
+        cells = last.split(f" | {theirs} |")[1].split("\n")[0].split("|")[1:5]
+        assert re.findall(r"[\d,.]*\d", shown) == [cell.strip() for cell in cells]
 
 
 def test_the_readme_names_every_mode() -> None:
@@ -105,6 +154,12 @@ def test_what_is_linked_exists(document: str) -> None:
     text = (ROOT / document).read_text("utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / target).is_file(), target
+
+
+def test_the_readme_links_to_its_own_headings() -> None:
+    titles = re.findall(r"(?m)^#+ (.+)$", README)
+    anchors = {title.lower().replace(" ", "-") for title in titles}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
 def test_the_pictures_are_small_enough_to_load_at_once() -> None:

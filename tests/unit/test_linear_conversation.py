@@ -43,9 +43,13 @@ def arguments(text: str) -> None:
 
 
 def history(text: str) -> None:
-    messages = [{"role": "user", "content": text}, {"role": "assistant"}]
-    messages[1]["content"] = text
-    _, entries = mmc.read_history(messages * 2)
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": text},
+    ]
+    parts = [{"type": "text", "text": text}, {"type": "image_url"}]
+    messages += [{"role": "user", "content": parts}, {"role": "tool", "content": text}]
+    _, entries = mmc.read_history(messages * 2, ["Ash", None])
     entries, _ = mmc.read_rounds(mmc.keep_conclusions(entries))
     for alias in ("Ann", "Bob"):
         person = mmc.Participant(alias, "🔵", "", mmc.Voice("oak-1", sees=False))
@@ -71,6 +75,7 @@ READERS: dict[str, Reader] = {
     "a list": ticked,
     "a line": mmc.plain_line,
     "a label": mmc.escape_labels,
+    "a template": partial(mmc.fill_template, values={"history": "x", "name": "{"}),
 }
 
 SCRAPS = [
