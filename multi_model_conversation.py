@@ -3510,77 +3510,55 @@ class Pace:
 # -- the screen and the ledger ---------------------------------------------------------
 
 
+@dataclass(slots=True)
 class Screen:
-    """What the client sees of one run: the transcript, the sections of ours in it, and
-    the emitter that sends what changed. `in_chat`: a page shows it, no API client."""
+    """What the client sees of one run, and the emitter that sends what changed.
 
-    def __init__(
-        self, transcript: Transcript, emitter: Emitter, in_chat: bool, continued: bool
-    ) -> None:
-        self.transcript = transcript
-        self.emitter = emitter
-        self._in_chat = in_chat
-        self._continued = continued
-        self._ours: dict[str, Block] = {}
-        self._tool_calls = 0
+    `ours` are the sections of ours, by key; `in_chat`: a page shows it, no API client.
+    """
 
-    def next_call_id(self) -> str:
-        """A tool call id of our own: providers repeat theirs in every reply."""
-        self._tool_calls += 1
-        return f"call_{self.transcript.prefix}_{self._tool_calls}"
+    transcript: Transcript
+    emitter: Emitter
+    in_chat: bool
+    continued: bool
+    ours: dict[str, Block] = field(default_factory=dict)
 
     def add_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
-        """A line of ours in a section.
-
-        The host joins the first block of a continued reply to the text before it.
-        """
+        """A line of ours in a section."""
         fields["status"] = "completed"
         block = self.transcript.add("message", speaker, section, **fields)
-        gap = "\n\n" if self._continued and not block.index else ""
+        # the host joins the first block of a continued reply to the text before it
+        gap = "\n\n" if self.continued and not block.index else ""
         self.emitter.emit_replace(block, gap + line)
         return block
 
-    def add_heading(self, participant: Participant, role: str, section: int) -> None:
-        """Who speaks from here on, set off from who spoke before."""
-        alias, model_id = participant.alias, participant.voice.model_id
-        lasting = (b for b in self.transcript.blocks if not b.fields.get("passing"))
-        first = not self._continued and not any(lasting)
-        name = f"{alias}{ROLE}{role}" if role else alias
-        line = f"{'' if first else RULE}### {participant.colour} {name}"
-        self.add_line(alias, line, section, model=model_id)
-
     def publish(self, key: str, text: str, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
-        block = self._ours.get(key)
-        final = block and self.transcript.is_closed(block.section)
-        if block and (self._in_chat or not final):
-            self.replace(key, text)
+        block = self.ours.get(key)
+        if block and (self.in_chat or not self.transcript.is_closed(block.section)):
+            self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
-            self._ours[key] = self.add_line("", text, section, **fields)
+            self.ours[key] = self.add_line("", text, section, **fields)
 
     def publish_progress(self, key: str, text: str) -> None:
         """A line that is replaced in place, and goes away; for a page only."""
-        if self._in_chat:
+        if self.in_chat:
             self.publish(key, f"{PROGRESS}{text}", passing=True)
 
-    def has(self, key: str) -> bool:
-        """Whether there is a section of ours with this key."""
-        return key in self._ours
-
-    def replace(self, key: str, text: str) -> None:
-        """The section of ours with this key, if there is one, reads so now."""
-        block = self._ours.get(key)
-        if block is not None:
-            self.emitter.emit_replace(block, text)
+    def hide_progress(self) -> None:
+        """What the lines of progress waited for is there, or never comes."""
+        for block in self.ours.values():
+            if block.fields.get("passing"):
+                self.emitter.emit_replace(block, "")
 
     def notice(self, line: str) -> None:
         """A notice of ours, outside of all sections of speakers."""
-        self.publish(f"notice {len(self._ours)}", f"{NOTICE}{line}", notice=True)
+        self.publish(f"notice {len(self.ours)}", f"{NOTICE}{line}", notice=True)
 
     def fix(self) -> None:
         """What was published so far stays as it is: a client may have it."""
-        for block in self._ours.values():
+        for block in self.ours.values():
             self.transcript.close_section(block.section)
         self.emitter.nudge()
 
@@ -3596,12 +3574,22 @@ class Figures:
     answering: float = 0.0
 
     def count(self, begun: float, first: float | None, ended: float) -> None:
-        """Add one model call; the first of all gives the time to the first token."""
+        """Add one model call; `first` is when its first token came, if it did."""
         self.calls += 1
         if first is not None:
             self.answering += ended - first
             if self.first_token is None:
                 self.first_token = first - begun
+
+    def report(self) -> Json:
+        """Usage, calls and speed, as far as they are known."""
+        report: Json = {**self.usage, "calls": self.calls}
+        if self.first_token is not None:
+            report["first_token_seconds"] = round(self.first_token, 3)
+        tokens = self.usage.get("output_tokens")
+        if tokens and self.answering > 0.2:  # s; a shorter answer came all at once
+            report["tokens_per_second"] = round(tokens / self.answering, 1)
+        return report
 
 
 @dataclass(slots=True)
@@ -3633,95 +3621,72 @@ class Ledger:
 
     def report(self) -> Json:
         """The usage of the run, with everybody's share and speed; {} if none came."""
-        shares = {
-            speaker: {**figures.usage, "calls": figures.calls, **_speed(figures)}
-            for speaker, figures in self.figures.items()
-            if figures.usage
-        }
-        if not self.usage:
-            return {}
-        return {**self.usage, "calls": self.calls, "participants": shares}
-
-
-def _speed(figures: Figures) -> Json:
-    """How fast a speaker was, where that can be told."""
-    speed: Json = {}
-    if figures.first_token is not None:
-        speed["first_token_seconds"] = round(figures.first_token, 3)
-    tokens = figures.usage.get("output_tokens")
-    if figures.answering > 0.2 and tokens:  # s; a shorter answer came all at once
-        speed["tokens_per_second"] = round(tokens / figures.answering, 1)
-    return speed
+        shares = {who: f.report() for who, f in self.figures.items() if f.usage}
+        whole = {**self.usage, "calls": self.calls, "participants": shares}
+        return whole if self.usage else {}
 
 
 # -- the limits of a reply -------------------------------------------------------------
 
 
-class TurnClock:
-    """How long a turn may take, in s; it stands still while the turn waits for a
-    connection or for a person."""
+class _Deadline:
+    """A limit in time that moves; who runs into it gets `ModelSilent` with a reason."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, reason: str) -> None:
         self.seconds = seconds
+        self._reason = reason
         self._timeout = asyncio.Timeout(None)
-        self._left = seconds
-        self._pauses = 0
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Raises `ModelSilent` when the time is over."""
+        """What must end before the deadline."""
         try:
             async with asyncio.timeout(self.seconds) as self._timeout:
                 yield
         except TimeoutError as error:
-            raise ModelSilent(f"it took longer than {self.seconds:g} s") from error
+            raise ModelSilent(self._reason) from error
+
+    def _move(self, when: float | None) -> None:
+        with suppress(RuntimeError):  # it is over
+            self._timeout.reschedule(when)
+
+
+class TurnClock(_Deadline):
+    """How many seconds a turn may take, without those in which it has to wait."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds, f"it took longer than {seconds:g} s")
+        self._left = seconds
+        self._pauses = 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The clock stands still meanwhile; several may want that at a time."""
         now = asyncio.get_running_loop().time
-        if not self._pauses and (when := self._timeout.when()) is not None:
+        if (when := self._timeout.when()) is not None:
             self._left = when - now()
-            self._set(None)
+            self._move(None)
         self._pauses += 1
         try:
             yield
         finally:
             self._pauses -= 1
             if not self._pauses:
-                self._set(now() + self._left)
-
-    def _set(self, when: float | None) -> None:
-        if not self._timeout.expired():
-            self._timeout.reschedule(when)
+                self._move(now() + self._left)
 
 
-class ReplyDeadline:
-    """A deadline for a reply that moves when the model says something.
+class ReplyDeadline(_Deadline):
+    """How many seconds a model may be silent: before its first word, and after any.
 
-    `silence` is how long it has said nothing; `spoke` is set when it says something.
+    `spoke` is set whenever it says something.
     """
 
     def __init__(self, first: float, silence: float) -> None:
-        self._first = first
-        self._silence = silence
-        self._deadline = asyncio.Timeout(None)
-        self._skipped = False
+        super().__init__(first, f"it said nothing for {first:g} s")
         self.begun = self._heard_at = asyncio.get_running_loop().time()
         self.first_at: float | None = None
         self.spoke = asyncio.Event()
-
-    @asynccontextmanager
-    async def waiting(self) -> AsyncIterator[None]:
-        """Raises `ModelSilent` where the model is silent for too long, or skipped."""
-        try:
-            async with asyncio.timeout(self._first) as self._deadline:
-                yield
-        except TimeoutError as error:
-            if self._skipped:
-                raise ModelSilent("it was skipped") from error
-            silent = self._first if self.first_at is None else self._silence
-            raise ModelSilent(f"it said nothing for {silent:g} s") from error
+        self._silence = silence
 
     @property
     def silence(self) -> float:
@@ -3733,16 +3698,17 @@ class ReplyDeadline:
         now = asyncio.get_running_loop().time()
         if self.first_at is None:
             self.first_at = now
+            self._reason = f"it said nothing for {self._silence:g} s"
         elif now - self._heard_at < min(0.25, self._silence / 4):
             return
         self._heard_at = now
         self.spoke.set()
-        self._deadline.reschedule(now + self._silence)
+        self._move(now + self._silence)
 
     def skip(self) -> None:
         """End the waiting now."""
-        self._skipped = True
-        self._deadline.reschedule(asyncio.get_running_loop().time())
+        self._reason = "it was skipped"
+        self._move(asyncio.get_running_loop().time())
 
 
 class ConnectionGate:
@@ -3755,36 +3721,33 @@ class ConnectionGate:
 
     def __init__(self, places: int) -> None:
         self._free = places
-        self._waiting: list[tuple[int, str, asyncio.Future[None]]] = []
+        self._queue: list[tuple[int, str, asyncio.Future[None]]] = []
         self._model = ""
 
     async def enter(self, stage: int, model_id: str) -> None:
         """Wait for a place."""
-        if self._free:
-            self._free -= 1
-            self._model = model_id
-            return
         admission = asyncio.get_running_loop().create_future()
-        waiter = (stage, model_id, admission)
-        self._waiting.append(waiter)
+        self._queue.append((stage, model_id, admission))
+        self._admit()
         try:
             await admission
         except asyncio.CancelledError:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-            else:  # let in at the very moment
+            if not admission.cancelled():  # let in at the very moment
                 self.leave()
             raise
 
     def leave(self) -> None:
         """Give the place to who is next."""
-        if not self._waiting:
-            self._free += 1
-            return
-        best = max(self._waiting, key=lambda each: (each[0], each[1] == self._model))
-        self._waiting.remove(best)
-        self._model = best[1]
-        best[2].set_result(None)
+        self._free += 1
+        self._admit()
+
+    def _admit(self) -> None:
+        self._queue = [each for each in self._queue if not each[2].done()]
+        if self._free and self._queue:
+            best = max(self._queue, key=lambda each: (each[0], each[1] == self._model))
+            self._free -= 1
+            self._model = best[1]
+            best[2].set_result(None)
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
@@ -3816,23 +3779,21 @@ class ModelCall:
 def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     """The request: what the chat sets goes before the valves, these before what the
     model sets itself (the host adds that), and that before the defaults for all."""
-    names = ("temperature", "top_p", "top_k")
-    valves = {name: getattr(settings, name) for name in names}
-    payload: Json = {
+    names = {"temperature", "top_p", "top_k"}
+    payload = {
         **call.voice.defaults,
-        **{name: value for name, value in valves.items() if value is not None},
+        **settings.model_dump(include=names, exclude_none=True),
         **call.parameters,
         "model": call.voice.model_id,
         "messages": call.messages,
         "stream": streams,
     }
-    if call.specs:
-        payload["tools"] = list(call.specs)
-    return payload
+    return payload | ({"tools": list(call.specs)} if call.specs else {})
 
 
 class Reply:
-    """What one model call says; `apply` takes its events, `end` completes it."""
+    """What one model call says: `apply` takes its events, and `end` is called once,
+    also where it broke off. `spoke`: it must not be asked for again."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -3846,44 +3807,40 @@ class Reply:
         """Take one event; raises `ModelFailure` if it is an error."""
         match event:
             case TextDelta(text):
+                self.spoke = True
                 self._parts.append(text)
+            case ReasoningDelta() | ToolCallDelta():
+                self.spoke = True
             case UsageReport(usage):
                 self.usage |= usage
             case SourceFound(source):
                 self.sources.append(source)
             case StreamError(reason):
                 raise ModelFailure(reason)
-        self.spoke = self.spoke or isinstance(
-            event, (TextDelta, ReasoningDelta, ToolCallDelta)
-        )
 
     def end(self) -> None:
-        """The reply is complete."""
+        """Nothing more comes: `text` and `calls` are there."""
         self.text = "".join(self._parts).strip()
 
 
-AnyReply = TypeVar("AnyReply", bound=Reply)
+_AnyReply = TypeVar("_AnyReply", bound=Reply)
 
 
+@dataclass(slots=True)
 class ModelCalls:
-    """The one door to every model: connection slots, deadlines, retries, the ledger."""
+    """The one door to every model: connection slots, deadlines, retries, the ledger.
 
-    def __init__(
-        self,
-        host: Host,
-        settings: Settings,
-        ledger: Ledger,
-        emitter: Emitter | None = None,
-    ) -> None:
-        self.settings = settings
-        self._host = host
-        self._ledger = ledger
-        self._emitter = emitter
-        self._gates: dict[str, ConnectionGate] = {}
-        self._dialog = asyncio.Lock()
-        self._plain: set[str] = set()  # models that reject `stream_options`
-        # when the first call of a speaker in a stage was let in; not yet: it is queued
-        self.admitted: dict[tuple[int, str], float] = {}
+    `admitted`: when a speaker's first call in a stage got its slot; none: it is queued.
+    """
+
+    host: Host
+    settings: Settings
+    ledger: Ledger
+    emitter: Emitter | None = None
+    admitted: dict[tuple[int, str], float] = field(default_factory=dict)
+    _gates: dict[str, ConnectionGate] = field(default_factory=dict)
+    _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _plain: set[str] = field(default_factory=set)  # models without `stream_options`
 
     async def text(self, call: ModelCall, streams: bool = True) -> str:
         """A plain completion -> its text; raises `ModelFailure`."""
@@ -3891,13 +3848,12 @@ class ModelCalls:
             return (await self.complete(call, Reply, streams)).text
 
     async def complete(
-        self, call: ModelCall, begin: Callable[[], AnyReply], streams: bool = True
-    ) -> AnyReply:
-        """A model's reply, begun anew for each attempt.
+        self, call: ModelCall, begin: Callable[[], _AnyReply], streams: bool = True
+    ) -> _AnyReply:
+        """A model's reply, begun anew for each attempt; raises `ModelFailure`.
 
-        A stream that fails before its first character is tried once more without
-        streaming, unless the request itself is at fault; an empty reply is asked for
-        once more. Raises `ModelFailure` where there is no answer after that.
+        A stream that fails before its first character is asked for once more without
+        streaming, unless the request itself is at fault; an empty reply once more.
         """
         failure = ModelFailure("it gave an empty answer, asked twice")
         for _ in range(2):
@@ -3913,11 +3869,12 @@ class ModelCalls:
         raise failure
 
     async def _retry_while_busy(
-        self, call: ModelCall, begin: Callable[[], AnyReply], streams: bool
-    ) -> AnyReply:
+        self, call: ModelCall, begin: Callable[[], _AnyReply], streams: bool
+    ) -> _AnyReply:
         """A reply; asked for again after a pause where the provider is overloaded, and
         at once without `stream_options` where it rejects these."""
         waited = 0.0
+        model_id = call.voice.model_id
         while True:
             reply = begin()
             try:
@@ -3925,7 +3882,6 @@ class ModelCalls:
                 return reply
             except ModelFailure as failure:
                 failure.midway = reply.spoke
-                model_id = call.voice.model_id
                 if streams and failure.names_options and model_id not in self._plain:
                     self._plain.add(model_id)
                     continue
@@ -3939,23 +3895,27 @@ class ModelCalls:
     async def _read(self, call: ModelCall, reply: Reply, streams: bool) -> None:
         """One model call, from the first byte to the last."""
         settings, voice = self.settings, call.voice
-        first = settings.first_token_timeout if streams else call.clock.seconds
         payload = build_payload(settings, call, streams)
         if streams and voice.counts_usage and voice.model_id not in self._plain:
             payload["stream_options"] = {"include_usage": True}
-        async with self._slot(call):
-            deadline = ReplyDeadline(first, settings.silence_timeout)
-            try:
-                async with (
-                    self.limits(call.speaker, deadline),
-                    self._host.completion(payload) as items,
-                ):
-                    decoder = ReplyDecoder(voice.think_tags)
-                    await self._read_items(items, decoder, reply, deadline)
-                reply.end()
-            finally:
-                self._ledger.count_call(call.speaker, reply.usage, deadline)
-        await self._host.show_sources(reply.sources)
+        gate = self._gate(voice.connection)
+        with call.clock.paused():
+            await gate.enter(call.stage, voice.model_id)
+        first = settings.first_token_timeout if streams else call.clock.seconds
+        deadline = ReplyDeadline(first, settings.silence_timeout)
+        self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
+        try:
+            async with (
+                self.limits(call.speaker, deadline),
+                self.host.completion(payload) as items,
+            ):
+                decoder = ReplyDecoder(voice.think_tags)
+                await self._read_items(items, decoder, reply, deadline)
+        finally:
+            gate.leave()
+            reply.end()
+            self.ledger.count_call(call.speaker, reply.usage, deadline)
+        await self.host.show_sources(reply.sources)
 
     async def _read_items(
         self,
@@ -3964,7 +3924,7 @@ class ModelCalls:
         reply: Reply,
         deadline: ReplyDeadline,
     ) -> None:
-        pace = Pace(self._emitter) if self._emitter else None
+        pace = Pace(self.emitter) if self.emitter else None
         async for item in items:
             for event in decoder.feed(item):
                 reply.apply(event)
@@ -3974,64 +3934,45 @@ class ModelCalls:
         for event in decoder.close():
             reply.apply(event)
 
-    @asynccontextmanager
-    async def _slot(self, call: ModelCall) -> AsyncIterator[None]:
-        """A place among the calls to the model's connection."""
-        connection, settings = call.voice.connection, self.settings
-        of_ollama = connection.startswith(OLLAMA)
+    def _gate(self, connection: str) -> ConnectionGate:
+        of_ollama, settings = connection.startswith(OLLAMA), self.settings
         most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
-        gate = self._gates.setdefault(connection, ConnectionGate(most))
-        with call.clock.paused():
-            await gate.enter(call.stage, call.voice.model_id)
-        self.admitted.setdefault((call.stage, call.speaker), time.monotonic())
-        try:
-            yield
-        finally:
-            gate.leave()
+        return self._gates.setdefault(connection, ConnectionGate(most))
 
     @asynccontextmanager
     async def limits(self, name: str, deadline: ReplyDeadline) -> AsyncIterator[None]:
-        """The limits of one wait: its deadline, and the offer to skip it.
-
-        Raises `ModelSilent` where there was silence for too long, or it was skipped.
-        """
-        asks = self.settings.skip_after > 0 and self._host.can_ask
-        watch = (
-            [asyncio.create_task(self._offer_to_skip(name, deadline))] if asks else []
-        )
+        """The limits of one wait: its deadline, and the offer to skip it."""
+        watch = asyncio.create_task(self._offer_to_skip(name, deadline))
         try:
-            async with deadline.waiting():
+            async with deadline.running():
                 yield
         finally:
-            await end_tasks(*watch)
+            await end_tasks(watch)
 
     async def _offer_to_skip(self, name: str, deadline: ReplyDeadline) -> None:
-        """Ask the person at the page, whenever there is silence for long, whether to
-        skip. Who says no is asked again after as long a silence."""
+        """Ask the person at the page whenever there is silence for long. Who says no is
+        asked again after as long a silence."""
         limit = wait = self.settings.skip_after
-        while True:
+        while limit > 0 and self.host.can_ask:
             await asyncio.sleep(max(wait - deadline.silence, 0.05))
-            if deadline.silence < wait:
-                wait = limit
-                continue
-            async with self._dialog:
-                if deadline.silence < wait:  # it spoke while another dialog was open
-                    continue
-                skip = await self._ask_to_skip(name, deadline)
-            if skip:
-                deadline.skip()
-                return
-            wait = deadline.silence + limit
+            async with self._dialog:  # one at a time
+                if deadline.silence < wait:
+                    wait = limit
+                elif await self._ask_to_skip(name, deadline):
+                    deadline.skip()
+                    return
+                else:
+                    wait = deadline.silence + limit
 
     async def _ask_to_skip(self, name: str, deadline: ReplyDeadline) -> bool:
         """One dialog, which closes by itself when the model speaks."""
         deadline.spoke.clear()
+        silence = f"{name} has said nothing for {deadline.silence:.0f} s."
         question = {
             "title": f"Skip {name}?",
-            "message": f"{name} has said nothing for {deadline.silence:.0f} s. "
-            "Skip it and go on without it?",
+            "message": f"{silence} Skip it and go on without it?",
         }
-        asking = asyncio.create_task(self._host.confirm(question))
+        asking = asyncio.create_task(self.host.confirm(question))
         speaking = asyncio.create_task(deadline.spoke.wait())
         try:
             await asyncio.wait({asking, speaking}, return_when=asyncio.FIRST_COMPLETED)
@@ -4043,33 +3984,38 @@ class ModelCalls:
 # -- a participant's turn --------------------------------------------------------------
 
 
+@dataclass(slots=True, eq=False)
 class Section:
     """One participant's part of the message: the blocks of its replies, and what it
     said, as itself and as the others will read it."""
 
-    def __init__(
-        self, screen: Screen, participant: Participant, clock: TurnClock, role: str = ""
-    ) -> None:
-        self.screen = screen
-        self.participant = participant
-        self.clock = clock
-        self.number = screen.transcript.open_section()
-        self.is_late = False
-        self.has_heading = False
-        self._role = role
-        self._reply: ShownReply | None = None
-        self._messages: list[Json] = []
-        self._failure: str | None = None
-        self._said: list[str] = []
-        self._unrecorded = ""
-        self._unanswered: dict[str, Block] = {}
+    screen: Screen
+    participant: Participant
+    clock: TurnClock
+    role: str = ""
+    number: int = field(init=False)
+    _has_heading: bool = False
+    _reply: ShownReply | None = None  # until it is recorded
+    _messages: list[Json] = field(default_factory=list)
+    _failure: str | None = None
+    _unanswered: dict[str, Block] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.number = self.screen.transcript.open_section()
 
     def show_heading(self) -> None:
-        """Who speaks; a chair is shown only once it says something."""
-        if not self.has_heading:
-            self.has_heading = True
-            self.screen.fix()
-            self.screen.add_heading(self.participant, self._role, self.number)
+        """Who speaks from here on; a chair is shown only once it says something."""
+        if self._has_heading:
+            return
+        self._has_heading = True
+        self.screen.fix()
+        blocks, alias = self.screen.transcript.blocks, self.participant.alias
+        first = all(block.fields.get("passing") for block in blocks)
+        rule = RULE if self.screen.continued or not first else ""
+        name = f"{alias}{ROLE}{self.role}" if self.role else alias
+        line = f"{rule}### {self.participant.colour} {name}"
+        model_id = self.participant.voice.model_id
+        self.screen.add_line(alias, line, self.number, model=model_id)
 
     def add(self, kind: BlockKind, **fields: Any) -> Block:
         """A new block at the end of the section."""
@@ -4084,45 +4030,30 @@ class Section:
 
     def add_card(self) -> Block:
         """The card of a new tool call, which waits for its answer."""
-        call_id = self.screen.next_call_id()
+        call_id = f"call_{uuid4().hex}"  # of ours: providers repeat theirs
         card = self.add("function_call", call_id=call_id, name="")
         self._unanswered[call_id] = card
         return card
 
-    def keep(self, text: str) -> None:
-        """A reply said this, with or without tool calls behind it."""
-        if text:
-            self._said.append(text)
-            self._unrecorded = text
-
     def record(self, reply: Reply, results: Sequence[ToolResult]) -> list[Json]:
         """What a reply and its tool results are in the participant's own view."""
         message: Json = {"role": "assistant", "content": reply.text}
-        messages = [message]
-        if reply.calls:
-            message["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {
-                        "name": call.name,
-                        "arguments": echo_arguments(call.arguments),
-                    },
-                }
-                for call in reply.calls
-            ]
-        images: list[Json] = []
+        messages, calls, images = [message], [], []
         for call, result in zip(reply.calls, results, strict=True):
+            function = {"name": call.name, "arguments": echo_arguments(call.arguments)}
+            calls.append({"id": call.id, "type": "function", "function": function})
             messages.append(
                 {"role": "tool", "tool_call_id": call.id, "content": result.text}
             )
             for url in result.images if self.participant.voice.sees else ():
                 images.append({"type": "image_url", "image_url": {"url": url}})
+        if calls:
+            message["tool_calls"] = calls
         if images:
             note = {"type": "text", "text": TOOL_IMAGES}
             messages.append({"role": "user", "content": [note, *images]})
         self._messages += messages
-        self._unrecorded = ""
+        self._reply = None
         return messages
 
     def show_result(self, call: ToolCall, result: ToolResult) -> None:
@@ -4131,31 +4062,29 @@ class Section:
         card = self._unanswered.pop(call.id)
         card.fields["status"] = status
         self.screen.emitter.emit_replace(card, card.text)
-        fields: Json = {"call_id": call.id, "status": status}
-        if result.files:
-            fields["files"] = list(result.files)
-        if result.embeds:
-            fields["embeds"] = list(result.embeds)
-        if result.image_urls:
-            fields["images"] = result.image_urls
+        fields: Json = {
+            "files": list(result.files),
+            "embeds": list(result.embeds),
+            "images": result.image_urls,
+        }
+        fields = {name: found for name, found in fields.items() if found}
+        fields |= {"call_id": call.id, "status": status}
         block = self.add("function_call_output", **fields)
         self.screen.emitter.emit_replace(block, result.text)
 
     def fail(self, reason: str) -> None:
         """The turn is over before its end: what was said stays, every tool call gets
         an answer, and a line says why, in its place."""
-        if self._reply:
-            self._reply.end()
-        if self._unrecorded:
-            self._messages.append({"role": "assistant", "content": self._unrecorded})
+        self._failure = reason
+        if self._reply and self._reply.text:
+            self._messages.append({"role": "assistant", "content": self._reply.text})
         for call_id, card in list(self._unanswered.items()):
             call = ToolCall(call_id, card.fields["name"], "")
             self.show_result(call, ToolResult(f"Error: {reason}", True))
-        self._failure = reason
-        what = "broke off" if self._said else "could not answer"
-        if self.has_heading:
-            alias = self.participant.alias
-            self.notice(f"{NOTICE}**{alias}** {what}: {plain_line(reason)}")
+        if self._has_heading:
+            turn = self.turn()
+            what = "broke off" if turn.text else "could not answer"
+            self.notice(f"{NOTICE}**{turn.alias}** {what}: {plain_line(reason)}")
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
@@ -4170,14 +4099,15 @@ class Section:
     def turn(self) -> Turn:
         """What is left of the section for the rest of the conversation."""
         messages = list(self._messages)
+        said = [m["content"] for m in messages if m["role"] == "assistant"]
         if messages and messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": "(broke off)"})
         return Turn(
             self.participant.alias,
-            "\n\n".join(self._said),
+            "\n\n".join(filter(None, said)),
             tuple(messages),
             self._failure,
-            concludes=self._role == CONCLUSION,
+            concludes=self.role == CONCLUSION,
         )
 
 
@@ -4187,13 +4117,13 @@ class ShownReply(Reply):
     def __init__(self, section: Section) -> None:
         super().__init__()
         self._section = section
+        self._emit = section.screen.emitter.emit_replace
         self._guard = ForgeryGuard()
         self._pieces = ToolCallAccumulator()
         self._texts: list[Block] = []
         self._cards: dict[OpenCall, Block] = {}
         self._open: Block | None = None
         self._opened_at = 0.0
-        self._ended = False
 
     def apply(self, event: ReplyEvent) -> None:
         """Show one event; raises `ModelFailure` if it is an error."""
@@ -4201,45 +4131,32 @@ class ShownReply(Reply):
             case TextDelta(text):
                 self._add_text(self._guard.feed(text))
             case ReasoningDelta(text):
-                self.spoke = True
                 self._leave_text()
                 self._grow("reasoning", text)
             case ToolCallDelta():
-                self.spoke = True
                 self._leave_text()
                 self._add_call_piece(event)
             case _:
                 super().apply(event)
 
     def end(self) -> None:
-        """The reply is complete, or broke off: its text, and its tool calls with ids
-        of our own."""
-        if self._ended:
-            return
-        self._ended = True
+        """Nothing more comes: its text, and its tool calls with ids of our own."""
         self._leave_text()
         self._close_open()
         # joined as the host joins the blocks of a message
         self.text = "\n".join(str(block.text) for block in self._texts).strip()
-        self._section.keep(self.text)
         for open_call, argument_texts in self._pieces.close():
-            for number, arguments in enumerate(argument_texts):
-                first = not number
-                card = self._cards[open_call] if first else self._section.add_card()
+            for arguments in argument_texts:
+                card = self._cards.pop(open_call, None) or self._section.add_card()
                 card.fields |= {"name": open_call.name, "status": "completed"}
                 self._emit(card, arguments)
                 call_id = card.fields["call_id"]
                 self.calls.append(ToolCall(call_id, open_call.name, arguments))
 
-    def _emit(self, block: Block, text: str | GrowingText | None = None) -> None:
-        emitter = self._section.screen.emitter
-        emitter.emit_replace(block, block.text if text is None else text)
-
     def _add_text(self, text: str) -> None:
         if not self._texts:
             text = text.lstrip()
         if text:
-            self.spoke = True
             self._grow("message", text)
 
     def _leave_text(self) -> None:
@@ -4248,6 +4165,7 @@ class ShownReply(Reply):
         self._guard = ForgeryGuard()
 
     def _grow(self, kind: BlockKind, text: str) -> None:
+        self.spoke = True
         block = self._open
         if block is None or block.kind != kind:
             self._close_open()
@@ -4256,26 +4174,25 @@ class ShownReply(Reply):
             if kind == "message":
                 self._texts.append(block)
         block.text.append(text)
-        self._emit(block)
+        self._emit(block, block.text)
 
     def _close_open(self) -> None:
         block, self._open = self._open, None
         if block is not None and block.kind == "reasoning":
             seconds = time.monotonic() - self._opened_at
             block.fields |= {"status": "completed", "duration": round(seconds, 1)}
-            self._emit(block)
+            self._emit(block, block.text)
 
     def _add_call_piece(self, delta: ToolCallDelta) -> None:
+        self.spoke = True
         call = self._pieces.feed(delta)
         card = self._cards.get(call)
         if card is None:
             self._close_open()
             card = self._cards[call] = self._section.add_card()
-        if delta.name:
-            card.fields["name"] = call.name
-        if delta.arguments:
-            card.text.append(delta.arguments)
-        self._emit(card)
+        card.fields["name"] = call.name
+        card.text.append(delta.arguments)
+        self._emit(card, card.text)
 
 
 # -- the run of a mode -----------------------------------------------------------------
@@ -4305,7 +4222,7 @@ class Run:
         return TurnClock(self.settings.turn_timeout)
 
 
-async def take_turn(run: Run, section: Section, brief: str, stage: int) -> Turn:
+async def _take_turn(run: Run, section: Section, brief: str, stage: int) -> Turn:
     """One participant's turn; its failure is part of the turn, not an exception."""
     try:
         async with section.clock.running():
@@ -4316,7 +4233,7 @@ async def take_turn(run: Run, section: Section, brief: str, stage: int) -> Turn:
         section.fail("it was stopped")
         raise
     finally:
-        if section.is_late:
+        if section in run.late:
             run.late.remove(section)
             section.notice(f"{PROGRESS}not ranked: it came after the review had begun")
         section.close()
@@ -4326,22 +4243,16 @@ async def take_turn(run: Run, section: Section, brief: str, stage: int) -> Turn:
 
 async def _speak_until_done(run: Run, section: Section, brief: str, stage: int) -> None:
     """Replies and tools, until there are no more; raises `ModelFailure`."""
-    participant, voice = section.participant, section.participant.voice
-    messages = messages_for(participant, run.entries, brief)
-    specs: Sequence[Json] = () if voice.legacy else voice.specs
+    alias, voice = section.participant.alias, section.participant.voice
+    messages = messages_for(section.participant, run.entries, brief)
     if voice.legacy and voice.tools:
         runner = partial(_run_legacy_tool, run, section)
         messages, sources = await run.host.use_legacy_tools(voice, messages, runner)
         await run.host.show_sources(sources)
     for left in range(run.settings.max_tool_rounds, -1, -1):
+        specs = voice.specs if left and not voice.legacy else ()
         call = ModelCall(
-            participant.alias,
-            voice,
-            messages,
-            section.clock,
-            stage,
-            specs if left else (),
-            run.cast.parameters,
+            alias, voice, messages, section.clock, stage, specs, run.cast.parameters
         )
         reply = await run.models.complete(call, section.begin_reply)
         if reply.calls and not left:
@@ -4352,11 +4263,14 @@ async def _speak_until_done(run: Run, section: Section, brief: str, stage: int) 
             break
 
 
+_TOOLS_AT_ONCE = 4  # of one reply; more would only queue at what they call
+
+
 async def _run_tools(
     run: Run, section: Section, calls: Sequence[ToolCall], messages: list[Json]
 ) -> list[ToolResult]:
     """The results of the calls of one reply, run at the same time, in their order."""
-    gate = asyncio.Semaphore(TOOLS_AT_ONCE)
+    gate = asyncio.Semaphore(_TOOLS_AT_ONCE)
 
     async def run_one(call: ToolCall) -> ToolResult:
         async with gate:
@@ -4378,8 +4292,7 @@ async def _run_tool(
     if tool is None:
         return ToolResult(f'Error: there is no tool "{plain_line(call.name)}".', True)
     try:
-        arguments = parse_arguments(call, tool.get("spec") or {})
-        async with _tool_limits(run, section, call, arguments):
+        async with _tool_limits(run, section, call, tool) as arguments:
             value = await run.host.run_tool(tool, call, arguments, messages)
             result = await run.host.read_tool_result(tool, call, arguments, value)
     except ToolFailure as failure:
@@ -4393,10 +4306,9 @@ async def _run_legacy_tool(
     run: Run, section: Section, name: str, tool: Json, arguments: Json
 ) -> Any:
     """A tool that the host's prompt-based tool use calls; its failure is its result."""
-    call = ToolCall(run.screen.next_call_id(), name, json.dumps(arguments))
+    call = ToolCall(f"call_{uuid4().hex}", name, json.dumps(arguments))
     try:
-        arguments = parse_arguments(call, tool.get("spec") or {})
-        async with _tool_limits(run, section, call, arguments):
+        async with _tool_limits(run, section, call, tool) as arguments:
             return await run.host.run_tool(tool, call, arguments, [])
     except ToolFailure as failure:
         return {"error": str(failure)}
@@ -4404,10 +4316,11 @@ async def _run_legacy_tool(
 
 @asynccontextmanager
 async def _tool_limits(
-    run: Run, section: Section, call: ToolCall, arguments: Json
-) -> AsyncIterator[None]:
-    """A tool runs where the user approves it, for which the turn's clock waits, and
-    within its time; raises `ToolFailure`."""
+    run: Run, section: Section, call: ToolCall, tool: Json
+) -> AsyncIterator[Json]:
+    """A tool gets its arguments where the user approves it, for which the turn's clock
+    waits, and has its time; raises `ToolFailure`."""
+    arguments = parse_arguments(call, tool.get("spec") or {})
     with section.clock.paused():
         approved = await run.host.approve(call, arguments)
     if not approved:
@@ -4415,12 +4328,9 @@ async def _tool_limits(
     limit = run.settings.tool_timeout
     try:
         async with asyncio.timeout(limit):
-            yield
+            yield arguments
     except TimeoutError as error:
         raise ToolFailure(f"the tool took longer than {limit:g} s.") from error
-
-
-TOOLS_AT_ONCE = 4  # of one reply; more would only queue at what they call
 
 
 async def _speak(run: Run, step: Speak, stage: int) -> list[Turn]:
@@ -4440,33 +4350,25 @@ async def _speak(run: Run, step: Speak, stage: int) -> list[Turn]:
         section = Section(run.screen, speaker, run.clock(), step.role)
         if not step.concludes:
             section.show_heading()
-        turn = take_turn(run, section, step.brief, stage)
+        turn = _take_turn(run, section, step.brief, stage)
         tasks[section] = run.tasks.create_task(turn)
     if together:
-        named = {section.participant.alias: task for section, task in tasks.items()}
+        named = dict(zip(step.aliases, tasks.values(), strict=True))
         await _wait_in_view(run, named, "answered", stage, step.quorum)
     else:
         await asyncio.wait(tasks.values())
-    turns = [_close_turn(run, section, task) for section, task in tasks.items()]
+    run.late.extend(section for section, task in tasks.items() if not task.done())
+    turns = [
+        (
+            task.result()
+            if task.done()
+            else Turn(section.participant.alias, "", failure="it was late", late=True)
+        )
+        for section, task in tasks.items()
+    ]
     if step.joins:
         run.entries.extend(turns)
     return turns
-
-
-def _close_turn(run: Run, section: Section, task: asyncio.Task[Turn]) -> Turn:
-    """A finished turn, or that of somebody who is late and goes on."""
-    if task.done():
-        return task.result()
-    section.is_late = True
-    run.late.append(section)
-    return Turn(section.participant.alias, "", failure="it was late", late=True)
-
-
-def _is_there(result: Turn | Ballot | LostBallot) -> bool:
-    """Whether this is what was waited for: an answer, or a ballot."""
-    return getattr(result, "failure", None) is None and not isinstance(
-        result, LostBallot
-    )
 
 
 async def _wait_in_view(
@@ -4482,22 +4384,21 @@ async def _wait_in_view(
     once a second who is there and who is waited for.
     """
     begun = shown_at = time.monotonic()
-    there: dict[str, float] = {}
-    while pending := {alias: task for alias, task in tasks.items() if not task.done()}:
+    there: dict[str, float] = {}  # and after how long
+    while pending := [task for task in tasks.values() if not task.done()]:
         await asyncio.wait(
-            pending.values(),
+            pending,
             timeout=max(shown_at + 1 - time.monotonic(), 0),
             return_when=asyncio.FIRST_COMPLETED,
         )
         now = time.monotonic()
-        for alias, task in tasks.items():
-            if task.done() and _is_there(task.result()):
-                there.setdefault(alias, now - begun)
-        since = {
-            alias: run.models.admitted.get((stage, alias))
-            for alias, task in pending.items()
-            if not task.done()
-        }
+        done = {alias: task.result() for alias, task in tasks.items() if task.done()}
+        for alias, result in done.items():
+            match result:
+                case Turn(failure=None) | Ballot():
+                    there.setdefault(alias, now - begun)
+        admitted = run.models.admitted
+        since = {a: admitted.get((stage, a)) for a in tasks if a not in done}
         limit = run.settings.answer_deadline
         late = all(at is not None and now - at > limit for at in since.values())
         if (quorum and len(there) >= quorum) or (late and there):
@@ -4506,7 +4407,7 @@ async def _wait_in_view(
             shown_at = now
             text = _describe_progress(len(tasks), what, there, since)
             run.screen.publish_progress(what, f"{text} · {now - begun:.1f} s")
-    run.screen.replace(what, "")
+    run.screen.hide_progress()
 
 
 def _describe_progress(
@@ -4523,53 +4424,44 @@ def _describe_progress(
     return " · ".join(parts)
 
 
-BallotReader = Callable[..., Ballot | str]  # an answer -> the ballot, or what is wrong
-
-
 async def _collect_ballots(
-    run: Run, papers: Sequence[BallotPaper], read: BallotReader, stage: int
+    run: Run, step: Rank | Vote, stage: int
 ) -> list[Ballot | LostBallot]:
     """Everybody's ballot, asked for at the same time, or why it was lost."""
     await run.host.show_status("Members judge each other", done=False)
     run.screen.publish_progress("judged", "the members judge each other")
+    read = read_ranking if isinstance(step, Rank) else read_vote
     tasks = {
         paper.voter: run.tasks.create_task(_cast_ballot(run, paper, read, stage))
-        for paper in papers
+        for paper in step.papers
     }
     await _wait_in_view(run, tasks, "judged", stage)
-    late = {voter for voter, task in tasks.items() if not task.done()}
-    await end_tasks(*tasks.values())
-    return [
-        LostBallot(voter, "it was late") if voter in late else task.result()
+    ballots = [
+        task.result() if task.done() else LostBallot(voter, "it was late")
         for voter, task in tasks.items()
     ]
+    await end_tasks(*tasks.values())
+    return ballots
 
 
 async def _cast_ballot(
-    run: Run, paper: BallotPaper, read: BallotReader, stage: int
+    run: Run, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
 ) -> Ballot | LostBallot:
     """One voter's ballot: asked, asked again with what was wrong, read leniently."""
     voter = run.cast.participant(paper.voter)
     messages = messages_for(voter, run.entries, paper.brief)
-    text = ""
-    for _ in range(2):
+    for lenient in (False, True):
         call = ModelCall(voter.alias, voter.voice, messages, run.clock(), stage)
         try:
             text = await run.models.text(call)
         except ModelFailure as failure:
-            return LostBallot(paper.voter, str(failure))
-        ballot = read(text, paper)
+            return LostBallot(voter.alias, str(failure))
+        ballot = read(text, paper, lenient)
         if isinstance(ballot, Ballot):
             return ballot
-        messages = [
-            *messages,
-            {"role": "assistant", "content": text},
-            {"role": "user", "content": ballot},
-        ]
-    ballot = read(text, paper, lenient=True)
-    if isinstance(ballot, Ballot):
-        return ballot
-    return LostBallot(paper.voter, "it could not be read")
+        answer = {"role": "assistant", "content": text}
+        messages = [*messages, answer, {"role": "user", "content": ballot}]
+    return LostBallot(voter.alias, "it could not be read")
 
 
 async def _ask_manager(run: Run, step: AskManager, stage: int) -> str | None:
@@ -4583,30 +4475,29 @@ async def _ask_manager(run: Run, step: AskManager, stage: int) -> str | None:
         return None
 
 
-async def run_mode(run: Run, mode: Mode) -> str:
+async def _run_mode(run: Run, mode: Mode) -> str:
     """Perform the steps of a mode, one after another; gives why it ended."""
     result: Any = None
-    for stage in count():
+    stage = 0
+    while True:
         try:
             step = mode.send(result)
         except StopIteration as end:
             return str(end.value)
+        stage += 1
         match step:
             case Speak():
                 result = await _speak(run, step, stage)
             case AskManager():
                 result = await _ask_manager(run, step, stage)
-            case Rank(papers):
-                result = await _collect_ballots(run, papers, read_ranking, stage)
-            case Vote(papers):
-                result = await _collect_ballots(run, papers, read_vote, stage)
+            case Rank() | Vote():
+                result = await _collect_ballots(run, step, stage)
             case Publish(key, text):
                 run.screen.publish(key, text)
                 result = None
-    raise AssertionError("a mode ends by itself")
 
 
-STOPPED = "Stopped"
+_STOPPED = "Stopped"
 
 
 async def converse(run: Run, mode: Mode) -> None:
@@ -4615,7 +4506,7 @@ async def converse(run: Run, mode: Mode) -> None:
     A council or debate searches the web once, before anybody speaks.
     """
     host, cast, screen = run.host, run.cast, run.screen
-    reason = STOPPED
+    reason = _STOPPED
     try:
         for problem in cast.problems:
             screen.notice(problem)
@@ -4659,7 +4550,7 @@ async def _search_once(run: Run) -> None:
 async def _run_to_end(run: Run, mode: Mode) -> str:
     """Run a mode and see everybody end who goes on after it; gives why it ended."""
     async with run.tasks:
-        reason = await run_mode(run, mode)
+        reason = await _run_mode(run, mode)
         if run.late:
             late = ", ".join(section.participant.alias for section in run.late)
             await run.host.show_status(f"{reason} · waiting for {late}", done=False)
@@ -4669,9 +4560,8 @@ async def _run_to_end(run: Run, mode: Mode) -> str:
 def _show_end(run: Run, reason: str) -> None:
     """Put away what was only for the time being, and show what is now known."""
     screen = run.screen
-    for key in ("answered", "judged"):
-        screen.replace(key, "")
-    if run.drafts and reason == STOPPED and not screen.has("outcome"):
+    screen.hide_progress()
+    if run.drafts and reason == _STOPPED and "outcome" not in screen.ours:
         screen.publish("outcome", f"{OUTCOME}stopped before there was a conclusion")
     wanted = ("always", "council and debate" if run.drafts else "always")
     if run.host.in_chat and run.ledger.turns and run.settings.show_figures in wanted:
@@ -4694,20 +4584,20 @@ def _describe_end(run: Run, reason: str) -> str:
     return " · ".join(parts)
 
 
+_FIGURES = {  # how each is shown, where it is known
+    "first_token_seconds": "first token {first_token_seconds:.1f} s",
+    "tokens_per_second": "{tokens_per_second:.0f} tokens/s",
+    "input_tokens": "{input_tokens:,} in, {output_tokens:,} out",
+}
+
+
 def _describe_figures(run: Run) -> str:
     """The small line under a conversation: everybody's speed and tokens, and calls."""
     lines = []
     calls, everybody = run.ledger.calls, run.ledger.figures
     for speaker in dict.fromkeys((*run.cast.aliases, *everybody)):
-        figures = everybody.get(speaker) or Figures()
-        usage, words = figures.usage, []
-        if figures.first_token is not None:
-            words.append(f"first token {figures.first_token:.1f} s")
-        if speed := _speed(figures).get("tokens_per_second"):
-            words.append(f"{speed:.0f} tokens/s")
-        if usage:
-            tokens = (usage["input_tokens"], usage["output_tokens"])
-            words.append("{:,} in, {:,} out".format(*tokens))
+        report = everybody.get(speaker, Figures()).report()
+        words = [form.format(**report) for n, form in _FIGURES.items() if n in report]
         if words:
             lines.append(f"{speaker}: {' · '.join(words)}")
     lines.append(f"{calls} model call{'' if calls == 1 else 's'}")
@@ -4810,10 +4700,7 @@ async def _prepare(
     body: Json,
     mode_id: str,
 ) -> tuple[Run, Mode]:
-    """A run that is ready to go, with its mode.
-
-    Raises `ConversationError`: nobody can take part, or the mode does not exist.
-    """
+    """A run that is ready to go, with its mode; raises `ConversationError`."""
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
@@ -4836,8 +4723,8 @@ async def _prepare(
         cast = replace(cast, problems=(*cast.problems, line))
     if row.drafts and not settings.remember_drafts:
         entries = keep_conclusions(entries)
-    run = _make_run(host, settings, cast, entries, row)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
+    run = _make_run(host, settings, cast, entries, row.drafts)
     before = entries[-1] if entries else None
     last = before.alias if isinstance(before, Turn) else None
     seed = run.screen.transcript.prefix
@@ -4856,29 +4743,21 @@ async def _find_authors(
 
 
 def _make_run(
-    host: Host, settings: Settings, cast: Cast, entries: list[Entry], row: ModeRow
+    host: Host, settings: Settings, cast: Cast, entries: list[Entry], drafts: bool
 ) -> Run:
     """A run with an empty transcript, and the emitter its client needs."""
     continued = bool(entries) and isinstance(entries[-1], Turn)
     transcript = Transcript(uuid4().hex[:8])
-    interval = max(settings.flush_interval / 1000, 0.0)
-    if continued:  # the host sends a continued reply whole at every update
-        interval = max(interval, 0.25)
+    # the host sends a continued reply whole at every update
+    interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     if host.in_chat:
         emitter = Emitter(plan_items, interval)
     else:
         emitter = Emitter(plan_chunk, interval, may_send=transcript.is_next)
+    screen = Screen(transcript, emitter, host.in_chat, continued)
     ledger = Ledger(host.add_usage)
-    return Run(
-        host,
-        settings,
-        cast,
-        entries,
-        Screen(transcript, emitter, host.in_chat, continued),
-        ledger,
-        ModelCalls(host, settings, ledger, emitter),
-        row.drafts,
-    )
+    models = ModelCalls(host, settings, ledger, emitter)
+    return Run(host, settings, cast, entries, screen, ledger, models, drafts)
 
 
 async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
@@ -4902,11 +4781,18 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         raise ConversationError(str(failure)) from failure
 
 
-async def _stream(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
-    """The emissions of a conversation while it runs.
+async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
+    """The emissions of a conversation while it runs, and its usage as the last one.
 
-    Stop arrives as a cancellation: the run is ended, its last frame still goes out.
+    For a chat these are events of the Responses API, which the host reduces to items.
+    Stop arrives as a cancellation: what is left to send still goes out.
     """
+
+    def rest() -> list[Json]:
+        usage = {"usage": run.ledger.report()}
+        last = {"type": "response.completed", "response": usage}
+        return [*run.screen.emitter.flush(), *([last] if usage["usage"] else [])]
+
     task = asyncio.create_task(converse(run, mode))
     try:
         async for event in run.screen.emitter.frames():
@@ -4914,37 +4800,27 @@ async def _stream(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
         await task
     except asyncio.CancelledError:
         await end_tasks(task)
-        for event in run.screen.emitter.flush():
+        for event in rest():
             yield event
         raise
     finally:
         await end_tasks(task)
-
-
-async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
-    """A chat's reply: events of the Responses API, which the host reduces to items;
-    the last one brings the usage, after a Stop too."""
-    try:
-        async for event in _stream(run, mode):
-            yield event
-    except asyncio.CancelledError:
-        if usage := run.ledger.report():
-            yield {"type": "response.completed", "response": {"usage": usage}}
-        raise
-    if usage := run.ledger.report():
-        yield {"type": "response.completed", "response": {"usage": usage}}
+    for event in rest():
+        yield event
 
 
 async def stream_chunks(run: Run, mode: Mode, model: str) -> AsyncGenerator[Json, None]:
     """An API client's reply: Chat-Completions chunks, the last one with the usage."""
     head = _completion_head("chat.completion.chunk", model)
     role: Json = {"role": "assistant"}
-    async for delta in _stream(run, mode):
-        choice = {"index": 0, "delta": role | delta, "finish_reason": None}
-        role = {}
-        yield head | {"choices": [choice]}
-    if usage := run.ledger.report():
-        yield head | {"choices": [], "usage": _openai_usage(usage)}
+    async for event in stream_items(run, mode):
+        if "response" in event:
+            usage = _openai_usage(event["response"]["usage"])
+            yield head | {"choices": [], "usage": usage}
+        else:
+            choice = {"index": 0, "delta": role | event, "finish_reason": None}
+            role = {}
+            yield head | {"choices": [choice]}
 
 
 async def reply_whole(run: Run, mode: Mode, model: str) -> Json:
@@ -4963,12 +4839,8 @@ async def reply_whole(run: Run, mode: Mode, model: str) -> Json:
 
 def _completion_head(kind: str, model: str) -> Json:
     """What a completion and each of its chunks begin with."""
-    return {
-        "id": f"chatcmpl-{uuid4()}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model,
-    }
+    completion_id, now = f"chatcmpl-{uuid4()}", int(time.time())
+    return {"id": completion_id, "object": kind, "created": now, "model": model}
 
 
 def _openai_usage(usage: Json) -> Json:

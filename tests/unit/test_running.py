@@ -514,6 +514,7 @@ def test_a_turn_that_breaks_off_keeps_what_was_said_and_answers_its_calls() -> N
     reply = section.begin_reply()
     reply.apply(mmc.TextDelta("Oaks <det"))
     reply.apply(mmc.ToolCallDelta(0, "c1", "look", '{"at'))
+    reply.end()
     section.fail("the wire was cut")
     kinds = [item["type"] for item in items_of(run)]
     assert kinds == [
@@ -569,9 +570,9 @@ def test_every_call_is_answered_and_every_turn_is_read_back(
             reply = section.begin_reply()
             for event in events:
                 reply.apply(event)
+            reply.end()
             if breaks and events is replies[-1]:
                 break
-            reply.end()
             results = [mmc.ToolResult("tall") for _ in reply.calls]
             for made, result in zip(reply.calls, results, strict=True):
                 section.show_result(made, result)
@@ -791,7 +792,7 @@ async def test_the_tools_of_one_reply_run_at_the_same_time_up_to_the_limit() -> 
         aliases=["Ann"],
         tools={"count": tool(counts, n="integer")},
     )
-    assert most == mmc.TOOLS_AT_ONCE == 4
+    assert most == mmc._TOOLS_AT_ONCE == 4
     answers = [
         m["content"] for m in host.payloads[1]["messages"] if m["role"] == "tool"
     ]
