@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import codecs
 import json
 import logging
 import re
@@ -697,18 +696,22 @@ _LONGEST_TAG = 300  # characters that are held back, with its attributes
 _SSE_FIELDS = (":", "event:", "id:", "retry:")
 
 
+_JSON = json.JSONDecoder()
+
+
 def parse_json(text: str) -> Any:
-    """`json.loads`; text that is nested too deeply is a `ValueError` too."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    """The value of a JSON text, else a `ValueError`; faster than `json.loads`."""
+    text = text.strip()
+    value, end = parse_json_at(text)
+    if end < len(text):
+        raise ValueError("more than one value")
+    return value
 
 
 def parse_json_at(text: str, at: int = 0) -> tuple[Any, int]:
     """The JSON value at a place of a text, and where it ends; else a `ValueError`."""
     try:
-        return json.JSONDecoder().raw_decode(text, at)
+        return _JSON.raw_decode(text, at)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -722,31 +725,34 @@ class SSEDecoder:
     """
 
     def __init__(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._line: list[str] = []
+        self._line: list[bytes] = []
         self._event: list[str] = []  # lines of a value that is not complete
         self._depth = 0  # of brackets that are open in it
         self.used = False  # whether something looked like an event or JSON
 
-    def feed(self, piece: bytes | str) -> Iterator[Any]:
-        """Take the next piece of the stream; yields the values it completes."""
-        text = self._utf8.decode(piece) if isinstance(piece, bytes) else piece
-        *lines, rest = text.split("\n")
+    def feed(self, piece: bytes | str) -> list[Any]:
+        """Take the next piece of the stream; gives the values it completes."""
+        data = piece.encode("utf-8", "replace") if isinstance(piece, str) else piece
+        *lines, rest = data.split(b"\n")
+        values: list[Any] = []
         for line in lines:
             if self._line:
-                line, self._line = "".join([*self._line, line]), []
-            yield from self._read_line(line)
+                line, self._line = b"".join([*self._line, line]), []
+            if line:
+                values += self._read_line(line)
+            else:  # as every second line of a stream: not worth a call
+                self._event = []
         if rest:
             self._line.append(rest)
+        return values
 
-    def close(self) -> Iterator[Any]:
-        """The stream has ended; yields what its last, unfinished line held."""
-        rest = "".join([*self._line, self._utf8.decode(b"", final=True)])
-        self._line = []
-        yield from self._read_line(rest)
+    def close(self) -> Sequence[Any]:
+        """The stream has ended; gives what its last, unfinished line held."""
+        rest, self._line = b"".join(self._line), []
+        return self._read_line(rest)
 
-    def _read_line(self, line: str) -> Sequence[Any]:
-        line = line.rstrip("\r")
+    def _read_line(self, data: bytes) -> Sequence[Any]:
+        line = data.decode("utf-8", "replace").rstrip("\r")
         if line.startswith("data:"):
             return self._read_data(line[5:].removeprefix(" ").rstrip())
         if not line.strip():
@@ -795,7 +801,8 @@ class ThinkSplitter:
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
         self._tags = tuple(tags)
-        self._first = "".join({start[0] for start, _ in self._tags})
+        first = "".join(start[0] for start, _ in self._tags)
+        self._first = re.compile(f"[{re.escape(first)}]" if first else "(?!)")
         whole, begun = [], []
         for start, _ in self._tags:
             name, last = re.escape(start[:-1]), re.escape(start[-1])
@@ -811,7 +818,7 @@ class ThinkSplitter:
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
         idle = not self._held and not self._end and not self._trim
-        if idle and not any(first in text for first in self._first):
+        if idle and not self._first.search(text):
             return [TextDelta(text)]
         text = self._held + text
         events: list[ReplyEvent] = []
