@@ -2798,8 +2798,8 @@ class Host:
         builtin: dict[str, Json] = {}
         try:
             builtin = await self._builtin_tools(model, meta, settings, extra)
-        except HostFailure as failure:
-            problems.append(f"Open WebUI's own tools could not be loaded: {failure}")
+        except HostFailure:
+            problems.append("Open WebUI's own tools could not be loaded")
         return {**builtin, **own, **tools}, problems
 
     async def _own_tools(
@@ -2811,10 +2811,10 @@ class Host:
         try:
             with foreign_errors(HostFailure):
                 return await get_tools(self.request, ids, self.user, extra), []
-        except HostFailure as failure:
+        except HostFailure:
             if len(ids) == 1:
                 name = plain_line(ids[0], 60)
-                return {}, [f'its tool "{name}" could not be loaded: {failure}']
+                return {}, [f'its tool "{name}" could not be loaded']
         tools: dict[str, Json] = {}
         problems: list[str] = []
         for tool_id in ids:
@@ -3573,29 +3573,34 @@ class Screen:
 @dataclass(slots=True)
 class Figures:
     """One speaker's model calls: how many, the usage of all, the seconds to the first
-    token of the first, and of all together the seconds after the first token."""
+    token of the first, and of those that streamed the seconds after it and tokens."""
 
     calls: int = 0
     usage: Json = field(default_factory=dict)
     first_token: float | None = None
-    answering: float = 0.0
+    streaming: float = 0.0
+    streamed: int = 0
 
-    def count(self, begun: float, first: float | None, ended: float) -> None:
+    def count(
+        self, begun: float, first: float | None, ended: float, tokens: int
+    ) -> None:
         """Add one model call; `first` is when its first token came, if it did."""
         self.calls += 1
-        if first is not None:
-            self.answering += ended - first
-            if self.first_token is None:
-                self.first_token = first - begun
+        if first is None:
+            return
+        if self.first_token is None:
+            self.first_token = first - begun
+        if ended - first > 0.2:  # s; a shorter reply came all at once
+            self.streaming += ended - first
+            self.streamed += tokens
 
     def report(self) -> Json:
         """Usage, calls and speed, as far as they are known."""
         report: Json = {**self.usage, "calls": self.calls}
         if self.first_token is not None:
             report["first_token_seconds"] = round(self.first_token, 3)
-        tokens = self.usage.get("output_tokens")
-        if tokens and self.answering > 0.2:  # s; a shorter answer came all at once
-            report["tokens_per_second"] = round(tokens / self.answering, 1)
+        if self.streamed:
+            report["tokens_per_second"] = round(self.streamed / self.streaming, 1)
         return report
 
 
@@ -3621,10 +3626,12 @@ class Ledger:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
         now = asyncio.get_running_loop().time()
-        figures.count(deadline.begun, deadline.first_at, now)
-        if usage:
-            self.usage = self.add_usage(self.usage, usage)
-            figures.usage = self.add_usage(figures.usage, usage)
+        counted = self.add_usage({}, usage) if usage else {}
+        tokens = counted.get("output_tokens", 0)
+        figures.count(deadline.begun, deadline.first_at, now, tokens)
+        if counted:
+            self.usage = self.add_usage(self.usage, counted)
+            figures.usage = self.add_usage(figures.usage, counted)
 
     def report(self) -> Json:
         """The usage of the run, with everybody's share and speed; {} if none came."""
@@ -3721,18 +3728,21 @@ class ReplyDeadline(_Deadline):
 class ConnectionGate:
     """Lets so many calls through to one connection at a time.
 
-    Who waits is let in by stage, a later one first (ballots and the chair go before
-    answers that are late); then comes who asks the model that was let in last (an
-    Ollama server loads one at a time, for tens of seconds), then who came first.
+    Who waits is let in by stage, a later one first: ballots and the chair go before
+    answers that are late, which never get the last place. Then comes who asks the model
+    that was let in last (an Ollama server loads one at a time, for tens of seconds),
+    then who came first.
     """
 
     def __init__(self, places: int) -> None:
         self._free = places
         self._queue: list[tuple[int, str, asyncio.Future[None]]] = []
         self._model = ""
+        self._stage = 0  # for which the last place is kept
 
     async def enter(self, stage: int, model_id: str) -> None:
         """Wait for a place."""
+        self._stage = max(self._stage, stage)
         admission = asyncio.get_running_loop().create_future()
         self._queue.append((stage, model_id, admission))
         self._admit()
@@ -3748,10 +3758,19 @@ class ConnectionGate:
         self._free += 1
         self._admit()
 
+    def open_to_all(self) -> None:
+        """No stage comes any more: who is late may have every place."""
+        self._stage = 0
+        self._admit()
+
     def _admit(self) -> None:
-        self._queue = [each for each in self._queue if not each[2].done()]
-        if self._free and self._queue:
-            best = max(self._queue, key=lambda each: (each[0], each[1] == self._model))
+        while True:
+            queue = self._queue = [each for each in self._queue if not each[2].done()]
+            spare = self._free > 1
+            may = [each for each in queue if spare or each[0] >= self._stage]
+            if not (self._free and may):
+                return
+            best = max(may, key=lambda each: (each[0], each[1] == self._model))
             self._free -= 1
             self._model = best[1]
             best[2].set_result(None)
@@ -3787,10 +3806,12 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     """The request: what the chat sets goes before the valves, these before what the
     model sets itself (the host adds that), and that before the defaults for all."""
     names = {"temperature", "top_p", "top_k"}
+    valves = settings.model_dump(include=names, exclude_none=True)
+    given: Json = {**call.voice.defaults, **valves, **call.parameters}
+    if call.voice.connection.startswith(OLLAMA):  # the host looks for them there only
+        given = {"options": given}
     payload = {
-        **call.voice.defaults,
-        **settings.model_dump(include=names, exclude_none=True),
-        **call.parameters,
+        **given,
         "model": call.voice.model_id,
         "messages": call.messages,
         "stream": streams,
@@ -3848,6 +3869,11 @@ class ModelCalls:
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
+
+    def open_to_all(self) -> None:
+        """No stage comes any more; only who is late goes on."""
+        for gate in self._gates.values():
+            gate.open_to_all()
 
     async def text(self, call: ModelCall, streams: bool = True) -> str:
         """A plain completion -> its text; raises `ModelFailure`."""
@@ -4230,16 +4256,20 @@ class Run:
 
 
 async def _take_turn(run: Run, section: Section, brief: str, stage: int) -> Turn:
-    """One participant's turn; its failure is part of the turn, not an exception."""
+    """One participant's turn; its failure is part of the turn, not an exception.
+
+    However it ends, every tool call has an answer: the host would run an open one.
+    """
+    failure: str | None = "it was ended by an internal error"
     try:
         async with section.clock.running():
             await _speak_until_done(run, section, brief, stage)
-    except ModelFailure as failure:
-        section.fail(str(failure))
-    except asyncio.CancelledError:
-        section.fail("it was stopped")
-        raise
+        failure = None
+    except ModelFailure as error:
+        failure = str(error)
     finally:
+        if failure is not None:
+            section.fail("it was stopped" if was_cancelled() else failure)
         if section in run.late:
             run.late.remove(section)
             section.notice(f"{PROGRESS}not ranked: it came after the review had begun")
@@ -4263,7 +4293,8 @@ async def _speak_until_done(run: Run, section: Section, brief: str, stage: int) 
         )
         reply = await run.models.complete(call, section.begin_reply)
         if reply.calls and not left:
-            raise ModelFailure("it called tools even when it was given none")
+            most = run.settings.max_tool_rounds
+            raise ModelFailure(f"it still called tools after {most} tool rounds")
         results = await _run_tools(run, section, reply.calls, messages)
         messages = [*messages, *section.record(reply, results)]
         if not reply.calls:
@@ -4412,16 +4443,17 @@ async def _wait_in_view(
             break
         if now - shown_at >= 1:
             shown_at = now
-            text = _describe_progress(len(tasks), what, there, since)
-            run.screen.publish_progress(what, f"{text} · {now - begun:.1f} s")
+            of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
+            text = _describe_progress(of_all, there, since)
+            run.screen.publish_progress(what, text)
     run.screen.hide_progress()
 
 
 def _describe_progress(
-    of: int, what: str, there: Mapping[str, float], since: Mapping[str, float | None]
+    of_all: str, there: Mapping[str, float], since: Mapping[str, float | None]
 ) -> str:
     """How many are there, who is waited for and who is queued, who was fastest."""
-    parts = [f"{len(there)} of {of} {what}"]
+    parts = [f"{len(there)} {of_all}"]
     if since:
         names = (f"{a}{' (queued)' if at is None else ''}" for a, at in since.items())
         parts.append(f"waiting for {', '.join(names)}")
@@ -4520,8 +4552,8 @@ async def converse(run: Run, mode: Mode) -> None:
         if cast.by_default:
             names = ", ".join(cast.aliases)
             await host.show_status(
-                f"Nobody was chosen, so {names} talk: choose others in the valves, "
-                "with the Valves button beside the input",
+                f"No participants are chosen, so {names} talk: choose others with the "
+                "Valves button beside the input",
                 done=False,
             )
         if run.drafts:
@@ -4542,11 +4574,11 @@ async def _search_once(run: Run) -> None:
     """Where the chat searches the web: once, shared with everybody."""
     limit, question = run.settings.tool_timeout, last_question(run.entries)
     try:
-        async with run.models.limits("The web search", ReplyDeadline(limit, limit)):
+        async with run.models.limits("the web search", ReplyDeadline(limit, limit)):
             model_id = run.cast.manager.model_id
             found, sources = await run.host.search(model_id, question)
     except ModelFailure as failure:
-        run.screen.notice(f"The web search found nothing: {plain_line(failure)}")
+        run.screen.notice(f"The web search was left out: {plain_line(failure)}")
         return
     if found:
         text = f"Found on the web for this question:\n{escape_labels(found)}"
@@ -4558,6 +4590,7 @@ async def _run_to_end(run: Run, mode: Mode) -> str:
     """Run a mode and see everybody end who goes on after it; gives why it ended."""
     async with run.tasks:
         reason = await _run_mode(run, mode)
+        run.models.open_to_all()
         if run.late:
             late = ", ".join(section.participant.alias for section in run.late)
             await run.host.show_status(f"{reason} · waiting for {late}", done=False)
@@ -4726,7 +4759,7 @@ async def _prepare(
         ) from failure
     if asked not in (None, settings.rounds):
         line = f"You asked for {asked} rounds and get {settings.rounds}"
-        line += f": 1 to {settings.max_rounds} are possible."
+        line += f": the administrator allows 1 to {settings.max_rounds}."
         cast = replace(cast, problems=(*cast.problems, line))
     if row.drafts and not settings.remember_drafts:
         entries = keep_conclusions(entries)
@@ -4777,7 +4810,9 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         seats, _, _ = choose_seats(settings, cards)
         if not seats:
             raise ConversationError("There is no participant to ask.")
-        voice = Voice(seats[0].model_id, think_tags=host.think_tags())
+        card = cards[seats[0].model_id]
+        tags = host.think_tags()
+        voice = Voice(card.id, connection=card.connection, think_tags=tags)
         clock = TurnClock(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
         messages = body["messages"]

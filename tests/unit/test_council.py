@@ -1247,20 +1247,21 @@ def test_what_only_passes_by_never_reaches_an_api_client() -> None:
 
 def test_figures_have_the_first_token_of_all_and_the_time_of_answering() -> None:
     figures = mmc.Figures()
-    figures.count(10.0, None, 11.0)
-    figures.count(20.0, 20.5, 22.5)
-    figures.count(30.0, 30.1, 31.1)
-    assert figures == mmc.Figures(calls=3, first_token=0.5, answering=3.0)
+    figures.count(10.0, None, 11.0, 0)
+    figures.count(20.0, 20.5, 22.5, 60)
+    figures.count(30.0, 30.1, 31.1, 30)
+    figures.count(40.0, 40.1, 40.2, 500)  # a ballot that came all at once
+    assert figures == mmc.Figures(calls=4, first_token=0.5, streaming=3.0, streamed=90)
 
 
 def test_the_closing_line_and_the_usage_say_the_same() -> None:
     run, _ = make_run()
     counts = {"input_tokens": 1500, "output_tokens": 90}
     ann = mmc.Figures(usage=counts)
-    ann.count(0.0, 0.25, 1.25)
-    ann.count(2.0, 2.5, 3.75)  # a ballot
+    ann.count(0.0, 0.25, 1.25, 40)
+    ann.count(2.0, 2.5, 3.75, 50)  # a ballot
     bob = mmc.Figures()
-    bob.count(0.0, None, 1.0)
+    bob.count(0.0, None, 1.0, 0)
     run.ledger.usage = counts
     run.ledger.figures |= {"Ann": ann, "Bob": bob}
     assert run.ledger.report()["participants"] == {
@@ -1279,10 +1280,10 @@ def test_the_closing_line_and_the_usage_say_the_same() -> None:
 
 def test_progress_says_who_has_answered_and_who_is_waited_for() -> None:
     admitted = dict.fromkeys(ALL, 1.0)
-    assert mmc._describe_progress(4, "answered", {}, admitted) == (
-        "0 of 4 answered · waiting for Ann, Bob, Cat, Dan"
+    assert mmc._describe_progress("of 4 answered · 1.0 s", {}, admitted) == (
+        "0 of 4 answered · 1.0 s · waiting for Ann, Bob, Cat, Dan"
     )
     there, since = {"Cat": 1.25, "Ann": 2.0}, {"Bob": 1.0, "Dan": None}
-    assert mmc._describe_progress(4, "judged", there, since) == (
-        "2 of 4 judged · waiting for Bob, Dan (queued) · fastest Cat 1.2 s"
+    assert mmc._describe_progress("of 4 judged · 3.5 s", there, since) == (
+        "2 of 4 judged · 3.5 s · waiting for Bob, Dan (queued) · fastest Cat 1.2 s"
     )
