@@ -55,8 +55,8 @@ class ScriptedHost(mmc.Host):
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
         names = ("input_tokens", "output_tokens", "total_tokens")
-        inputs = report.get("input_tokens", report.get("prompt_tokens", 0))
-        outputs = report.get("output_tokens", report.get("completion_tokens", 0))
+        inputs = int(report.get("input_tokens") or report["prompt_tokens"])
+        outputs = int(report.get("output_tokens") or report["completion_tokens"])
         more = (inputs, outputs, inputs + outputs)
         return {n: total.get(n, 0) + m for n, m in zip(names, more, strict=True)}
 
