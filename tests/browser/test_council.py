@@ -152,7 +152,7 @@ async def test_four_members_are_seen_writing_at_once(
 async def test_a_slow_member_holds_nobody_up_and_is_skipped_with_a_click(
     scene: Scene, council: Council, host: OpenWebUI
 ) -> None:
-    host.set_valves(FUNCTION_ID, {"skip_after": 2})
+    host.set_valves(FUNCTION_ID, {"skip_after": 1})
     try:
         page = await scene.join("Skye", COUNCIL, team=TEAM)
         with council.server.hold("birch") as slow:

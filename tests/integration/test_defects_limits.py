@@ -211,6 +211,22 @@ async def test_members_that_wait_for_their_turn_say_so(talk: Talk) -> None:
     assert "queued" not in reply.text
 
 
+async def test_stop_while_members_wait_for_their_turn(talk: Talk) -> None:
+    gather_locally(talk, *NAMES[:4])
+    async with talk.page() as page:
+        with talk.models.hold(local("Ann")) as hold:
+            reply = await start(page)
+            await reached(hold.wait_until_reached)
+            await page.stop(reply)
+            await finish(page, reply)
+            await talk.freed(local("Ann"))
+    assert last_status(reply).startswith("Stopped · ")
+    for name in NAMES[:4]:
+        assert f"**{name}** could not answer: it was stopped" in reply.text
+    assert "internal error" not in reply.text
+    assert talk.order() == [local("Ann")]
+
+
 async def test_each_model_is_loaded_once_a_stage(talk: Talk) -> None:
     gather_locally(talk, "Ann", "Ben", "Ann", "Ben", pause=0.05)
     reply = await talk.ask(QUESTION, COUNCIL)

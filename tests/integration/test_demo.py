@@ -77,6 +77,7 @@ async def ask(browser: Browser, url: str, status: str, model: str | None = None)
         await page.ask(QUESTION)
         await page.wait_finished()
         await page.wait_status(status)
+        await page.wait_text("View Result from look_up")
         return await page.visible_reply_text()
     finally:
         await page.close()

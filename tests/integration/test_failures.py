@@ -121,11 +121,11 @@ async def test_a_stalled_model_is_given_up_after_the_silence_timeout(
 
 
 async def test_a_turn_that_takes_too_long_is_ended(talk: Talk) -> None:
-    talk.admin_sets(turn_timeout=1)
+    talk.admin_sets(turn_timeout=0.5)
     talk.add_model("tokens-1000-20")
     seat_between(talk, "tokens-1000-20")
     reply = await talk.ask(QUESTION)
-    assert "it took longer than 1 s" in notice(reply.text)
+    assert "it took longer than 0.5 s" in notice(reply.text)
     assert headings(reply) == NAMES
     assert talk.models.aborted == ["tokens-1000-20"]
 

@@ -237,7 +237,8 @@ class Browser:
         store = {"locale": "en-US", **({"token": account.token} if account else {})}
         for name, value in store.items():
             script = f"localStorage.setItem({json.dumps(name)}, {json.dumps(value)})"
-            await context.add_init_script(script)
+            # not in the frame in which the page shows a model's HTML: it has no store
+            await context.add_init_script(f"if (self === top) {script}")
         path = f"/c/{chat_id}" if chat_id else "/"
         query = f"?models={quote(model)}" if model else ""
         page = OpenPage(await context.new_page())

@@ -44,7 +44,7 @@ from tests.stack.scripts import Behaviour, Body, Fail, Pause, Script, Text
 
 _BRIEF = re.compile(
     r"(?:\A|\n\n)(?=This is a debate\.|The debate is over\."
-    r"|(?:The|Several) participants answered the question independently)"
+    r"|Several participants answered|The participants have answered\.)"
 )
 BREAKS_OFF: str = SAID["breaks_off"]
 

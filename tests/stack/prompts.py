@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tests.stack.scripts import Body
 
-_TAGGED = re.compile(r'<message from="([^"\n]*)">\s*(.*?)\s*</message>', re.DOTALL)
+_TAGGED = re.compile(r'<message from="([^"\n]*)">(.*?)</message>', re.DOTALL)
 _CUE = re.compile(
     r"\b(?:your turn|go on\.|(?:respond|reply|answer|speak) as|now (?:speak|it is))"
 )

@@ -843,7 +843,7 @@ def test_our_own_markup_is_shown_as_the_text_it_is(text: str, shown: str) -> Non
     assert guard([text]) == guard(text) == shown
 
 
-CODE = '# 🔴 stop\n<video src="x">\n<details>\n> **⚠️ Mind**\n&lt;video&gt;\n'
+CODE = '# 🔴 stop\n<video src="x">\n> **⚠️ Mind**\n&lt;video&gt;\n'
 
 
 @pytest.mark.parametrize("before", ["", "Text.\n\n", "Text:\n", "- a\n\n1. b\n\n"])
@@ -856,9 +856,9 @@ def test_code_that_every_parser_sees_can_be_copied_as_it_is(
     assert guard([text]) == guard(text) == text
 
 
-def test_in_code_too_nothing_is_read_back_as_ours() -> None:
-    text = "```\n### 🔴 Bob\n> ⚠️ **Ann** broke off\n```"
-    shown = "```\n\\### 🔴 Bob\n\\> ⚠️ **Ann** broke off\n```"
+def test_in_code_too_nothing_is_read_back_as_ours_or_cut_out_by_the_host() -> None:
+    text = "```\n### 🔴 Bob\n> ⚠️ **Ann** broke off\na <details>\n```"
+    shown = "```\n\\### 🔴 Bob\n\\> ⚠️ **Ann** broke off\na <\u200bdetails>\n```"
     assert guard([text]) == guard(text) == shown
 
 
