@@ -3519,16 +3519,13 @@ class Pace:
 
 @dataclass(slots=True)
 class Screen:
-    """What the client sees of one run, and the emitter that sends what changed.
-
-    `ours` are the sections of ours, by key; `in_chat`: a page shows it, no API client.
-    """
+    """What the client sees of one run, and the emitter that sends what changed."""
 
     transcript: Transcript
     emitter: Emitter
-    in_chat: bool
-    continued: bool
-    ours: dict[str, Block] = field(default_factory=dict)
+    in_chat: bool  # a page shows it, no API client
+    continued: bool  # there is a beginning of the reply, which the host keeps
+    ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
 
     def add_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
         """A line of ours in a section."""
@@ -3606,12 +3603,9 @@ class Figures:
 
 @dataclass(slots=True)
 class Ledger:
-    """What a run cost: turns, and each speaker's model calls, tokens and times.
+    """What a run cost: turns, and each speaker's model calls, tokens and times."""
 
-    `add_usage` is the host's way to add up usage.
-    """
-
-    add_usage: Callable[[Json, Json], Json]
+    add_usage: Callable[[Json, Json], Json]  # the host's way to add up usage
     usage: Json = field(default_factory=dict)
     figures: dict[str, Figures] = field(default_factory=dict)
     turns: int = 0
@@ -3690,16 +3684,13 @@ class TurnClock(_Deadline):
 
 
 class ReplyDeadline(_Deadline):
-    """How many seconds a model may be silent: before its first word, and after any.
-
-    `spoke` is set whenever it says something.
-    """
+    """How many seconds a model may be silent: before its first word, and after any."""
 
     def __init__(self, first: float, silence: float) -> None:
         super().__init__(first, f"it said nothing for {first:g} s")
         self.begun = self._heard_at = asyncio.get_running_loop().time()
         self.first_at: float | None = None
-        self.spoke = asyncio.Event()
+        self.spoke = asyncio.Event()  # set whenever it says something
         self._silence = silence
 
     @property
@@ -3856,15 +3847,13 @@ _AnyReply = TypeVar("_AnyReply", bound=Reply)
 
 @dataclass(slots=True)
 class ModelCalls:
-    """The one door to every model: connection slots, deadlines, retries, the ledger.
-
-    `admitted`: when a speaker's first call in a stage got its slot; none: it is queued.
-    """
+    """The one door to every model: connection slots, deadlines, retries, the ledger."""
 
     host: Host
     settings: Settings
     ledger: Ledger
     emitter: Emitter | None = None
+    # when a speaker's first call in a stage got its slot; until then it is queued
     admitted: dict[tuple[int, str], float] = field(default_factory=dict)
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -4124,24 +4113,15 @@ class Section:
         alias = self.participant.alias
         self.screen.add_line(alias, line, self.number, notice=True)
 
-    def close(self) -> None:
-        """Nothing more comes into this section."""
-        self.screen.transcript.close_section(self.number)
-        self.screen.emitter.nudge()
-
     def turn(self) -> Turn:
         """What is left of the section for the rest of the conversation."""
         messages = list(self._messages)
         said = [m["content"] for m in messages if m["role"] == "assistant"]
         if messages and messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": "(broke off)"})
-        return Turn(
-            self.participant.alias,
-            "\n\n".join(filter(None, said)),
-            tuple(messages),
-            self._failure,
-            concludes=self.role == CONCLUSION,
-        )
+        text, concludes = "\n\n".join(filter(None, said)), self.role == CONCLUSION
+        alias, failure = self.participant.alias, self._failure
+        return Turn(alias, text, tuple(messages), failure, concludes=concludes)
 
 
 class ShownReply(Reply):
@@ -4230,223 +4210,13 @@ class ShownReply(Reply):
 
 # -- the run of a mode -----------------------------------------------------------------
 
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One conversation: what it is, what is seen of it, and the door to its models.
-
-    `entries` grow as it goes on; `drafts`: its mode has drafts and a conclusion;
-    `late` are the sections that go on after their step.
-    """
-
-    host: Host
-    settings: Settings
-    cast: Cast
-    entries: list[Entry]
-    screen: Screen
-    ledger: Ledger
-    models: ModelCalls
-    drafts: bool = False
-    late: list[Section] = field(default_factory=list)
-    tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
-
-    def clock(self) -> TurnClock:
-        """The clock of one turn."""
-        return TurnClock(self.settings.turn_timeout)
-
-
-async def _take_turn(run: Run, section: Section, brief: str, stage: int) -> Turn:
-    """One participant's turn; its failure is part of the turn, not an exception.
-
-    However it ends, every tool call has an answer: the host would run an open one.
-    """
-    failure: str | None = "it was ended by an internal error"
-    try:
-        async with section.clock.running():
-            await _speak_until_done(run, section, brief, stage)
-        failure = None
-    except ModelFailure as error:
-        failure = str(error)
-    finally:
-        if failure is not None:
-            section.fail("it was stopped" if was_cancelled() else failure)
-        if section in run.late:
-            run.late.remove(section)
-            section.notice(f"{PROGRESS}not ranked: it came after the review had begun")
-        section.close()
-    run.ledger.turns += 1
-    return section.turn()
-
-
-async def _speak_until_done(run: Run, section: Section, brief: str, stage: int) -> None:
-    """Replies and tools, until there are no more; raises `ModelFailure`."""
-    alias, voice = section.participant.alias, section.participant.voice
-    messages = messages_for(section.participant, run.entries, brief)
-    if voice.legacy and voice.tools:
-        runner = partial(_run_legacy_tool, run, section)
-        messages, sources = await run.host.use_legacy_tools(voice, messages, runner)
-        await run.host.show_sources(sources)
-    for left in range(run.settings.max_tool_rounds, -1, -1):
-        specs = voice.specs if left and not voice.legacy else ()
-        call = ModelCall(
-            alias, voice, messages, section.clock, stage, specs, run.cast.parameters
-        )
-        reply = await run.models.complete(call, section.begin_reply)
-        if reply.calls and not left:
-            most = run.settings.max_tool_rounds
-            raise ModelFailure(f"it still called tools after {most} tool rounds")
-        results = await _run_tools(run, section, reply.calls, messages)
-        messages = [*messages, *section.record(reply, results)]
-        if not reply.calls:
-            break
-
-
+_STOPPED = "Stopped"
 _TOOLS_AT_ONCE = 4  # of one reply; more would only queue at what they call
-
-
-async def _run_tools(
-    run: Run, section: Section, calls: Sequence[ToolCall], messages: list[Json]
-) -> list[ToolResult]:
-    """The results of the calls of one reply, run at the same time, in their order."""
-    gate = asyncio.Semaphore(_TOOLS_AT_ONCE)
-
-    async def run_one(call: ToolCall) -> ToolResult:
-        async with gate:
-            result = await _run_tool(run, section, call, messages)
-        section.show_result(call, result)
-        return result
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(run_one(call)) for call in calls]
-    return [task.result() for task in tasks]
-
-
-async def _run_tool(
-    run: Run, section: Section, call: ToolCall, messages: list[Json]
-) -> ToolResult:
-    """One tool call -> one result, whatever happens."""
-    voice = section.participant.voice
-    tool = voice.tools.get(call.name)
-    if tool is None:
-        return ToolResult(f'Error: there is no tool "{plain_line(call.name)}".', True)
-    try:
-        async with _tool_limits(run, section, call, tool) as arguments:
-            value = await run.host.run_tool(tool, call, arguments, messages)
-            result = await run.host.read_tool_result(tool, call, arguments, value)
-    except ToolFailure as failure:
-        return ToolResult(f"Error: {failure}", True)
-    if voice.cites:
-        await run.host.cite(tool, call, arguments, result.text)
-    return result
-
-
-async def _run_legacy_tool(
-    run: Run, section: Section, name: str, tool: Json, arguments: Json
-) -> Any:
-    """A tool that the host's prompt-based tool use calls; its failure is its result."""
-    call = ToolCall(f"call_{uuid4().hex}", name, json.dumps(arguments))
-    try:
-        async with _tool_limits(run, section, call, tool) as arguments:
-            return await run.host.run_tool(tool, call, arguments, [])
-    except ToolFailure as failure:
-        return {"error": str(failure)}
-
-
-@asynccontextmanager
-async def _tool_limits(
-    run: Run, section: Section, call: ToolCall, tool: Json
-) -> AsyncIterator[Json]:
-    """A tool gets its arguments where the user approves it, for which the turn's clock
-    waits, and has its time; raises `ToolFailure`."""
-    arguments = parse_arguments(call, tool.get("spec") or {})
-    with section.clock.paused():
-        approved = await run.host.approve(call, arguments)
-    if not approved:
-        raise ToolFailure("the user did not approve this tool call.")
-    limit = run.settings.tool_timeout
-    try:
-        async with asyncio.timeout(limit):
-            yield arguments
-    except TimeoutError as error:
-        raise ToolFailure(f"the tool took longer than {limit:g} s.") from error
-
-
-async def _speak(run: Run, step: Speak, stage: int) -> list[Turn]:
-    """The turns of a step, at the same time; they join the conversation in order.
-
-    Who is not needed for the quorum goes on, and its turn says that it is late.
-    """
-    who = ", ".join(step.aliases)
-    if step.note:
-        await run.host.show_status(f"{who} · {step.note}", done=True)
-    together = len(step.aliases) > 1
-    if together:
-        run.screen.publish_progress("answered", f"waiting for {who}")
-    tasks: dict[Section, asyncio.Task[Turn]] = {}
-    for alias in step.aliases:
-        speaker = run.cast.participant(alias)
-        section = Section(run.screen, speaker, run.clock(), step.role)
-        if not step.concludes:
-            section.show_heading()
-        turn = _take_turn(run, section, step.brief, stage)
-        tasks[section] = run.tasks.create_task(turn)
-    if together:
-        named = dict(zip(step.aliases, tasks.values(), strict=True))
-        await _wait_in_view(run, named, "answered", stage, step.quorum)
-    else:
-        await asyncio.wait(tasks.values())
-    run.late.extend(section for section, task in tasks.items() if not task.done())
-    turns = [
-        (
-            task.result()
-            if task.done()
-            else Turn(section.participant.alias, "", failure="it was late", late=True)
-        )
-        for section, task in tasks.items()
-    ]
-    if step.joins:
-        run.entries.extend(turns)
-    return turns
-
-
-async def _wait_in_view(
-    run: Run,
-    tasks: Mapping[str, asyncio.Task[Any]],
-    what: str,
-    stage: int,
-    quorum: int = 0,
-) -> None:
-    """Wait until the quorum is there, everybody is done, or has had its time.
-
-    The deadline counts from when a member's call was let in to its connection. Shows
-    once a second who is there and who is waited for.
-    """
-    begun = shown_at = time.monotonic()
-    there: dict[str, float] = {}  # and after how long
-    while pending := [task for task in tasks.values() if not task.done()]:
-        await asyncio.wait(
-            pending,
-            timeout=max(shown_at + 1 - time.monotonic(), 0),
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        now = time.monotonic()
-        done = {alias: task.result() for alias, task in tasks.items() if task.done()}
-        for alias, result in done.items():
-            match result:
-                case Turn(failure=None) | Ballot():
-                    there.setdefault(alias, now - begun)
-        admitted = run.models.admitted
-        since = {a: admitted.get((stage, a)) for a in tasks if a not in done}
-        limit = run.settings.answer_deadline
-        late = all(at is not None and now - at > limit for at in since.values())
-        if (quorum and len(there) >= quorum) or (late and there):
-            break
-        if now - shown_at >= 1:
-            shown_at = now
-            of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
-            text = _describe_progress(of_all, there, since)
-            run.screen.publish_progress(what, text)
-    run.screen.hide_progress()
+_FIGURES = {  # how each is shown, where it is known
+    "first_token_seconds": "first token {first_token_seconds:.1f} s",
+    "tokens_per_second": "{tokens_per_second:.0f} tokens/s",
+    "input_tokens": "{input_tokens:,} in, {output_tokens:,} out",
+}
 
 
 def _describe_progress(
@@ -4463,185 +4233,365 @@ def _describe_progress(
     return " · ".join(parts)
 
 
-async def _collect_ballots(
-    run: Run, step: Rank | Vote, stage: int
-) -> list[Ballot | LostBallot]:
-    """Everybody's ballot, asked for at the same time, or why it was lost."""
-    await run.host.show_status("Members judge each other", done=False)
-    run.screen.publish_progress("judged", "the members judge each other")
-    read = read_ranking if isinstance(step, Rank) else read_vote
-    tasks = {
-        paper.voter: run.tasks.create_task(_cast_ballot(run, paper, read, stage))
-        for paper in step.papers
-    }
-    await _wait_in_view(run, tasks, "judged", stage)
-    ballots = [
-        task.result() if task.done() else LostBallot(voter, "it was late")
-        for voter, task in tasks.items()
-    ]
-    await end_tasks(*tasks.values())
-    return ballots
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One conversation: what it is, what is seen of it, and the door to its models."""
 
+    host: Host
+    settings: Settings
+    cast: Cast
+    entries: list[Entry]  # they grow as it goes on
+    screen: Screen
+    ledger: Ledger
+    models: ModelCalls
+    drafts: bool = False  # its mode has drafts and a conclusion
+    late: list[Section] = field(default_factory=list)  # these go on after their step
+    tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
 
-async def _cast_ballot(
-    run: Run, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
-) -> Ballot | LostBallot:
-    """One voter's ballot: asked, asked again with what was wrong, read leniently."""
-    voter = run.cast.participant(paper.voter)
-    messages = messages_for(voter, run.entries, paper.brief)
-    for lenient in (False, True):
-        call = ModelCall(voter.alias, voter.voice, messages, run.clock(), stage)
+    # -- from the beginning to the end -------------------------------------------------
+
+    async def converse(self, mode: Mode) -> None:
+        """The whole conversation, shown on the screen, whose emitter it closes."""
+        host, reason = self.host, _STOPPED
         try:
-            text = await run.models.text(call)
+            for problem in self.cast.problems:
+                self.screen.notice(problem)
+            if self.cast.by_default:
+                names = ", ".join(self.cast.aliases)
+                where = "with the Valves button beside the input"
+                text = f"No participants are chosen, so {names} talk: choose others {where}"
+                await host.show_status(text, done=False)
+            if self.drafts:
+                await self._search_once()
+            reason = await self._run_to_end(mode)
+        except Exception:  # the top of a run: a bug must not take the text with it
+            log.exception("a conversation failed")
+            reason = "Ended by an internal error, see the server's log"
+            self.screen.notice(reason)
+        finally:
+            self._show_end(reason)
+            self.screen.emitter.close()
+            log.info("conversation ended: %d turns", self.ledger.turns)
+            await host.show_status(self._describe_end(reason), done=True)
+
+    async def _search_once(self) -> None:
+        """Where the chat searches the web: once, shared with everybody."""
+        limit = self.settings.tool_timeout
+        deadline = ReplyDeadline(limit, limit)
+        model_id, question = self.cast.manager.model_id, last_question(self.entries)
+        try:
+            async with self.models.limits("the web search", deadline):
+                found, sources = await self.host.search(model_id, question)
         except ModelFailure as failure:
-            return LostBallot(voter.alias, str(failure))
-        ballot = read(text, paper, lenient)
-        if isinstance(ballot, Ballot):
-            return ballot
-        answer = {"role": "assistant", "content": text}
-        messages = [*messages, answer, {"role": "user", "content": ballot}]
-    return LostBallot(voter.alias, "it could not be read")
+            self.screen.notice(f"The web search was left out: {plain_line(failure)}")
+            return
+        if found:
+            text = f"Found on the web for this question:\n{escape_labels(found)}"
+            self.entries.append(Question(text))
+            await self.host.show_sources(sources)
 
+    async def _run_to_end(self, mode: Mode) -> str:
+        """Run a mode, and see everybody end who goes on after it; why it ended."""
+        async with self.tasks:
+            reason = await self._run_mode(mode)
+            self.models.open_to_all()
+            if self.late:
+                late = ", ".join(section.participant.alias for section in self.late)
+                waiting = f"{reason} · waiting for {late}"
+                await self.host.show_status(waiting, done=False)
+        return reason
 
-async def _ask_manager(run: Run, step: AskManager, stage: int) -> str | None:
-    """The manager's answer, or None where there is none."""
-    messages = messages_for_manager(run.settings, run.entries, step)
-    call = ModelCall("Manager", run.cast.manager, messages, run.clock(), stage)
-    try:
-        return await run.models.text(call)
-    except ModelFailure as failure:
-        log.debug("the manager failed: %s", failure)
-        return None
+    async def _run_mode(self, mode: Mode) -> str:
+        result: Any = None
+        stage = 0
+        while True:
+            try:
+                step = mode.send(result)
+            except StopIteration as end:
+                return str(end.value)
+            stage += 1
+            match step:
+                case Speak():
+                    result = await self._speak(step, stage)
+                case AskManager():
+                    result = await self._ask_manager(step, stage)
+                case Rank() | Vote():
+                    result = await self._collect_ballots(step, stage)
+                case Publish(key, text):
+                    self.screen.publish(key, text)
+                    result = None
 
+    def _show_end(self, reason: str) -> None:
+        """Put away what was only for the time being, and show what is now known."""
+        screen, shows = self.screen, self.settings.show_figures
+        screen.hide_progress()
+        if self.drafts and reason == _STOPPED and "outcome" not in screen.ours:
+            screen.publish("outcome", f"{OUTCOME}stopped before there was a conclusion")
+        wanted = shows == "always" or (self.drafts and shows != "never")
+        if wanted and self.host.in_chat and self.ledger.turns:
+            screen.publish("figures", self._describe_figures())
+        screen.fix()
 
-async def _run_mode(run: Run, mode: Mode) -> str:
-    """Perform the steps of a mode, one after another; gives why it ended."""
-    result: Any = None
-    stage = 0
-    while True:
-        try:
-            step = mode.send(result)
-        except StopIteration as end:
-            return str(end.value)
-        stage += 1
-        match step:
-            case Speak():
-                result = await _speak(run, step, stage)
-            case AskManager():
-                result = await _ask_manager(run, step, stage)
-            case Rank() | Vote():
-                result = await _collect_ballots(run, step, stage)
-            case Publish(key, text):
-                run.screen.publish(key, text)
-                result = None
+    def _describe_end(self, reason: str) -> str:
+        """The last status line: why it ended, turns, time, tokens and calls."""
+        ledger = self.ledger
+        seconds = time.monotonic() - ledger.begun
+        plural = "" if ledger.turns == 1 else "s"
+        parts = [reason, f"{ledger.turns} turn{plural}", f"{seconds:.1f} s"]
+        if ledger.usage:
+            parts.append(f"{ledger.usage['total_tokens']:,} tokens")
+        if ledger.calls != ledger.turns:
+            parts.append(f"{ledger.calls} model calls")
+        if self.cast.by_default:
+            parts.append("choose who talks with the Valves button beside the input")
+        return " · ".join(parts)
 
+    def _describe_figures(self) -> str:
+        """The small line under a conversation: everybody's speed and tokens, calls."""
+        lines = []
+        calls, everybody = self.ledger.calls, self.ledger.figures
+        for speaker in dict.fromkeys((*self.cast.aliases, *everybody)):
+            report = everybody.get(speaker, Figures()).report()
+            words = [text for name, text in _FIGURES.items() if name in report]
+            if words:
+                lines.append(f"{speaker}: {' · '.join(words).format(**report)}")
+        lines.append(f"{calls} model call{'' if calls == 1 else 's'}")
+        return FIGURES + " | ".join(lines)
 
-_STOPPED = "Stopped"
+    # -- the steps of a mode -----------------------------------------------------------
 
-
-async def converse(run: Run, mode: Mode) -> None:
-    """The whole conversation, shown on the run's screen, whose emitter it closes.
-
-    A council or debate searches the web once, before anybody speaks.
-    """
-    host, cast, screen = run.host, run.cast, run.screen
-    reason = _STOPPED
-    try:
-        for problem in cast.problems:
-            screen.notice(problem)
-        if cast.by_default:
-            names = ", ".join(cast.aliases)
-            await host.show_status(
-                f"No participants are chosen, so {names} talk: choose others with the "
-                "Valves button beside the input",
-                done=False,
+    async def _speak(self, step: Speak, stage: int) -> list[Turn]:
+        """The turns of a step, at the same time; who is late goes on after it."""
+        who = ", ".join(step.aliases)
+        if step.note:
+            await self.host.show_status(f"{who} · {step.note}", done=True)
+        if len(step.aliases) > 1:
+            self.screen.publish_progress("answered", f"waiting for {who}")
+        sections: dict[str, Section] = {}
+        tasks: dict[str, asyncio.Task[Turn]] = {}
+        for alias in step.aliases:
+            clock = TurnClock(self.settings.turn_timeout)
+            speaker = self.cast.participant(alias)
+            section = Section(self.screen, speaker, clock, step.role)
+            if not step.concludes:
+                section.show_heading()
+            turn = self._take_turn(section, step.brief, stage)
+            sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
+        await self._wait_in_view(tasks, "answered", stage, step.quorum)
+        late = [alias for alias, task in tasks.items() if not task.done()]
+        self.late.extend(sections[alias] for alias in late)
+        turns = [
+            (
+                Turn(alias, "", failure="it was late", late=True)
+                if alias in late
+                else task.result()
             )
-        if run.drafts:
-            await _search_once(run)
-        reason = await _run_to_end(run, mode)
-    except Exception:  # the top of a run: a bug must not take the text with it
-        log.exception("a conversation failed")
-        reason = "Ended by an internal error, see the server's log"
-        screen.notice(reason)
-    finally:
-        _show_end(run, reason)
-        screen.emitter.close()
-        log.info("conversation ended: %d turns", run.ledger.turns)
-        await host.show_status(_describe_end(run, reason), done=True)
+            for alias, task in tasks.items()
+        ]
+        if step.joins:
+            self.entries.extend(turns)
+        return turns
 
+    async def _collect_ballots(
+        self, step: Rank | Vote, stage: int
+    ) -> list[Ballot | LostBallot]:
+        """Everybody's ballot, asked for at the same time, or why it was lost."""
+        await self.host.show_status("Members judge each other", done=False)
+        self.screen.publish_progress("judged", "the members judge each other")
+        read = read_ranking if isinstance(step, Rank) else read_vote
+        tasks = {
+            paper.voter: self.tasks.create_task(self._cast_ballot(paper, read, stage))
+            for paper in step.papers
+        }
+        await self._wait_in_view(tasks, "judged", stage)
+        ballots = [
+            task.result() if task.done() else LostBallot(voter, "it was late")
+            for voter, task in tasks.items()
+        ]
+        await end_tasks(*tasks.values())
+        return ballots
 
-async def _search_once(run: Run) -> None:
-    """Where the chat searches the web: once, shared with everybody."""
-    limit, question = run.settings.tool_timeout, last_question(run.entries)
-    try:
-        async with run.models.limits("the web search", ReplyDeadline(limit, limit)):
-            model_id = run.cast.manager.model_id
-            found, sources = await run.host.search(model_id, question)
-    except ModelFailure as failure:
-        run.screen.notice(f"The web search was left out: {plain_line(failure)}")
-        return
-    if found:
-        text = f"Found on the web for this question:\n{escape_labels(found)}"
-        run.entries.append(Question(text))
-        await run.host.show_sources(sources)
+    async def _cast_ballot(
+        self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
+    ) -> Ballot | LostBallot:
+        """A voter's ballot: asked, asked again with what was wrong, read leniently."""
+        voter = self.cast.participant(paper.voter)
+        messages = messages_for(voter, self.entries, paper.brief)
+        for lenient in (False, True):
+            try:
+                text = await self._ask(voter.alias, voter.voice, messages, stage)
+            except ModelFailure as failure:
+                return LostBallot(voter.alias, str(failure))
+            ballot = read(text, paper, lenient)
+            if isinstance(ballot, Ballot):
+                return ballot
+            answer = {"role": "assistant", "content": text}
+            messages = [*messages, answer, {"role": "user", "content": ballot}]
+        return LostBallot(voter.alias, "it could not be read")
 
+    async def _ask_manager(self, step: AskManager, stage: int) -> str | None:
+        """The manager's answer, or None where there is none."""
+        messages = messages_for_manager(self.settings, self.entries, step)
+        try:
+            return await self._ask("Manager", self.cast.manager, messages, stage)
+        except ModelFailure as failure:
+            log.debug("the manager failed: %s", failure)
+            return None
 
-async def _run_to_end(run: Run, mode: Mode) -> str:
-    """Run a mode and see everybody end who goes on after it; gives why it ended."""
-    async with run.tasks:
-        reason = await _run_mode(run, mode)
-        run.models.open_to_all()
-        if run.late:
-            late = ", ".join(section.participant.alias for section in run.late)
-            await run.host.show_status(f"{reason} · waiting for {late}", done=False)
-    return reason
+    async def _ask(
+        self, speaker: str, voice: Voice, messages: list[Json], stage: int
+    ) -> str:
+        clock = TurnClock(self.settings.turn_timeout)
+        return await self.models.text(ModelCall(speaker, voice, messages, clock, stage))
 
+    async def _wait_in_view(
+        self,
+        tasks: Mapping[str, asyncio.Task[Any]],
+        what: str,
+        stage: int,
+        quorum: int = 0,
+    ) -> None:
+        """Wait until the quorum is there, everybody is done, or has had its time since
+        its call was let in; shows once a second who of several is waited for."""
+        now = asyncio.get_running_loop().time
+        begun = shown_at = now()
+        there: dict[str, float] = {}  # and after how long
+        while pending := [task for task in tasks.values() if not task.done()]:
+            await asyncio.wait(
+                pending,
+                timeout=max(shown_at + 1 - now(), 0),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            done = {
+                alias: task.result() for alias, task in tasks.items() if task.done()
+            }
+            for alias, result in done.items():
+                match result:
+                    case Turn(failure=None) | Ballot():
+                        there.setdefault(alias, now() - begun)
+            admitted, limit = self.models.admitted, self.settings.answer_deadline
+            since = {a: admitted.get((stage, a)) for a in tasks if a not in done}
+            late = all(at is not None and now() - at > limit for at in since.values())
+            if (quorum and len(there) >= quorum) or (late and there):
+                break
+            if now() - shown_at >= 1 and len(tasks) > 1:
+                shown_at = now()
+                of_all = f"of {len(tasks)} {what} · {shown_at - begun:.1f} s"
+                text = _describe_progress(of_all, there, since)
+                self.screen.publish_progress(what, text)
+        self.screen.hide_progress()
 
-def _show_end(run: Run, reason: str) -> None:
-    """Put away what was only for the time being, and show what is now known."""
-    screen = run.screen
-    screen.hide_progress()
-    if run.drafts and reason == _STOPPED and "outcome" not in screen.ours:
-        screen.publish("outcome", f"{OUTCOME}stopped before there was a conclusion")
-    wanted = ("always", "council and debate" if run.drafts else "always")
-    if run.host.in_chat and run.ledger.turns and run.settings.show_figures in wanted:
-        screen.publish("figures", _describe_figures(run))
-    screen.fix()
+    # -- a turn ------------------------------------------------------------------------
 
+    async def _take_turn(self, section: Section, brief: str, stage: int) -> Turn:
+        """One participant's turn; its failure is part of the turn, not an exception.
 
-def _describe_end(run: Run, reason: str) -> str:
-    """The last status line: why it ended, turns, time, tokens and calls."""
-    ledger = run.ledger
-    seconds = time.monotonic() - ledger.begun
-    plural = "" if ledger.turns == 1 else "s"
-    parts = [reason, f"{ledger.turns} turn{plural}", f"{seconds:.1f} s"]
-    if ledger.usage:
-        parts.append(f"{ledger.usage['total_tokens']:,} tokens")
-    if ledger.calls != ledger.turns:
-        parts.append(f"{ledger.calls} model calls")
-    if run.cast.by_default:
-        parts.append("choose who talks with the Valves button beside the input")
-    return " · ".join(parts)
+        However it ends, every tool call has an answer: the host would run an open one.
+        """
+        failure: str | None = "it was ended by an internal error"
+        try:
+            async with section.clock.running():
+                await self._speak_until_done(section, brief, stage)
+            failure = None
+        except ModelFailure as error:
+            failure = str(error)
+        finally:
+            if failure is not None:
+                section.fail("it was stopped" if was_cancelled() else failure)
+            if section in self.late:
+                self.late.remove(section)
+                late = "not ranked: it came after the review had begun"
+                section.notice(f"{PROGRESS}{late}")
+            self.screen.transcript.close_section(section.number)
+            self.screen.emitter.nudge()
+        self.ledger.turns += 1
+        return section.turn()
 
+    async def _speak_until_done(self, section: Section, brief: str, stage: int) -> None:
+        """Replies and tools, until there are no more; raises `ModelFailure`."""
+        participant, clock = section.participant, section.clock
+        alias, voice = participant.alias, participant.voice
+        messages = messages_for(participant, self.entries, brief)
+        if voice.legacy and voice.tools:
+            runner = partial(self._run_legacy_tool, section)
+            messages, found = await self.host.use_legacy_tools(voice, messages, runner)
+            await self.host.show_sources(found)
+        for left in range(self.settings.max_tool_rounds, -1, -1):
+            specs = voice.specs if left and not voice.legacy else ()
+            chosen = self.cast.parameters
+            call = ModelCall(alias, voice, messages, clock, stage, specs, chosen)
+            reply = await self.models.complete(call, section.begin_reply)
+            if reply.calls and not left:
+                most = self.settings.max_tool_rounds
+                raise ModelFailure(f"it still called tools after {most} tool rounds")
+            results = await self._run_tools(section, reply.calls, messages)
+            messages = [*messages, *section.record(reply, results)]
+            if not reply.calls:
+                break
 
-_FIGURES = {  # how each is shown, where it is known
-    "first_token_seconds": "first token {first_token_seconds:.1f} s",
-    "tokens_per_second": "{tokens_per_second:.0f} tokens/s",
-    "input_tokens": "{input_tokens:,} in, {output_tokens:,} out",
-}
+    async def _run_tools(
+        self, section: Section, calls: Sequence[ToolCall], messages: list[Json]
+    ) -> list[ToolResult]:
+        """The results of the calls of one reply, run at the same time, in order."""
+        gate = asyncio.Semaphore(_TOOLS_AT_ONCE)
 
+        async def run_one(call: ToolCall) -> ToolResult:
+            async with gate:
+                result = await self._run_tool(section, call, messages)
+            section.show_result(call, result)
+            return result
 
-def _describe_figures(run: Run) -> str:
-    """The small line under a conversation: everybody's speed and tokens, and calls."""
-    lines = []
-    calls, everybody = run.ledger.calls, run.ledger.figures
-    for speaker in dict.fromkeys((*run.cast.aliases, *everybody)):
-        report = everybody.get(speaker, Figures()).report()
-        words = [form.format(**report) for n, form in _FIGURES.items() if n in report]
-        if words:
-            lines.append(f"{speaker}: {' · '.join(words)}")
-    lines.append(f"{calls} model call{'' if calls == 1 else 's'}")
-    return FIGURES + " | ".join(lines)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(run_one(call)) for call in calls]
+        return [task.result() for task in tasks]
+
+    async def _run_tool(
+        self, section: Section, call: ToolCall, messages: list[Json]
+    ) -> ToolResult:
+        """One tool call -> one result, whatever happens."""
+        voice, host = section.participant.voice, self.host
+        if call.name not in voice.tools:
+            name = plain_line(call.name)
+            return ToolResult(f'Error: there is no tool "{name}".', True)
+        tool = voice.tools[call.name]
+        try:
+            async with self._tool_limits(section, call, tool) as arguments:
+                value = await host.run_tool(tool, call, arguments, messages)
+                result = await host.read_tool_result(tool, call, arguments, value)
+        except ToolFailure as failure:
+            return ToolResult(f"Error: {failure}", True)
+        if voice.cites:
+            await host.cite(tool, call, arguments, result.text)
+        return result
+
+    async def _run_legacy_tool(
+        self, section: Section, name: str, tool: Json, arguments: Json
+    ) -> Any:
+        """A tool of the host's prompt-based tool use; its failure is its result."""
+        call = ToolCall(f"call_{uuid4().hex}", name, json.dumps(arguments))
+        try:
+            async with self._tool_limits(section, call, tool) as arguments:
+                return await self.host.run_tool(tool, call, arguments, [])
+        except ToolFailure as failure:
+            return {"error": str(failure)}
+
+    @asynccontextmanager
+    async def _tool_limits(
+        self, section: Section, call: ToolCall, tool: Json
+    ) -> AsyncIterator[Json]:
+        """A tool gets its arguments if the user approves it, for which the turn's clock
+        waits, and has its time; raises `ToolFailure`."""
+        arguments = parse_arguments(call, tool.get("spec") or {})
+        with section.clock.paused():
+            approved = await self.host.approve(call, arguments)
+        if not approved:
+            raise ToolFailure("the user did not approve this tool call.")
+        limit = self.settings.tool_timeout
+        try:
+            async with asyncio.timeout(limit):
+                yield arguments
+        except TimeoutError as error:
+            raise ToolFailure(f"the tool took longer than {limit:g} s.") from error
 
 
 # ======================================================================================
@@ -4700,8 +4650,7 @@ class Pipe:
             if __metadata__.get("task"):
                 settings = merge_settings(self.valves, user_settings, body)
                 return await _answer_task(host, settings, body)
-            mode_id = body["model"].partition(".")[2] or _default_mode(user_settings)
-            run, mode = await _prepare(host, self.valves, user_settings, body, mode_id)
+            run, mode = await _prepare(host, self.valves, user_settings, body)
         except ConversationError as error:
             if host.in_chat:
                 raise
@@ -4722,10 +4671,8 @@ def _default_mode(user_settings: UserSettings | None) -> str:
 def _refuse(
     error: ConversationError, stream: bool
 ) -> AsyncGenerator[Json, None] | StreamingResponse:
-    """An error as an API client reads it: a chunk of a stream, or an HTTP response.
-
-    The host would answer an exception with status 200 and a shape of its own.
-    """
+    """An error as an API client reads it: a chunk of a stream, or an HTTP response;
+    the host would answer an exception with status 200 and a shape of its own."""
     body = {"error": {"message": str(error), "type": "invalid_request_error"}}
     if stream:
         return _one_item(body)
@@ -4734,21 +4681,22 @@ def _refuse(
 
 
 async def _prepare(
-    host: Host,
-    valves: Settings,
-    user_settings: UserSettings | None,
-    body: Json,
-    mode_id: str,
+    host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
 ) -> tuple[Run, Mode]:
     """A run that is ready to go, with its mode; raises `ConversationError`."""
+    own_id, _, mode_id = body["model"].partition(".")
+    mode_id = mode_id or _default_mode(user_settings)
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
         raise ConversationError(f'There is no mode "{mode_id}": choose {names}')
     row = MODES[mode_id]
     try:
-        cards = await host.model_cards(body["model"].split(".")[0])
-        authors = await _find_authors(host, body["messages"], cards)
+        cards = await host.model_cards(own_id)
+        replied = any(m.get("role") == "assistant" for m in body["messages"])
+        stored = await host.stored_replies() if replied and host.in_chat else []
+        own = {card.id for card in cards.values() if card.is_self}
+        authors = reply_authors(stored, own)
         system, entries = read_history(body["messages"], authors)
         entries, asked = read_rounds(entries)
         settings = merge_settings(valves, user_settings, body, asked)
@@ -4772,16 +4720,6 @@ async def _prepare(
     return run, row.begin(Agenda(cast.aliases, question, settings, last, seed))
 
 
-async def _find_authors(
-    host: Host, messages: Sequence[Json], cards: Mapping[str, ModelCard]
-) -> list[str | None]:
-    """Who wrote each earlier reply of a chat, as far as the host has stored it."""
-    if not host.in_chat or all(m.get("role") != "assistant" for m in messages):
-        return []
-    own = {card.id for card in cards.values() if card.is_self}
-    return reply_authors(await host.stored_replies(), own)
-
-
 def _make_run(
     host: Host, settings: Settings, cast: Cast, entries: list[Entry], drafts: bool
 ) -> Run:
@@ -4801,10 +4739,7 @@ def _make_run(
 
 
 async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
-    """A title, tags, follow-ups and the like: one plain completion, text as it is.
-
-    Raises `ConversationError`: there is no model to ask, or it failed.
-    """
+    """A title, tags, follow-ups and the like; raises `ConversationError`."""
     try:
         cards = await host.model_cards(body["model"].split(".")[0])
         seats, _, _ = choose_seats(settings, cards)
@@ -4824,9 +4759,8 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
 
 
 async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
-    """The emissions of a conversation while it runs, and its usage as the last one.
+    """The emissions of a conversation while it runs, its usage as the last one.
 
-    For a chat these are events of the Responses API, which the host reduces to items.
     Stop arrives as a cancellation: what is left to send still goes out.
     """
 
@@ -4835,7 +4769,7 @@ async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
         last = {"type": "response.completed", "response": usage}
         return [*run.screen.emitter.flush(), *([last] if usage["usage"] else [])]
 
-    task = asyncio.create_task(converse(run, mode))
+    task = asyncio.create_task(run.converse(mode))
     try:
         async for event in run.screen.emitter.frames():
             yield event
@@ -4867,7 +4801,7 @@ async def stream_chunks(run: Run, mode: Mode, model: str) -> AsyncGenerator[Json
 
 async def reply_whole(run: Run, mode: Mode, model: str) -> Json:
     """The whole conversation as one completion, for who does not stream."""
-    await converse(run, mode)
+    await run.converse(mode)
     transcript = run.screen.transcript
     message = {"role": "assistant", "content": render_markdown(transcript)}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}

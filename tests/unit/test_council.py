@@ -1273,7 +1273,7 @@ def test_the_closing_line_and_the_usage_say_the_same() -> None:
             "tokens_per_second": 40.0,
         }
     }
-    assert mmc._describe_figures(run) == (
+    assert run._describe_figures() == (
         "> ⏱️ Ann: first token 0.2 s · 40 tokens/s · 1,500 in, 90 out | 3 model calls"
     )
 
