@@ -1191,39 +1191,36 @@ def split_objects(text: str) -> list[str]:
 
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
-# checkbox. Looking ahead is bounded; a line that goes on for longer counts as forged.
+# checkbox. What begins so is read as far as `_REACH`, and then judged once.
 _MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
 _SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
-_BEGIN = (
+_HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
+_REACH = re.compile(
     r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
+    r"(?:(?:#{1,6}(?![\w#])|:::)[^\r\n]{0,300}|::?\Z"
+    r"|>[^\w>]{0,300}\w{0,31};?|[-=][-=\s\ufeff]{0,300})"
+    r"|[<&{][#\w/;&{]{0,40}"
 )
-_FORGERY = re.compile(
-    rf"(?i){_BEGIN}()(?:#{{1,6}}(?![\w#])|:::)(?:[^\r\n]{{300}}"
-    rf"|(?:[^\r\n{_MARKS}&\\]++|&(?!#)|\\(?!char))*+[^\r\n])"  # char: KaTeX can set any
-    rf"|{_BEGIN}()>(?:[^\w>]{{300}}"
-    rf"|(?:[^\w>{_SIGNS}&]++|&(?!#|\w{{1,31}};))*+[{_SIGNS}&])"
-    r"|(<|&(?:lt|#0{0,7}60|#x0{0,7}3c);?)(?=(?:/|&sol;)?(?:[a-z]{0,7}&#"
+_MARKED = re.compile(rf"[{_MARKS}]|&#|\\@?char")  # KaTeX's \char can set any
+_FORGED = re.compile(
+    # a heading or a container with a mark in its line, or a line that goes on for long
+    rf"(?i)(?:#+|:::)(?:.*(?:{_MARKED.pattern})|[^\r\n]{{300}})"
+    # a quote with a sign before its first word, or without a word for long
+    rf"|>(?:[^\w>]*(?:[{_SIGNS}]|&(?:#|\w+;))|[^\w>]{{300}})"
+    # an underline: it makes a heading of the paragraph above it
+    r"|[-=][-=\s\ufeff]*(?![^\r\n])"
+    # the start of an element that the page, or the host, draws
+    r"|(?P<start>(?:<|&(?:lt|#0{0,7}60|#x0{0,7}3c);?)(?=(?:/|&sol;)?(?:[a-z]{0,7}&#"
     r"|(?:audio|details|video)(?:[\s/>&\ufeff]|\Z)|(?:file|iframe|status)[\s\ufeff]))"
-    r"|(&#x?0{8})"
-    r"|({){(?:html|video)_file_id_"  # an element once the page has filled it in
+    # a reference too long to be read here, an element once the page has filled it in
+    r"|&#x?0{8}|{(?={(?:html|video)_file_id_))"
 )
-_UNDECIDED = re.compile(
-    rf"(?:{_BEGIN}(?:#{{1,6}}(?:(?![\w#])[^\r\n{_MARKS}]{{0,299}})?"
-    rf"|::?|:::[^\r\n{_MARKS}]{{0,299}}|>[^\w>{_SIGNS}]{{0,299}}(?:&\w{{0,31}})?)"
-    r"|[<&{][#\w/;&{]{0,40})\Z"
+_FORGED_IN_CODE = re.compile(  # what we read back, and details, which the host cuts out
+    rf"(?i)(?<![^\r\n])(?:### [{_MARKS}]|> [{_SIGNS}])"
+    r"|(?P<start><)(?=details(?:[\s/>]|\Z))"
 )
-_UNDERLINE = re.compile(
-    rf"{_BEGIN}()[-=](?:[-=\s\ufeff]{{0,298}}(?![^\r\n])|[-=\s\ufeff]{{299}})"
-)
-_UNDECIDED_UNDERLINE = re.compile(rf"{_BEGIN}[-=][-=\s\ufeff]{{0,298}}\Z")
-_READ_BACK = re.compile(  # by us, or by the host, which cuts details out of a history
-    rf"(?i)(?<![^\r\n])()(?:### [{_MARKS}]|> [{_SIGNS}])|(<)(?=details(?:[\s/>]|\Z))"
-)
-_UNDECIDED_READ_BACK = re.compile(
-    r"(?:(?<![^\r\n])(?:#{1,3}|### |> ?)|<[a-zA-Z]{0,7})\Z"
-)
-_HOT = re.compile(rf"[\r\n#>:<&{{=\\{_MARKS}-]")  # where any of these may begin
 _FENCE = re.compile(r" {0,3}(?:`{3,}+(?=[^`]*\Z)|~{3,})")
+_EXACT_END = re.compile(r" {0,3}[^ \t]+ *")
 _HIDES_FENCES = re.compile(
     r"\$\$|\\\[|\\begin|^[^\w<]*<[a-zA-Z/!?]|^\s*(?:\[|:::)"
     r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
@@ -1231,40 +1228,41 @@ _HIDES_FENCES = re.compile(
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
 
 
-class _FenceTracker:
-    """Reads whole lines, and knows which code fence is open after them."""
+class _LineTracker:
+    """Reads whole lines, and knows in what the next one stands."""
 
     def __init__(self) -> None:
-        self.closing = ""  # the line that closes the open one
-        self._is_sure = True
+        self.closing = ""  # the line that closes the code fence that is open
+        self.is_marked = False  # there is a mark in the paragraph
+        self._in_paragraph = False  # or in a fence directly behind one
         self._in_list = False
-        self._in_paragraph = False  # or directly behind one, without a blank line
+        self._is_sure = True  # nothing can have hidden a fence, or its end, so far
 
     @property
-    def is_certain(self) -> bool:
-        """Whether every parser is in code here: the fence stands at the left edge, and
-        nothing before it, or in it so far, can have hidden it."""
+    def in_code(self) -> bool:
+        """Whether every parser is in code here: its fence stands at the left edge."""
         begun = self.closing.startswith(("`", "~"))
         return begun and self._is_sure and not self._in_paragraph
 
     def read(self, line: str) -> None:
         """Take the next line."""
         words = line.strip(" \t")
+        if not words:
+            self._in_paragraph = self.is_marked = False
+            return
+        self.is_marked |= not self.in_code and bool(_MARKED.search(line))
         fence = self.closing.lstrip()
-        indent = " " * (len(self.closing) - len(fence))
-        if self._in_list and words and not line.startswith(indent):
+        if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
             self.closing = fence = ""  # the item is over, and with it the fence
             self._is_sure = False
         if not fence:
             self._read_outside(line)
-        elif words.startswith(fence) and not words.strip("`~"):
+        elif words.startswith(fence):
             if not words.strip(fence[0]):
                 self.closing = ""
-            exact = re.fullmatch(" {0,3}[^ \t]+ *", line)
-            self._is_sure &= bool(exact) and not self.closing
-        elif self._in_paragraph and _UNDERLINE.match(words):
+            self._is_sure &= bool(_EXACT_END.fullmatch(line)) and not self.closing
+        elif self._in_paragraph and not words.strip("-="):
             self._is_sure = False  # the page made a heading of it all, fence and all
-        self._in_paragraph &= bool(words)
 
     def _read_outside(self, line: str) -> None:
         if found := _FENCE.match(line):
@@ -1289,8 +1287,7 @@ class ForgeryGuard:
         self._held = ""
         self._line: list[str] = []  # what was given out of it
         self._before = ""  # the last character that was given out
-        self._is_marked = False  # there is a mark in the paragraph
-        self._fences = _FenceTracker()
+        self._lines = _LineTracker()
 
     def feed(self, text: str) -> str:
         """Take more text; gives what is safe to show."""
@@ -1305,9 +1302,9 @@ class ForgeryGuard:
         """The text has ended; gives what was held back, and closes an open fence."""
         rest = self._read(self._held, final=True)
         self._end_line("")
-        if not self._fences.closing:
+        if not self._lines.closing:
             return rest
-        return rest + "\n" * (self._before not in "\r\n") + self._fences.closing
+        return rest + "\n" * (self._before not in "\r\n") + self._lines.closing
 
     def _read(self, text: str, final: bool = False) -> str:
         text = self._before + text
@@ -1316,37 +1313,39 @@ class ForgeryGuard:
         shown = []
         for hot in _HOT.finditer(text, done):
             place = hot.start()
-            forgery, undecided = self._patterns(text, place)
-            if not final and undecided.match(text, place):
-                end = place
-                break
-            if text[place] in "\r\n":
+            if hot[0] in "\r\n":
                 if not text.startswith("\r\n", place - 1):
                     self._end_line(text[begin:place])
                 begin = place + 1
-            elif forged := forgery.match(text, place):
-                escaped = forged.end(forged.lastindex or 0)
-                shown += [text[done:escaped], "\u200b" if escaped > place else "\\"]
-                done = escaped
+            elif reach := self._reach(text, place):
+                if reach == end and not final:
+                    end = place
+                    break
+                if escaped := self._escape(text, place, reach):
+                    shown += [text[done : escaped[0]], escaped[1]]
+                    done = escaped[0]
         self._line.append(text[begin:end])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
-    def _patterns(self, text: str, place: int) -> tuple[re.Pattern[str], ...]:
-        """What is forged at a place of the text, and what may become so."""
-        if self._fences.is_certain:
-            return _READ_BACK, _UNDECIDED_READ_BACK
-        if text[place] in f"{_MARKS}\\" or text.startswith("&#", place):
-            self._is_marked = True
-        if text[place] in "-=" and self._is_marked:
-            return _UNDERLINE, _UNDECIDED_UNDERLINE
-        return _FORGERY, _UNDECIDED
+    def _reach(self, text: str, place: int) -> int:
+        """Up to where what begins at a place has to be known; 0 if nothing does."""
+        if text[place] in "-=" and not self._lines.is_marked:
+            return 0
+        found = _REACH.match(text, place)
+        return found.end() if found else 0
+
+    def _escape(self, text: str, place: int, reach: int) -> tuple[int, str] | None:
+        """Where something has to go into what is forged, and what; else None."""
+        pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
+        forged = pattern.match(text, place, reach + 1)  # and the character behind it
+        if forged and forged["start"]:
+            return forged.end("start"), "\u200b"
+        return (place, "\\") if forged else None
 
     def _end_line(self, rest: str) -> None:
-        line = "".join([*self._line, rest])
+        self._lines.read("".join([*self._line, rest]))
         self._line = []
-        self._is_marked &= bool(line.strip(" \t"))
-        self._fences.read(line)
 
 
 # ======================================================================================
