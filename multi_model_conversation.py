@@ -695,6 +695,7 @@ def plain_line(text: object, limit: int = 300) -> str:
 _TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
 _LONGEST_TAG = 300  # characters that are held back, with its attributes
 _SSE_FIELDS = (":", "event:", "id:", "retry:")
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
 
 
 def parse_json(text: str) -> Any:
@@ -741,9 +742,7 @@ class SSEDecoder:
 
     def close(self) -> Iterator[Any]:
         """The stream has ended; yields what its last, unfinished line held."""
-        rest = "".join([*self._line, self._utf8.decode(b"", final=True)])
-        self._line = []
-        yield from self._read_line(rest)
+        yield from self.feed(self._utf8.decode(b"", final=True) + "\n")
 
     def _read_line(self, line: str) -> Sequence[Any]:
         line = line.rstrip("\r")
@@ -767,7 +766,9 @@ class SSEDecoder:
                 return (value,)
             except ValueError:
                 pass  # not `suppress`: a tenth of what a chunk costs
-        self._depth = _nesting(data) + (self._depth if self._event else 0)
+        found = Counter(_BRACKET.findall(data))
+        opened = found["{"] + found["["] - found["}"] - found["]"]
+        self._depth = opened + (self._depth if self._event else 0)
         self._event.append(data)
         if self._depth > 0:
             return ()
@@ -776,15 +777,6 @@ class SSEDecoder:
             return (parse_json("\n".join(lines)),)
         log.debug("skipped an event that is not JSON")
         return ()
-
-
-_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
-
-
-def _nesting(text: str) -> int:
-    """How many more brackets of a piece of JSON are opened than closed."""
-    found = Counter(_BRACKET.findall(text))
-    return found["{"] + found["["] - found["}"] - found["]"]
 
 
 class ThinkSplitter:
@@ -800,10 +792,10 @@ class ThinkSplitter:
         for start, _ in self._tags:
             name, last = re.escape(start[:-1]), re.escape(start[-1])
             attributes = _TAG_ATTRIBUTES if start[0] + start[-1] == "<>" else ""
-            whole.append(f"({name}(?:{attributes})?{last})")
-            begun += [f"{name}{attributes}" for _ in attributes[:1]]
+            begun.append(f"{name}(?:{attributes})?")
+            whole.append(f"({begun[-1]}{last})")
         self._start = re.compile("|".join(whole))
-        self._begun = re.compile(rf"(?:{'|'.join(begun) or '(?!)'})\Z")
+        self._begun = re.compile(rf"(?:{'|'.join(begun)})\Z")
         self._end = ""  # while reasoning, the tag that ends it
         self._held = ""
         self._trim = False  # between the end of reasoning and the text
@@ -846,10 +838,9 @@ class ThinkSplitter:
         if self._end:
             place = text.find(self._end, at)
             return None if place < 0 else (place, place + len(self._end), "")
-        found = self._start.search(text, at) if self._tags else None
-        if not found:
-            return None
-        return found.start(), found.end(), self._tags[(found.lastindex or 1) - 1][1]
+        if found := self._start.search(text, at):
+            return *found.span(), self._tags[(found.lastindex or 1) - 1][1]
+        return None
 
     def _count_undecided(self, text: str) -> int:
         """How many characters at the end of the text could become a tag."""
@@ -930,20 +921,19 @@ class ReplyDecoder:
         plain = isinstance(item, str) and not self._sse.used
         if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
-        elif isinstance(item, (bytes, str)):
-            for value in self._sse.feed(item):
-                yield from self.read(value)
-        else:
-            yield from self.read(item)
+            return
+        for value in (
+            self._sse.feed(item) if isinstance(item, (bytes, str)) else (item,)
+        ):
+            yield from self._read(value)
 
     def close(self) -> Iterator[ReplyEvent]:
         """The reply has ended; gives what was held back."""
         for value in self._sse.close():
-            yield from self.read(value)
+            yield from self._read(value)
         yield from self._think.close()
 
-    def read(self, value: Any) -> Iterator[ReplyEvent]:
-        """Read one decoded value; a value that makes no sense gives nothing."""
+    def _read(self, value: Any) -> Iterator[ReplyEvent]:
         text = _plain_delta(value)
         if text is not None:
             self._has_text = self._has_deltas = True
@@ -958,8 +948,7 @@ class ReplyDecoder:
         if isinstance(value, str):
             yield from self._read_text(value)
         elif not isinstance(value, dict):
-            content = getattr(value, "content", None)
-            yield from self._read_text(text_of(content))
+            yield from self._read_text(text_of(getattr(value, "content", None)))
         elif value.get("object") == "error":  # older vLLM
             yield StreamError(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
@@ -989,9 +978,8 @@ class ReplyDecoder:
             yield from self._read_message(chunk["message"])
         elif "content" in chunk:
             yield from self._read_text(text_of(chunk["content"]))
-        sources = chunk.get("sources")
-        found = sources if isinstance(sources, list) else ()
-        yield from (SourceFound(source) for source in found if isinstance(source, dict))
+        sources = chunk.get("sources") or ()
+        yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
     def _read_message(self, message: Json, copy: bool = False) -> Iterator[ReplyEvent]:
         """A delta, or a whole message: a `copy` repeats what was already streamed."""
@@ -1003,8 +991,7 @@ class ReplyDecoder:
             for call in _read_tool_calls(message):
                 self._has_calls = True
                 yield call
-        for annotation in message.get("annotations") or ():
-            yield from _read_annotation(annotation)
+        yield from _read_annotations(message)
 
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         match kind:
@@ -1038,8 +1025,7 @@ class ReplyDecoder:
             yield _tool_call_delta(index, "", {"arguments": item.get("arguments")})
         elif item.get("type") == "message" and kind.endswith("done"):
             for part in item.get("content") or ():
-                for annotation in part.get("annotations") or ():
-                    yield from _read_annotation(annotation)
+                yield from _read_annotations(part)
 
     def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
         yield from _read_usage(response.get("usage"))
@@ -1076,24 +1062,22 @@ def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
     )
 
 
-def _read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
-    """A URL citation, flat (Responses API) or nested (Chat Completions) -> a source."""
-    if annotation.get("type") != "url_citation":
-        return
-    citation = annotation.get("url_citation", annotation)
-    url = citation.get("url")
-    if url:
-        title = citation.get("title") or url
-        metadata = [{"source": url, "name": title}]
-        source = {"name": title, "url": url}
-        yield SourceFound({"source": source, "document": [title], "metadata": metadata})
+def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
+    """URL citations, flat (Responses API) or nested (Chat Completions) -> sources."""
+    for annotation in message.get("annotations") or ():
+        citation = annotation.get("url_citation", annotation)
+        url = citation.get("url")
+        if url and annotation.get("type") == "url_citation":
+            title = citation.get("title") or url
+            shown = {"source": {"name": title, "url": url}, "document": [title]}
+            yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
 def _read_usage(*reports: Any) -> Iterator[ReplyEvent]:
     """What of these reports of one call can be counted, as one report."""
-    usage = {
-        name: count for each in reports for name, count in _counts_of(each).items()
-    }
+    usage: Json = {}
+    for report in reports:
+        usage |= _counts_of(report)
     if usage:
         yield UsageReport(usage)
 
@@ -1102,15 +1086,13 @@ def _counts_of(report: Any) -> Json:
     """The numbers in a report, and in its details, under the provider's names."""
     counts: Json = {}
     for name, value in report.items() if isinstance(report, dict) else ():
-        count = value if is_number(value) else _counts_of(value)
-        if count != {}:
-            counts[name] = count
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            value = _counts_of(value)
+        elif not abs(value) < 1e15:  # NaN, or more than a float can count
+            continue
+        if value != {}:
+            counts[name] = value
     return counts
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value can be added up: no NaN, and no more than a float counts on."""
-    return type(value) in (int, float) and abs(value) < 1e15
 
 
 @dataclass(slots=True, eq=False)
@@ -1131,22 +1113,21 @@ class ToolCallAccumulator:
     """
 
     def __init__(self) -> None:
-        self._latest: dict[int | None, OpenCall] = {}
-        self._first: dict[str, OpenCall] = {}
         self._known: dict[tuple[int | None, str], OpenCall] = {}
+        self._latest: dict[int | None, OpenCall] = {}
         self._order: list[OpenCall] = []
 
     def feed(self, delta: ToolCallDelta) -> OpenCall:
         """Add a piece; gives the call it belongs to."""
         call = self._find(delta)
         if call is None:
-            call = OpenCall(delta.id)
+            call = self._latest[None] = OpenCall(delta.id)
             self._order.append(call)
         self._latest[delta.index] = call
         if delta.id:
             call.id = call.id or delta.id
             self._known[delta.index, delta.id] = call
-            self._first.setdefault(call.id, call)
+            self._known.setdefault((None, delta.id), call)
         call.name = delta.name or call.name
         if delta.arguments:
             call.arguments.append(delta.arguments)
@@ -1161,18 +1142,13 @@ class ToolCallAccumulator:
         return [(call, split_objects("".join(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
-        if delta.id and (delta.index, delta.id) in self._known:
-            return self._known[delta.index, delta.id]
-        if delta.index is not None:
-            call = self._latest.get(delta.index)
-        else:
-            last = self._order[-1] if self._order else None
-            call = self._first.get(delta.id, last)
-        if call is None or (delta.id and call.id and call.id != delta.id):
-            return None
-        if delta.index is None and delta.name and call.name and call.id != delta.id:
-            return None
-        return call
+        if known := self._known.get((delta.index, delta.id)):
+            return known
+        call = self._latest.get(delta.index)
+        if call is None or (delta.id and call.id):
+            return None  # known by its id, it would have been found
+        is_named_anew = delta.index is None and delta.name and call.name
+        return None if is_named_anew and call.id != delta.id else call
 
 
 def split_objects(text: str) -> list[str]:
