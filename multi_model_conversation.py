@@ -1086,12 +1086,11 @@ def _counts_of(report: Any) -> Json:
     """The numbers in a report, and in its details, under the provider's names."""
     counts: Json = {}
     for name, value in report.items() if isinstance(report, dict) else ():
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            value = _counts_of(value)
-        elif not abs(value) < 1e15:  # NaN, or more than a float can count
-            continue
-        if value != {}:
-            counts[name] = value
+        # no NaN, and no more than a float counts on
+        is_count = type(value) in (int, float) and abs(value) < 1e15
+        count = value if is_count else _counts_of(value)
+        if count != {}:
+            counts[name] = count
     return counts
 
 
@@ -1145,10 +1144,10 @@ class ToolCallAccumulator:
         if known := self._known.get((delta.index, delta.id)):
             return known
         call = self._latest.get(delta.index)
-        if call is None or (delta.id and call.id):
-            return None  # known by its id, it would have been found
+        if call is None or call.id == delta.id:
+            return call
         is_named_anew = delta.index is None and delta.name and call.name
-        return None if is_named_anew and call.id != delta.id else call
+        return None if (delta.id and call.id) or is_named_anew else call
 
 
 def split_objects(text: str) -> list[str]:
@@ -2328,7 +2327,7 @@ def _has_type(value: Any, wanted: str) -> bool:
 # ======================================================================================
 
 BlockKind = Literal["message", "reasoning", "function_call", "function_call_output"]
-DELTA_TYPES: dict[BlockKind, str] = {
+_DELTA_TYPES: dict[BlockKind, str] = {
     "message": "response.output_text.delta",
     "reasoning": "response.reasoning_text.delta",
     "function_call": "response.function_call_arguments.delta",
@@ -2336,11 +2335,7 @@ DELTA_TYPES: dict[BlockKind, str] = {
 
 
 class GrowingText:
-    """A text that grows by pieces: `append` is O(1), `str()` joins.
-
-    `compact` makes one piece of those that came since it was last called; what was
-    compacted before stays as it is.
-    """
+    """A text that grows by pieces: `append` is O(1), `str()` joins."""
 
     __slots__ = ("_compacted", "length", "parts")
 
@@ -2363,7 +2358,7 @@ class GrowingText:
             self.parts, self.length, self._compacted = [text], len(text), 0
 
     def compact(self) -> None:
-        """Join the pieces that came lately: thousands of them cost memory."""
+        """Join the pieces that came since the last time: thousands cost memory."""
         if len(self.parts) - self._compacted > 1:
             self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
         self._compacted = len(self.parts)
@@ -2377,14 +2372,13 @@ class Block:
     """One visible part of the message: a heading or text, reasoning, a call, a result.
 
     `text` grows; `fields` are the other keys of its item and change as a whole.
-    `index` is its place in the transcript, `section` the part of it that it is in.
     """
 
     kind: BlockKind
     id: str
     speaker: str
     section: int
-    index: int
+    index: int  # in the transcript
     text: GrowingText
     fields: Json
 
@@ -2436,23 +2430,23 @@ class Transcript:
 
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
-    text = str(block.text)
+    text, fields = str(block.text), dict(block.fields)
+    content = [{"type": "output_text", "text": text}]
     item: Json = {"type": block.kind, "id": block.id, "speaker": block.speaker}
-    if block.kind == "message":
-        item |= {"status": "in_progress", "role": "assistant"}
-        item["content"] = [{"type": "output_text", "text": text}]
-    elif block.kind == "reasoning":
-        item |= {"status": "in_progress", "summary": None}
-        item["content"] = [{"type": "output_text", "text": text}]
-    elif block.kind == "function_call":
-        item |= {"status": "in_progress", "arguments": text}
-    else:
-        images = [
-            {"type": "input_image", "image_url": url}
-            for url in block.fields.get("images", ())
-        ]
-        item["output"] = [{"type": "input_text", "text": text}, *images]
-    return item | {name: v for name, v in block.fields.items() if name != "images"}
+    if block.kind != "function_call_output":
+        item["status"] = "in_progress"
+    match block.kind:
+        case "message":
+            item |= {"role": "assistant", "content": content}
+        case "reasoning":
+            item |= {"summary": None, "content": content}
+        case "function_call":
+            item["arguments"] = text
+        case "function_call_output":
+            urls = fields.pop("images", ())
+            images = [{"type": "input_image", "image_url": url} for url in urls]
+            item["output"] = [{"type": "input_text", "text": text}, *images]
+    return item | fields
 
 
 def render_items(transcript: Transcript) -> list[Json]:
@@ -2481,8 +2475,10 @@ def take_snapshot(block: Block) -> Snapshot:
     return Snapshot(block.text.parts, len(block.text.parts), dict(block.fields))
 
 
-def new_text(block: Block, shown: Snapshot) -> str | None:
+def _new_text(block: Block, shown: Snapshot | None) -> str | None:
     """The text the client still lacks; None if its text is no longer a beginning."""
+    if shown is None:
+        return str(block.text)
     if shown.parts is block.text.parts:
         return "".join(shown.parts[shown.count :])
     before, now = "".join(shown.parts[: shown.count]), str(block.text)
@@ -2496,21 +2492,19 @@ def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": block.index}
-    if shown is None:
-        return event | {
-            "type": "response.output_item.added",
-            "item": render_item(block),
-        }
-    suffix = new_text(block, shown)
-    changed = shown.fields != block.fields
-    if suffix == "" and not changed:
+    suffix = _new_text(block, shown)
+    is_same = shown is not None and shown.fields == block.fields
+    if is_same and suffix == "":
         return None
-    if not suffix or changed or block.kind not in DELTA_TYPES:
-        return event | {"type": "response.output_item.done", "item": render_item(block)}
-    event |= {"type": DELTA_TYPES[block.kind], "item_id": block.id, "delta": suffix}
-    if block.kind != "function_call":
-        event["content_index"] = 0
-    return event
+    if is_same and suffix and block.kind in _DELTA_TYPES:
+        event |= {"type": _DELTA_TYPES[block.kind], "item_id": block.id}
+        event |= {} if block.kind == "function_call" else {"content_index": 0}
+        return event | {"delta": suffix}
+    change = "added" if shown is None else "done"
+    return event | {
+        "type": f"response.output_item.{change}",
+        "item": render_item(block),
+    }
 
 
 def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
@@ -2519,15 +2513,16 @@ def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
     shown, because a client would take them for its own to run.
     """
-    suffix = str(block.text) if shown is None else new_text(block, shown)
+    suffix = _new_text(block, shown)
     if not suffix or block.fields.get("passing"):
         return None
-    if block.kind in ("function_call", "function_call_output"):
-        return None
-    if block.kind == "reasoning":
-        return {"reasoning_content": suffix}
-    gap = "\n\n" if shown is None and block.index else ""
-    return {"content": gap + suffix}
+    match block.kind:
+        case "message":
+            gap = "\n\n" if shown is None and block.index else ""
+            return {"content": gap + suffix}
+        case "reasoning":
+            return {"reasoning_content": suffix}
+    return None
 
 
 # ======================================================================================
