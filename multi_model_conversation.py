@@ -694,6 +694,7 @@ def plain_line(text: object, limit: int = 300) -> str:
 _TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
 _LONGEST_TAG = 300  # characters that are held back, with its attributes
 _SSE_FIELDS = (":", "event:", "id:", "retry:")
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
 
 
 _JSON = json.JSONDecoder()
@@ -773,7 +774,9 @@ class SSEDecoder:
                 return (value,)
             except ValueError:
                 pass  # not `suppress`: a tenth of what a chunk costs
-        self._depth = _nesting(data) + (self._depth if self._event else 0)
+        found = Counter(_BRACKET.findall(data))
+        opened = found["{"] + found["["] - found["}"] - found["]"]
+        self._depth = opened + (self._depth if self._event else 0)
         self._event.append(data)
         if self._depth > 0:
             return ()
@@ -782,15 +785,6 @@ class SSEDecoder:
             return (parse_json("\n".join(lines)),)
         log.debug("skipped an event that is not JSON")
         return ()
-
-
-_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
-
-
-def _nesting(text: str) -> int:
-    """How many more brackets of a piece of JSON are opened than closed."""
-    found = Counter(_BRACKET.findall(text))
-    return found["{"] + found["["] - found["}"] - found["]"]
 
 
 class ThinkSplitter:
@@ -807,10 +801,10 @@ class ThinkSplitter:
         for start, _ in self._tags:
             name, last = re.escape(start[:-1]), re.escape(start[-1])
             attributes = _TAG_ATTRIBUTES if start[0] + start[-1] == "<>" else ""
-            whole.append(f"({name}(?:{attributes})?{last})")
-            begun += [f"{name}{attributes}" for _ in attributes[:1]]
+            begun.append(f"{name}(?:{attributes})?")
+            whole.append(f"({begun[-1]}{last})")
         self._start = re.compile("|".join(whole))
-        self._begun = re.compile(rf"(?:{'|'.join(begun) or '(?!)'})\Z")
+        self._begun = re.compile(rf"(?:{'|'.join(begun)})\Z")
         self._end = ""  # while reasoning, the tag that ends it
         self._held = ""
         self._trim = False  # between the end of reasoning and the text
@@ -853,10 +847,9 @@ class ThinkSplitter:
         if self._end:
             place = text.find(self._end, at)
             return None if place < 0 else (place, place + len(self._end), "")
-        found = self._start.search(text, at) if self._tags else None
-        if not found:
-            return None
-        return found.start(), found.end(), self._tags[(found.lastindex or 1) - 1][1]
+        if found := self._start.search(text, at):
+            return *found.span(), self._tags[(found.lastindex or 1) - 1][1]
+        return None
 
     def _count_undecided(self, text: str) -> int:
         """How many characters at the end of the text could become a tag."""
@@ -937,20 +930,19 @@ class ReplyDecoder:
         plain = isinstance(item, str) and not self._sse.used
         if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
-        elif isinstance(item, (bytes, str)):
-            for value in self._sse.feed(item):
-                yield from self.read(value)
-        else:
-            yield from self.read(item)
+            return
+        for value in (
+            self._sse.feed(item) if isinstance(item, (bytes, str)) else (item,)
+        ):
+            yield from self._read(value)
 
     def close(self) -> Iterator[ReplyEvent]:
         """The reply has ended; gives what was held back."""
         for value in self._sse.close():
-            yield from self.read(value)
+            yield from self._read(value)
         yield from self._think.close()
 
-    def read(self, value: Any) -> Iterator[ReplyEvent]:
-        """Read one decoded value; a value that makes no sense gives nothing."""
+    def _read(self, value: Any) -> Iterator[ReplyEvent]:
         text = _plain_delta(value)
         if text is not None:
             self._has_text = self._has_deltas = True
@@ -965,8 +957,7 @@ class ReplyDecoder:
         if isinstance(value, str):
             yield from self._read_text(value)
         elif not isinstance(value, dict):
-            content = getattr(value, "content", None)
-            yield from self._read_text(text_of(content))
+            yield from self._read_text(text_of(getattr(value, "content", None)))
         elif value.get("object") == "error":  # older vLLM
             yield StreamError(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
@@ -996,9 +987,8 @@ class ReplyDecoder:
             yield from self._read_message(chunk["message"])
         elif "content" in chunk:
             yield from self._read_text(text_of(chunk["content"]))
-        sources = chunk.get("sources")
-        found = sources if isinstance(sources, list) else ()
-        yield from (SourceFound(source) for source in found if isinstance(source, dict))
+        sources = chunk.get("sources") or ()
+        yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
     def _read_message(self, message: Json, copy: bool = False) -> Iterator[ReplyEvent]:
         """A delta, or a whole message: a `copy` repeats what was already streamed."""
@@ -1010,8 +1000,7 @@ class ReplyDecoder:
             for call in _read_tool_calls(message):
                 self._has_calls = True
                 yield call
-        for annotation in message.get("annotations") or ():
-            yield from _read_annotation(annotation)
+        yield from _read_annotations(message)
 
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         match kind:
@@ -1045,8 +1034,7 @@ class ReplyDecoder:
             yield _tool_call_delta(index, "", {"arguments": item.get("arguments")})
         elif item.get("type") == "message" and kind.endswith("done"):
             for part in item.get("content") or ():
-                for annotation in part.get("annotations") or ():
-                    yield from _read_annotation(annotation)
+                yield from _read_annotations(part)
 
     def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
         yield from _read_usage(response.get("usage"))
@@ -1083,24 +1071,22 @@ def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
     )
 
 
-def _read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
-    """A URL citation, flat (Responses API) or nested (Chat Completions) -> a source."""
-    if annotation.get("type") != "url_citation":
-        return
-    citation = annotation.get("url_citation", annotation)
-    url = citation.get("url")
-    if url:
-        title = citation.get("title") or url
-        metadata = [{"source": url, "name": title}]
-        source = {"name": title, "url": url}
-        yield SourceFound({"source": source, "document": [title], "metadata": metadata})
+def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
+    """URL citations, flat (Responses API) or nested (Chat Completions) -> sources."""
+    for annotation in message.get("annotations") or ():
+        citation = annotation.get("url_citation", annotation)
+        url = citation.get("url")
+        if url and annotation.get("type") == "url_citation":
+            title = citation.get("title") or url
+            shown = {"source": {"name": title, "url": url}, "document": [title]}
+            yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
 def _read_usage(*reports: Any) -> Iterator[ReplyEvent]:
     """What of these reports of one call can be counted, as one report."""
-    usage = {
-        name: count for each in reports for name, count in _counts_of(each).items()
-    }
+    usage: Json = {}
+    for report in reports:
+        usage |= _counts_of(report)
     if usage:
         yield UsageReport(usage)
 
@@ -1109,15 +1095,12 @@ def _counts_of(report: Any) -> Json:
     """The numbers in a report, and in its details, under the provider's names."""
     counts: Json = {}
     for name, value in report.items() if isinstance(report, dict) else ():
-        count = value if is_number(value) else _counts_of(value)
+        # no NaN, and no more than a float counts on
+        is_count = type(value) in (int, float) and abs(value) < 1e15
+        count = value if is_count else _counts_of(value)
         if count != {}:
             counts[name] = count
     return counts
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value can be added up: no NaN, and no more than a float counts on."""
-    return type(value) in (int, float) and abs(value) < 1e15
 
 
 @dataclass(slots=True, eq=False)
@@ -1138,22 +1121,21 @@ class ToolCallAccumulator:
     """
 
     def __init__(self) -> None:
-        self._latest: dict[int | None, OpenCall] = {}
-        self._first: dict[str, OpenCall] = {}
         self._known: dict[tuple[int | None, str], OpenCall] = {}
+        self._latest: dict[int | None, OpenCall] = {}
         self._order: list[OpenCall] = []
 
     def feed(self, delta: ToolCallDelta) -> OpenCall:
         """Add a piece; gives the call it belongs to."""
         call = self._find(delta)
         if call is None:
-            call = OpenCall(delta.id)
+            call = self._latest[None] = OpenCall(delta.id)
             self._order.append(call)
         self._latest[delta.index] = call
         if delta.id:
             call.id = call.id or delta.id
             self._known[delta.index, delta.id] = call
-            self._first.setdefault(call.id, call)
+            self._known.setdefault((None, delta.id), call)
         call.name = delta.name or call.name
         if delta.arguments:
             call.arguments.append(delta.arguments)
@@ -1168,18 +1150,13 @@ class ToolCallAccumulator:
         return [(call, split_objects("".join(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
-        if delta.id and (delta.index, delta.id) in self._known:
-            return self._known[delta.index, delta.id]
-        if delta.index is not None:
-            call = self._latest.get(delta.index)
-        else:
-            last = self._order[-1] if self._order else None
-            call = self._first.get(delta.id, last)
-        if call is None or (delta.id and call.id and call.id != delta.id):
-            return None
-        if delta.index is None and delta.name and call.name and call.id != delta.id:
-            return None
-        return call
+        if known := self._known.get((delta.index, delta.id)):
+            return known
+        call = self._latest.get(delta.index)
+        if call is None or call.id == delta.id:
+            return call
+        is_named_anew = delta.index is None and delta.name and call.name
+        return None if (delta.id and call.id) or is_named_anew else call
 
 
 def split_objects(text: str) -> list[str]:
@@ -1198,39 +1175,36 @@ def split_objects(text: str) -> list[str]:
 
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
-# checkbox. Looking ahead is bounded; a line that goes on for longer counts as forged.
+# checkbox. What begins so is read as far as `_REACH`, and then judged once.
 _MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
 _SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
-_BEGIN = (
+_HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
+_REACH = re.compile(
     r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
+    r"(?:(?:#{1,6}(?![\w#])|:::)[^\r\n]{0,300}|::?\Z"
+    r"|>[^\w>]{0,300}\w{0,31};?|[-=][-=\s\ufeff]{0,300})"
+    r"|[<&{][#\w/;&{]{0,40}"
 )
-_FORGERY = re.compile(
-    rf"(?i){_BEGIN}()(?:#{{1,6}}(?![\w#])|:::)(?:[^\r\n]{{300}}"
-    rf"|(?:[^\r\n{_MARKS}&\\]++|&(?!#)|\\(?!char))*+[^\r\n])"  # char: KaTeX can set any
-    rf"|{_BEGIN}()>(?:[^\w>]{{300}}"
-    rf"|(?:[^\w>{_SIGNS}&]++|&(?!#|\w{{1,31}};))*+[{_SIGNS}&])"
-    r"|(<|&(?:lt|#0{0,7}60|#x0{0,7}3c);?)(?=(?:/|&sol;)?(?:[a-z]{0,7}&#"
+_MARKED = re.compile(rf"[{_MARKS}]|&#|\\@?char")  # KaTeX's \char can set any
+_FORGED = re.compile(
+    # a heading or a container with a mark in its line, or a line that goes on for long
+    rf"(?i)(?:#+|:::)(?:.*(?:{_MARKED.pattern})|[^\r\n]{{300}})"
+    # a quote with a sign before its first word, or without a word for long
+    rf"|>(?:[^\w>]*(?:[{_SIGNS}]|&(?:#|\w+;))|[^\w>]{{300}})"
+    # an underline: it makes a heading of the paragraph above it
+    r"|[-=][-=\s\ufeff]*(?![^\r\n])"
+    # the start of an element that the page, or the host, draws
+    r"|(?P<start>(?:<|&(?:lt|#0{0,7}60|#x0{0,7}3c);?)(?=(?:/|&sol;)?(?:[a-z]{0,7}&#"
     r"|(?:audio|details|video)(?:[\s/>&\ufeff]|\Z)|(?:file|iframe|status)[\s\ufeff]))"
-    r"|(&#x?0{8})"
-    r"|({){(?:html|video)_file_id_"  # an element once the page has filled it in
+    # a reference too long to be read here, an element once the page has filled it in
+    r"|&#x?0{8}|{(?={(?:html|video)_file_id_))"
 )
-_UNDECIDED = re.compile(
-    rf"(?:{_BEGIN}(?:#{{1,6}}(?:(?![\w#])[^\r\n{_MARKS}]{{0,299}})?"
-    rf"|::?|:::[^\r\n{_MARKS}]{{0,299}}|>[^\w>{_SIGNS}]{{0,299}}(?:&\w{{0,31}})?)"
-    r"|[<&{][#\w/;&{]{0,40})\Z"
+_FORGED_IN_CODE = re.compile(  # what we read back, and details, which the host cuts out
+    rf"(?i)(?<![^\r\n])(?:### [{_MARKS}]|> [{_SIGNS}])"
+    r"|(?P<start><)(?=details(?:[\s/>]|\Z))"
 )
-_UNDERLINE = re.compile(
-    rf"{_BEGIN}()[-=](?:[-=\s\ufeff]{{0,298}}(?![^\r\n])|[-=\s\ufeff]{{299}})"
-)
-_UNDECIDED_UNDERLINE = re.compile(rf"{_BEGIN}[-=][-=\s\ufeff]{{0,298}}\Z")
-_READ_BACK = re.compile(  # by us, or by the host, which cuts details out of a history
-    rf"(?i)(?<![^\r\n])()(?:### [{_MARKS}]|> [{_SIGNS}])|(<)(?=details(?:[\s/>]|\Z))"
-)
-_UNDECIDED_READ_BACK = re.compile(
-    r"(?:(?<![^\r\n])(?:#{1,3}|### |> ?)|<[a-zA-Z]{0,7})\Z"
-)
-_HOT = re.compile(rf"[\r\n#>:<&{{=\\{_MARKS}-]")  # where any of these may begin
 _FENCE = re.compile(r" {0,3}(?:`{3,}+(?=[^`]*\Z)|~{3,})")
+_EXACT_END = re.compile(r" {0,3}[^ \t]+ *")
 _HIDES_FENCES = re.compile(
     r"\$\$|\\\[|\\begin|^[^\w<]*<[a-zA-Z/!?]|^\s*(?:\[|:::)"
     r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
@@ -1238,40 +1212,41 @@ _HIDES_FENCES = re.compile(
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
 
 
-class _FenceTracker:
-    """Reads whole lines, and knows which code fence is open after them."""
+class _LineTracker:
+    """Reads whole lines, and knows in what the next one stands."""
 
     def __init__(self) -> None:
-        self.closing = ""  # the line that closes the open one
-        self._is_sure = True
+        self.closing = ""  # the line that closes the code fence that is open
+        self.is_marked = False  # there is a mark in the paragraph
+        self._in_paragraph = False  # or in a fence directly behind one
         self._in_list = False
-        self._in_paragraph = False  # or directly behind one, without a blank line
+        self._is_sure = True  # nothing can have hidden a fence, or its end, so far
 
     @property
-    def is_certain(self) -> bool:
-        """Whether every parser is in code here: the fence stands at the left edge, and
-        nothing before it, or in it so far, can have hidden it."""
+    def in_code(self) -> bool:
+        """Whether every parser is in code here: its fence stands at the left edge."""
         begun = self.closing.startswith(("`", "~"))
         return begun and self._is_sure and not self._in_paragraph
 
     def read(self, line: str) -> None:
         """Take the next line."""
         words = line.strip(" \t")
+        if not words:
+            self._in_paragraph = self.is_marked = False
+            return
+        self.is_marked |= not self.in_code and bool(_MARKED.search(line))
         fence = self.closing.lstrip()
-        indent = " " * (len(self.closing) - len(fence))
-        if self._in_list and words and not line.startswith(indent):
+        if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
             self.closing = fence = ""  # the item is over, and with it the fence
             self._is_sure = False
         if not fence:
             self._read_outside(line)
-        elif words.startswith(fence) and not words.strip("`~"):
+        elif words.startswith(fence):
             if not words.strip(fence[0]):
                 self.closing = ""
-            exact = re.fullmatch(" {0,3}[^ \t]+ *", line)
-            self._is_sure &= bool(exact) and not self.closing
-        elif self._in_paragraph and _UNDERLINE.match(words):
+            self._is_sure &= bool(_EXACT_END.fullmatch(line)) and not self.closing
+        elif self._in_paragraph and not words.strip("-="):
             self._is_sure = False  # the page made a heading of it all, fence and all
-        self._in_paragraph &= bool(words)
 
     def _read_outside(self, line: str) -> None:
         if found := _FENCE.match(line):
@@ -1296,8 +1271,7 @@ class ForgeryGuard:
         self._held = ""
         self._line: list[str] = []  # what was given out of it
         self._before = ""  # the last character that was given out
-        self._is_marked = False  # there is a mark in the paragraph
-        self._fences = _FenceTracker()
+        self._lines = _LineTracker()
 
     def feed(self, text: str) -> str:
         """Take more text; gives what is safe to show."""
@@ -1312,9 +1286,9 @@ class ForgeryGuard:
         """The text has ended; gives what was held back, and closes an open fence."""
         rest = self._read(self._held, final=True)
         self._end_line("")
-        if not self._fences.closing:
+        if not self._lines.closing:
             return rest
-        return rest + "\n" * (self._before not in "\r\n") + self._fences.closing
+        return rest + "\n" * (self._before not in "\r\n") + self._lines.closing
 
     def _read(self, text: str, final: bool = False) -> str:
         text = self._before + text
@@ -1323,37 +1297,39 @@ class ForgeryGuard:
         shown = []
         for hot in _HOT.finditer(text, done):
             place = hot.start()
-            forgery, undecided = self._patterns(text, place)
-            if not final and undecided.match(text, place):
-                end = place
-                break
-            if text[place] in "\r\n":
+            if hot[0] in "\r\n":
                 if not text.startswith("\r\n", place - 1):
                     self._end_line(text[begin:place])
                 begin = place + 1
-            elif forged := forgery.match(text, place):
-                escaped = forged.end(forged.lastindex or 0)
-                shown += [text[done:escaped], "\u200b" if escaped > place else "\\"]
-                done = escaped
+            elif reach := self._reach(text, place):
+                if reach == end and not final:
+                    end = place
+                    break
+                if escaped := self._escape(text, place, reach):
+                    shown += [text[done : escaped[0]], escaped[1]]
+                    done = escaped[0]
         self._line.append(text[begin:end])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
-    def _patterns(self, text: str, place: int) -> tuple[re.Pattern[str], ...]:
-        """What is forged at a place of the text, and what may become so."""
-        if self._fences.is_certain:
-            return _READ_BACK, _UNDECIDED_READ_BACK
-        if text[place] in f"{_MARKS}\\" or text.startswith("&#", place):
-            self._is_marked = True
-        if text[place] in "-=" and self._is_marked:
-            return _UNDERLINE, _UNDECIDED_UNDERLINE
-        return _FORGERY, _UNDECIDED
+    def _reach(self, text: str, place: int) -> int:
+        """Up to where what begins at a place has to be known; 0 if nothing does."""
+        if text[place] in "-=" and not self._lines.is_marked:
+            return 0
+        found = _REACH.match(text, place)
+        return found.end() if found else 0
+
+    def _escape(self, text: str, place: int, reach: int) -> tuple[int, str] | None:
+        """Where something has to go into what is forged, and what; else None."""
+        pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
+        forged = pattern.match(text, place, reach + 1)  # and the character behind it
+        if forged and forged["start"]:
+            return forged.end("start"), "\u200b"
+        return (place, "\\") if forged else None
 
     def _end_line(self, rest: str) -> None:
-        line = "".join([*self._line, rest])
+        self._lines.read("".join([*self._line, rest]))
         self._line = []
-        self._is_marked &= bool(line.strip(" \t"))
-        self._fences.read(line)
 
 
 # ======================================================================================
@@ -2360,7 +2336,7 @@ def _has_type(value: Any, wanted: str) -> bool:
 # ======================================================================================
 
 BlockKind = Literal["message", "reasoning", "function_call", "function_call_output"]
-DELTA_TYPES: dict[BlockKind, str] = {
+_DELTA_TYPES: dict[BlockKind, str] = {
     "message": "response.output_text.delta",
     "reasoning": "response.reasoning_text.delta",
     "function_call": "response.function_call_arguments.delta",
@@ -2368,11 +2344,7 @@ DELTA_TYPES: dict[BlockKind, str] = {
 
 
 class GrowingText:
-    """A text that grows by pieces: `append` is O(1), `str()` joins.
-
-    `compact` makes one piece of those that came since it was last called; what was
-    compacted before stays as it is.
-    """
+    """A text that grows by pieces: `append` is O(1), `str()` joins."""
 
     __slots__ = ("_compacted", "length", "parts")
 
@@ -2395,7 +2367,7 @@ class GrowingText:
             self.parts, self.length, self._compacted = [text], len(text), 0
 
     def compact(self) -> None:
-        """Join the pieces that came lately: thousands of them cost memory."""
+        """Join the pieces that came since the last time: thousands cost memory."""
         if len(self.parts) - self._compacted > 1:
             self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
         self._compacted = len(self.parts)
@@ -2409,14 +2381,13 @@ class Block:
     """One visible part of the message: a heading or text, reasoning, a call, a result.
 
     `text` grows; `fields` are the other keys of its item and change as a whole.
-    `index` is its place in the transcript, `section` the part of it that it is in.
     """
 
     kind: BlockKind
     id: str
     speaker: str
     section: int
-    index: int
+    index: int  # in the transcript
     text: GrowingText
     fields: Json
 
@@ -2468,23 +2439,23 @@ class Transcript:
 
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
-    text = str(block.text)
+    text, fields = str(block.text), dict(block.fields)
+    content = [{"type": "output_text", "text": text}]
     item: Json = {"type": block.kind, "id": block.id, "speaker": block.speaker}
-    if block.kind == "message":
-        item |= {"status": "in_progress", "role": "assistant"}
-        item["content"] = [{"type": "output_text", "text": text}]
-    elif block.kind == "reasoning":
-        item |= {"status": "in_progress", "summary": None}
-        item["content"] = [{"type": "output_text", "text": text}]
-    elif block.kind == "function_call":
-        item |= {"status": "in_progress", "arguments": text}
-    else:
-        images = [
-            {"type": "input_image", "image_url": url}
-            for url in block.fields.get("images", ())
-        ]
-        item["output"] = [{"type": "input_text", "text": text}, *images]
-    return item | {name: v for name, v in block.fields.items() if name != "images"}
+    if block.kind != "function_call_output":
+        item["status"] = "in_progress"
+    match block.kind:
+        case "message":
+            item |= {"role": "assistant", "content": content}
+        case "reasoning":
+            item |= {"summary": None, "content": content}
+        case "function_call":
+            item["arguments"] = text
+        case "function_call_output":
+            urls = fields.pop("images", ())
+            images = [{"type": "input_image", "image_url": url} for url in urls]
+            item["output"] = [{"type": "input_text", "text": text}, *images]
+    return item | fields
 
 
 def render_items(transcript: Transcript) -> list[Json]:
@@ -2513,8 +2484,10 @@ def take_snapshot(block: Block) -> Snapshot:
     return Snapshot(block.text.parts, len(block.text.parts), dict(block.fields))
 
 
-def new_text(block: Block, shown: Snapshot) -> str | None:
+def _new_text(block: Block, shown: Snapshot | None) -> str | None:
     """The text the client still lacks; None if its text is no longer a beginning."""
+    if shown is None:
+        return str(block.text)
     if shown.parts is block.text.parts:
         return "".join(shown.parts[shown.count :])
     before, now = "".join(shown.parts[: shown.count]), str(block.text)
@@ -2528,21 +2501,19 @@ def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": block.index}
-    if shown is None:
-        return event | {
-            "type": "response.output_item.added",
-            "item": render_item(block),
-        }
-    suffix = new_text(block, shown)
-    changed = shown.fields != block.fields
-    if suffix == "" and not changed:
+    suffix = _new_text(block, shown)
+    is_same = shown is not None and shown.fields == block.fields
+    if is_same and suffix == "":
         return None
-    if not suffix or changed or block.kind not in DELTA_TYPES:
-        return event | {"type": "response.output_item.done", "item": render_item(block)}
-    event |= {"type": DELTA_TYPES[block.kind], "item_id": block.id, "delta": suffix}
-    if block.kind != "function_call":
-        event["content_index"] = 0
-    return event
+    if is_same and suffix and block.kind in _DELTA_TYPES:
+        event |= {"type": _DELTA_TYPES[block.kind], "item_id": block.id}
+        event |= {} if block.kind == "function_call" else {"content_index": 0}
+        return event | {"delta": suffix}
+    change = "added" if shown is None else "done"
+    return event | {
+        "type": f"response.output_item.{change}",
+        "item": render_item(block),
+    }
 
 
 def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
@@ -2551,15 +2522,16 @@ def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
     shown, because a client would take them for its own to run.
     """
-    suffix = str(block.text) if shown is None else new_text(block, shown)
+    suffix = _new_text(block, shown)
     if not suffix or block.fields.get("passing"):
         return None
-    if block.kind in ("function_call", "function_call_output"):
-        return None
-    if block.kind == "reasoning":
-        return {"reasoning_content": suffix}
-    gap = "\n\n" if shown is None and block.index else ""
-    return {"content": gap + suffix}
+    match block.kind:
+        case "message":
+            gap = "\n\n" if shown is None and block.index else ""
+            return {"content": gap + suffix}
+        case "reasoning":
+            return {"reasoning_content": suffix}
+    return None
 
 
 # ======================================================================================
@@ -4258,8 +4230,8 @@ class Run:
                 self.screen.notice(problem)
             if self.cast.by_default:
                 names = ", ".join(self.cast.aliases)
-                where = "with the Valves button beside the input"
-                text = f"No participants are chosen, so {names} talk: choose others {where}"
+                text = f"No participants are chosen, so {names} talk: choose others "
+                text += "with the Valves button beside the input"
                 await host.show_status(text, done=False)
             if self.drafts:
                 await self._search_once()
