@@ -360,19 +360,16 @@ SYSTEM_MARK = "🏆"  # in place of a colour: a section of ours, in which nobody
 
 
 class ModelFailure(Exception):
-    """A model did not answer; the reason is shown in its section.
+    """A model did not answer; the reason is shown in its section."""
 
-    `status` is the provider's HTTP status where there is one, `retry_after` the
-    seconds it asks to wait; `midway`: it had begun to speak.
-    """
+    midway = False  # whether it had begun to speak
 
     def __init__(
         self, reason: str, status: int | None = None, retry_after: float | None = None
     ) -> None:
         super().__init__(reason)
-        self.status = status
-        self.retry_after = retry_after
-        self.midway = False
+        self.status = status  # the provider's HTTP status, where there is one
+        self.retry_after = retry_after  # seconds, where the provider names them
 
     @property
     def is_busy(self) -> bool:
@@ -394,10 +391,7 @@ class ModelFailure(Exception):
 class ModelSilent(ModelFailure):
     """A model took longer than it may; asking again would only take as long."""
 
-    @property
-    def may_work_whole(self) -> bool:
-        """Not in time."""
-        return False
+    may_work_whole = False
 
 
 class HostFailure(Exception):
@@ -453,11 +447,6 @@ class SourceFound:
     source: Json
 
 
-ReplyEvent = (
-    TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | StreamError | SourceFound
-)
-
-
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A whole tool call; `arguments` is the JSON text the model wrote."""
@@ -469,17 +458,14 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a tool call gave: text for the model, files and embeds for the page.
-
-    `images` are the images as a model can read them, `image_urls` as they are stored.
-    """
+    """What a tool call gave: text for the model, files and embeds for the page."""
 
     text: str
     failed: bool = False
     files: tuple[Json, ...] = ()
     embeds: tuple[Any, ...] = ()
-    images: tuple[str, ...] = ()
-    image_urls: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # as a model can read them
+    image_urls: tuple[str, ...] = ()  # as they are stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,22 +491,17 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """What a model brings, looked up once per run, whatever seats it takes.
-
-    `tools` maps a tool's name to the host's tool, `specs` are the same tools as a
-    request names them, `defaults` are request parameters the model has not set itself.
-    A model that `sees` is given images.
-    """
+    """What a model brings, looked up once per run, whatever seats it takes."""
 
     model_id: str
     system: str = ""
-    tools: Mapping[str, Json] = field(default_factory=dict)
-    specs: tuple[Json, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, Json] = field(default_factory=dict)  # the host's, by name
+    specs: tuple[Json, ...] = ()  # the same tools, as a request names them
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # not set by the model
     legacy: bool = False
     connection: str = ""
     cites: bool = True
-    sees: bool = True
+    sees: bool = True  # it is given images
     counts_usage: bool = True
     think_tags: tuple[tuple[str, str], ...] = ()
     problems: tuple[str, ...] = ()
@@ -538,16 +519,13 @@ class Participant:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everybody of one run, in order, and what could not be seated and why.
-
-    `parameters` are what the chat's controls set for every model.
-    """
+    """Everybody of one run, in order, and what could not be seated and why."""
 
     participants: tuple[Participant, ...]
     manager: Voice
     problems: tuple[str, ...] = ()
     by_default: bool = False
-    parameters: Json = field(default_factory=dict)
+    parameters: Json = field(default_factory=dict)  # the chat's controls, for all
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -568,55 +546,40 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one participant said: `text` for the others, `messages` for itself.
-
-    `messages` are Chat-Completions messages (assistant, tool); `failure` says why the
-    turn ended early or empty; who is `late` goes on, but nobody waits for it;
-    `concludes` marks a chair's conclusion.
-    """
+    """What one participant said: `text` for the others, `messages` for itself."""
 
     alias: str
     text: str
-    messages: tuple[Json, ...] = ()
-    failure: str | None = None
-    late: bool = False
-    concludes: bool = False
-
-
-Entry = Question | Turn
+    messages: tuple[Json, ...] = ()  # of Chat Completions: assistant, tool
+    failure: str | None = None  # why it ended early or empty
+    late: bool = False  # it goes on, but nobody waits for it
+    concludes: bool = False  # it is a chair's conclusion
 
 
 @dataclass(frozen=True, slots=True)
 class Speak:
     """Step: these participants speak (several: at once). Answer: their turns.
 
-    `brief` is said to them after the conversation and is not part of it. With a
-    `quorum` the step ends when so many have answered or the deadline is over; who is
-    late goes on, and its turn says so. `role` stands behind the names in their
-    headings, `note` in the status line, if there is one. `joins`: the turns become
-    part of the conversation. `concludes`: it is the chair, shown only once it says
-    something.
+    With a `quorum` it ends when so many have answered or the deadline is over; who is
+    late goes on, and its turn says so.
     """
 
     aliases: tuple[str, ...]
-    note: str = ""
-    brief: str = ""
-    role: str = ""
+    note: str = ""  # for the status line
+    brief: str = ""  # said to them after the conversation, and no part of it
+    role: str = ""  # stands behind the names in their headings
     quorum: int = 0
-    joins: bool = True
-    concludes: bool = False
+    joins: bool = True  # the turns become part of the conversation
+    concludes: bool = False  # it is the chair, shown only once it says something
 
 
 @dataclass(frozen=True, slots=True)
 class BallotPaper:
-    """What one voter is asked: to rank or choose among these.
-
-    `choices` maps what may be named on the ballot (a letter, a name) to an alias.
-    """
+    """What one voter is asked: to rank or choose among these."""
 
     voter: str
     brief: str
-    choices: Mapping[str, str]
+    choices: Mapping[str, str]  # what a ballot may name (a letter, a name) -> alias
 
 
 @dataclass(frozen=True, slots=True)
@@ -637,17 +600,11 @@ class LostBallot:
 
 
 @dataclass(frozen=True, slots=True)
-class Rank:
-    """Step: members rank the others' answers. Answer: a ballot of each, maybe lost."""
+class Judge:
+    """Step: members judge each other. Answer: a ballot of each, maybe lost."""
 
     papers: tuple[BallotPaper, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """Step: members vote for one of the others. Answer: as for `Rank`."""
-
-    papers: tuple[BallotPaper, ...]
+    read: Callable[..., Ballot | str]  # an answer -> the ballot, or what is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -668,16 +625,12 @@ class AskManager:
     wrong_answer: str = ""
 
 
-Step = Speak | AskManager | Rank | Vote | Publish
+ReplyEvent = (
+    TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | StreamError | SourceFound
+)
+Entry = Question | Turn
+Step = Speak | AskManager | Judge | Publish
 Mode = Generator[Step, Any, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Who speaks next and why; nobody, where the conversation is finished."""
-
-    alias: str
-    reason: str
 
 
 def plain_line(text: object, limit: int = 300) -> str:
@@ -1336,19 +1289,43 @@ class ForgeryGuard:
 # ==== 4 Conversation
 # ======================================================================================
 
-NOTICE = "> ⚠️ "
-PROGRESS, FIGURES, OUTCOME = "> ⏳ ", "> ⏱️ ", "> 🏁 "
+NOTICE, PROGRESS, FIGURES, OUTCOME = "> ⚠️ ", "> ⏳ ", "> ⏱️ ", "> 🏁 "
 ROLE = " · "  # in a heading, between a name and what it speaks as; names have none
 CONCLUSION = "conclusion"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
-_NOTICES = (NOTICE, PROGRESS, FIGURES, OUTCOME)
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
+TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
+    "Here are the images from the tool results above. Please analyze them."
+)
+_NOTICE = re.compile(rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}).*\n?")
+_TEAM_READ = 50  # lines or list entries; eight may sit, the rest would only be named
+_ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
+_OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
+_NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
+_LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
+_CHAIN_TOKEN = re.compile(r"\n[^\S\n]*+(?:\d++[.)]|[-*])|\w+|\S")  # a mark of a list
+_CHAIN_SIGNS = {sign: sign for sign in (*_LETTERS, "=")} | dict.fromkeys(
+    (*">,;/→", "then", "and"), ">"
+)
+_COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
+_COMMAND_PLACES = (  # with what parts it from the question: a line break, or blanks
+    re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
+    re.compile(rf"(?P<cut>(?:\A|\s){_COMMAND}\s*+\Z)"),
+)
+_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
+_JSON_TYPES: dict[str, Any] = dict(
+    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
+)
+
+
+def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
+    """What stands under a key of foreign JSON, empty where it is of another kind."""
+    part = value.get(key)
+    return part if isinstance(part, kind) else kind()
 
 
 # -- who sits at the table -------------------------------------------------------------
-
-_TEAM_READ = 50  # lines or list entries; eight may sit, the rest would only be named
 
 
 def clean_alias(alias: str) -> str:
@@ -1356,16 +1333,14 @@ def clean_alias(alias: str) -> str:
     return plain_line(re.sub(r'[#*_"|·\\]', "", alias), 40).strip()
 
 
-def unique_aliases(seats: Iterable[Seat]) -> list[Seat]:
+def unique_aliases(seats: Iterable[Seat]) -> Iterator[Seat]:
     """The same seats, with a number behind an alias that is already taken."""
     taken: set[str] = set()
-    result = []
     for seat in seats:
         names = (f"{seat.alias} {n}" if n > 1 else seat.alias for n in count(1))
         alias = next(name for name in names if name.casefold() not in taken)
         taken.add(alias.casefold())
-        result.append(Seat(alias, seat.model_id, seat.persona))
-    return result
+        yield replace(seat, alias=alias)
 
 
 def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
@@ -1405,31 +1380,28 @@ def choose_seats(
     Gives the seats, a sentence for each that could not be taken, and whether nobody
     had been chosen.
     """
-    team = enumerate(settings.team.split("\n"), 1)
-    lines = [(number, line) for number, line in team if line.strip()]
-    chosen = len(lines) or len(settings.participants)
-    wanted = [
+    chosen = [
         (f"Team line {number} ({plain_line(line, 60)})", line.split("|", 2))
-        for number, line in lines[:_TEAM_READ]
+        for number, line in enumerate(settings.team.split("\n"), 1)
+        if line.strip()
     ] or [
-        (f"Participant {plain_line(model_id, 60)}", [model_id])
-        for model_id in settings.participants[:_TEAM_READ]
+        (f"Participant {plain_line(each, 60)}", [each])
+        for each in settings.participants
     ]
-    if not chosen:
-        usual = [c for c in cards.values() if c.by_default and not c.is_self]
-        wanted = [("", [card.id]) for card in usual[:3]]
+    usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in wanted:
+    for where, parts in chosen[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
-    seats = unique_aliases(seats)
-    most = settings.max_participants
+    seats, most = list(unique_aliases(seats)), settings.max_participants
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if chosen > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
+    if len(chosen) > _TEAM_READ:
+        problems.append(
+            f"Only the first {_TEAM_READ} of {len(chosen)} seats were read."
+        )
     return seats[:most], problems, not chosen
 
 
@@ -1440,10 +1412,9 @@ def render_system(
     names = ", ".join(aliases[:-1]) + (" and " if aliases[1:] else "") + aliases[-1]
     values = {"name": seat.alias, "participants": names}
     rules = fill_template(settings.rules_prompt, values)
+    tools = "You have no tools in this conversation; do not pretend to use one."
     if voice.tools:
         tools = "You have tools in this conversation; use one where it helps."
-    else:
-        tools = "You have no tools in this conversation; do not pretend to use one."
     persona = f"Your persona, {seat.alias}:\n{seat.persona}" if seat.persona else ""
     parts = (voice.system, chat, settings.instructions, rules, tools, persona)
     return "\n\n".join(part.strip() for part in parts if part.strip())
@@ -1452,55 +1423,59 @@ def render_system(
 # -- modes: pure generators of steps ---------------------------------------------------
 
 
-def _rotate(aliases: Sequence[str], last: str | None) -> list[str]:
-    """The aliases in order, beginning after `last`."""
+@dataclass(frozen=True, slots=True)
+class Agenda:
+    """What a mode begins with."""
+
+    aliases: tuple[str, ...]
+    question: str
+    settings: Settings
+    last: str | None = None  # who spoke before, where a reply is continued
+    seed: str = ""  # decides in which order a reviewer reads the others' answers
+
+
+def _still_able(
+    aliases: Sequence[str], failures: Counter[str], last: str | None = None
+) -> list[str]:
+    """Those who did not fail too often in a row, in order, beginning after `last`."""
     first = aliases.index(last) + 1 if last in aliases else 0
-    return [*aliases[first:], *aliases[:first]]
+    rotated = (*aliases[first:], *aliases[:first])
+    return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def speak(
-    alias: str,
-    failures: dict[str, int],
-    note: str = "",
-    brief: str = "",
-    role: str = "",
-) -> Generator[Step, Any, Turn]:
+def _ask_to_speak(step: Speak, failures: Counter[str]) -> Generator[Step, Any, Turn]:
     """One participant's turn; counts its failures in a row."""
-    turns: list[Turn] = yield Speak((alias,), note, brief, role)
-    turn = turns[0]
+    turn: Turn = (yield step)[0]
     silent = turn.failure is not None and not turn.text
-    failures[alias] = failures.get(alias, 0) + 1 if silent else 0
+    failures[turn.alias] = failures[turn.alias] + 1 if silent else 0
     return turn
 
 
-def _still_able(aliases: Iterable[str], failures: Mapping[str, int]) -> list[str]:
-    """Those who did not fail too often in a row."""
-    return [a for a in aliases if failures.get(a, 0) < FAILURES_ALLOWED]
-
-
 def _take_rounds(
-    aliases: Sequence[str], rounds: int, last: str | None, brief: str = ""
+    agenda: Agenda, brief: str = ""
 ) -> Generator[Step, Any, tuple[list[Turn], bool]]:
     """Everybody once per round; gives the last turn of each, and if anybody is left.
 
     A turn that says something is not replaced by one that does not.
     """
-    failures: dict[str, int] = {}
+    aliases, rounds = agenda.aliases, agenda.settings.rounds
+    failures: Counter[str] = Counter()
     latest: dict[str, Turn] = {}
     for number in range(1, rounds + 1):
         role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(_rotate(aliases, last), failures):
-            turn = yield from speak(alias, failures, brief=brief, role=role)
+        for alias in _still_able(aliases, failures, agenda.last):
+            step = Speak((alias,), brief=brief, role=role)
+            turn = yield from _ask_to_speak(step, failures)
             role = ""
             if turn.text or alias not in latest:
                 latest[alias] = turn
-    turns = [latest[alias] for alias in aliases if alias in latest]
-    return turns, bool(_still_able(aliases, failures))
+    return [latest[alias] for alias in aliases], bool(_still_able(aliases, failures))
 
 
-def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
-    """Everybody once per round, in order; `last` spoke before (a continued reply)."""
-    turns, anybody_left = yield from _take_rounds(aliases, rounds, last)
+def round_robin(agenda: Agenda) -> Mode:
+    """Everybody once per round, in order."""
+    rounds = agenda.settings.rounds
+    turns, anybody_left = yield from _take_rounds(agenda)
     if not any(turn.text for turn in turns):
         return "Nobody could answer"
     if not anybody_left:
@@ -1508,20 +1483,19 @@ def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
     return f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
 
 
-def managed(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
+def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
-    failures: dict[str, int] = {}
-    answered = False
-    for _ in range(rounds * len(aliases)):
-        able = _still_able(_rotate(aliases, last), failures)
+    aliases, last, answered = agenda.aliases, agenda.last, False
+    failures: Counter[str] = Counter()
+    for _ in range(agenda.settings.rounds * len(aliases)):
+        able = _still_able(aliases, failures, last)
         if not able:
             break
-        candidates = [alias for alias in able if alias != last] or able
-        choice = yield from _choose_speaker(candidates, last, aliases)
-        if not choice.alias:
-            return f"The manager ended it: {choice.reason or 'no reason given'}"
-        last = choice.alias
-        turn = yield from speak(last, failures, choice.reason)
+        step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
+        last, reason = yield from _choose_speaker(step, aliases)
+        if not last:
+            return f"The manager ended it: {reason or 'no reason given'}"
+        turn = yield from _ask_to_speak(Speak((last,), reason), failures)
         answered = answered or bool(turn.text)
     if not answered:
         return "Nobody could answer"
@@ -1531,41 +1505,32 @@ def managed(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
 
 
 def _choose_speaker(
-    candidates: Sequence[str], last: str | None, aliases: Sequence[str]
-) -> Generator[Step, Any, Choice]:
+    step: AskManager, aliases: Sequence[str]
+) -> Generator[Step, Any, tuple[str, str]]:
     """Ask the manager, once more if it is wrong; else the next in order.
 
-    One candidate alone is asked about too, since the manager may rather end it; but
-    before anybody has spoken it may not, so there is nothing to ask.
+    Gives who speaks and why; "" where the manager ends it. One candidate alone is asked
+    about too, since the manager may rather end it; but before anybody has spoken it may
+    not, so there is nothing to ask.
     """
-    first = candidates[0]
-    alone = Choice(first, "the only one left")
-    if len(candidates) == 1 and last is None:
-        return alone
-    step = AskManager(tuple(candidates), last)
-    for _ in range(2):
+    first, *others = step.candidates
+    tries = 2 if others else int(step.last is not None)
+    for _ in range(tries):
         answer: str | None = yield step
         if answer is None:
-            return Choice(first, "next in order, the manager failed")
-        found = _read_choice(answer, candidates, aliases, may_end=last is not None)
-        if isinstance(found, Choice):
+            return first, "next in order, the manager failed"
+        found = _read_choice(answer, step, aliases)
+        if not isinstance(found, str):
             return found
-        if len(candidates) == 1:
-            return alone
-        step = AskManager(tuple(candidates), last, found, answer)
-    return Choice(first, "next in order, the manager named nobody")
-
-
-_NAMING_KEYS = ("next", "speaker", "name")
-_ENDING_KEYS = ("done", "finished")
-_ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
-_OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
+        step = replace(step, problem=found, wrong_answer=answer)
+    named_nobody = "next in order, the manager named nobody"
+    return first, named_nobody if others else "the only one left"
 
 
 def _read_choice(
-    answer: str, candidates: Sequence[str], aliases: Sequence[str], may_end: bool
-) -> Choice | str:
-    """The manager's answer, JSON or a bare name -> a choice, or what is wrong.
+    answer: str, step: AskManager, aliases: Sequence[str]
+) -> tuple[str, str] | str:
+    """The manager's answer, JSON or a bare name -> who and why, or what is wrong.
 
     Names are looked for among all `aliases`, so that "Ann Lee", who may not speak
     now, is not taken for "Ann", who may.
@@ -1575,22 +1540,18 @@ def _read_choice(
     verdict = _find_object(answer, *keys) or _find_object(answer)
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
     if any(verdict.get(key) is True for key in _ENDING_KEYS):
-        if may_end:
-            return Choice("", reason)
-        return "Nobody has spoken yet, so it cannot be done."
+        unspoken = "Nobody has spoken yet, so it cannot be done."
+        return unspoken if step.last is None else ("", reason)
     named = next((verdict[key] for key in _NAMING_KEYS if verdict.get(key)), "")
     found = _find_names(plain_line(named) if verdict else answer, aliases)
-    if len(found) == 1 and found[0] in candidates:
-        return Choice(found[0], reason)
-    listed = json.dumps(list(candidates), ensure_ascii=False)
+    if len(found) == 1 and found[0] in step.candidates:
+        return found[0], reason
+    listed = json.dumps(step.candidates, ensure_ascii=False)
     return f"Your answer must name exactly one of {listed}."
 
 
 def _find_object(text: str, *keys: str) -> Json:
-    """The first JSON object in a text that has one of these keys, fenced or not.
-
-    Without keys any object will do. Gives {} if there is none.
-    """
+    """The first JSON object in a text, with one of these keys if any; else {}."""
     starts = [found.start() for found in re.finditer(r'\{(?=\s*+")', text)]
     for start in starts[-_OBJECTS_TRIED:]:
         with suppress(ValueError):
@@ -1611,99 +1572,95 @@ def _find_names(text: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Agenda:
-    """What a mode begins with.
-
-    `last` spoke before, where a reply is continued; `seed` decides in which order a
-    reviewer reads the others' answers.
-    """
-
-    aliases: tuple[str, ...]
-    question: str
-    settings: Settings
-    last: str | None = None
-    seed: str = ""
-
-
 def council(agenda: Agenda) -> Mode:
     """Answers in parallel, anonymous ranking by the members, a chair's conclusion."""
-    settings = agenda.settings
-    answers: list[Turn] = yield Speak(
-        agenda.aliases, "answering", quorum=settings.quorum, joins=False
-    )
-    present = {turn.alias: turn for turn in answers if turn.failure is None}
+    quorum = agenda.settings.quorum
+    step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
+    answers: list[Turn] = yield step
+    present = [turn for turn in answers if turn.failure is None]
     if len(present) < 2:
-        return (yield from _end_early(answers, list(present)))
-    papers = ranking_papers(agenda, list(present.values()))
-    judged: list[Ballot | LostBallot] = yield Rank(papers)
-    ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
-    standings = tally(list(present), ballots)
-    yield Publish("ranking", render_ranking(standings, ballots) + _list_lost(judged))
-    values = {
-        "question": agenda.question,
-        "answers": "\n\n".join(map(render_turn, present.values())),
-        "result": _describe_ranking(standings, ballots),
-    }
-    brief = fill_template(settings.conclusion_prompt, values)
-    return (yield from conclude(agenda, standings, answers, brief))
+        return (yield from _end_early(answers, present))
+    papers = ranking_papers(agenda, present)
+    judging = Judge(tuple(papers), read_ranking)
+    standings, ballots = yield from _judge(judging, render_ranking)
+    shown = "\n\n".join(map(render_turn, present))
+    result = _describe_ranking(standings, ballots)
+    return (yield from _conclude(agenda, answers, standings, shown, result))
 
 
 def debate(agenda: Agenda) -> Mode:
     """Rounds in which each answers the strongest point against it, a vote, an end."""
-    rounds, values = agenda.settings.rounds, {"question": agenda.question}
+    values = {"question": agenda.question}
     brief = fill_template(agenda.settings.debate_prompt, values)
-    turns, _ = yield from _take_rounds(agenda.aliases, rounds, agenda.last, brief)
-    present = [turn.alias for turn in turns if turn.text]
+    turns, _ = yield from _take_rounds(agenda, brief)
+    present = [turn for turn in turns if turn.text]
     if len(present) < 2:
         return (yield from _end_early(turns, present))
-    voted: list[Ballot | LostBallot] = yield Vote(vote_papers(agenda, present))
-    ballots = [ballot for ballot in voted if isinstance(ballot, Ballot)]
-    standings = tally(present, ballots)
-    yield Publish("ranking", _render_votes(standings, ballots) + _list_lost(voted))
+    papers = vote_papers(agenda, [turn.alias for turn in present])
+    judging = Judge(tuple(papers), read_vote)
+    standings, ballots = yield from _judge(judging, _render_votes)
     counts = ", ".join(f"{s.alias} has {s.ballots}" for s in standings)
     result = f"The members voted ({len(ballots)} valid votes): {counts}."
-    values |= {"answers": "", "result": result}
-    brief = fill_template(agenda.settings.conclusion_prompt, values)
-    return (yield from conclude(agenda, standings, turns, brief))
+    return (yield from _conclude(agenda, turns, standings, "", result))
 
 
-def conclude(
-    agenda: Agenda, standings: Sequence[Standing], turns: Sequence[Turn], brief: str
+def _judge(
+    step: Judge, render: Callable[..., str]
+) -> Generator[Step, Any, tuple[list[Standing], list[Ballot]]]:
+    """The members judge each other; under the table stands whose ballot was lost."""
+    judged: list[Ballot | LostBallot] = yield step
+    ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
+    standings = tally([paper.voter for paper in step.papers], ballots)
+    text = render(standings, ballots)
+    for lost in judged:
+        if isinstance(lost, LostBallot):
+            reason = plain_line(lost.reason, 120).removeprefix("it ").rstrip(".")
+            text += f"\n\nNo ballot from {lost.voter}: {reason}."
+    yield Publish("ranking", text)
+    return standings, ballots
+
+
+def _conclude(
+    agenda: Agenda,
+    turns: Sequence[Turn],
+    standings: Sequence[Standing],
+    answers: str,
+    result: str,
 ) -> Generator[Step, Any, str]:
     """The chair concludes; where it fails at once, the next best takes over."""
+    values = {"question": agenda.question, "answers": answers, "result": result}
+    brief = fill_template(agenda.settings.conclusion_prompt, values)
     present = [standing.alias for standing in standings]
     chair = agenda.settings.chair.strip()
     wanted = [a for a in agenda.aliases if a.casefold() == chair.casefold()]
-    late = [turn.alias for turn in turns if turn.late]
-    absent = [alias for alias in wanted if alias not in present]
-    notes = [f"{a} {'was late' if a in late else 'failed'}" for a in absent]
+    notes = [
+        f"{turn.alias} {'was late' if turn.late else 'failed'}"
+        for turn in turns
+        if turn.alias in wanted and turn.alias not in present
+    ]
     if chair and not wanted:
         notes.append(f"nobody is called {plain_line(chair, 40)}")
-    for alias in dict.fromkeys(a for a in (*wanted, *present) if a in present):
+    for alias in sorted(present, key=lambda alias: alias not in wanted):
         behind = f" ({', '.join(notes)})" if notes else ""
-        yield Publish(
-            "outcome", _describe_outcome(turns, f"chaired by {alias}{behind}")
-        )
+        yield _outcome(turns, f"chaired by {alias}{behind}")
         spoken: list[Turn] = yield Speak(
             (alias,), "concluding", brief, CONCLUSION, joins=False, concludes=True
         )
         if spoken[0].text:
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
-    what = "nobody could write a conclusion"
-    yield Publish("outcome", _describe_outcome(turns, what))
+    yield _outcome(turns, "nobody could write a conclusion")
     return f"No conclusion: {', '.join(notes)}"
 
 
 def _end_early(
-    turns: Sequence[Turn], present: Sequence[str]
+    turns: Sequence[Turn], present: Sequence[Turn]
 ) -> Generator[Step, Any, str]:
     """At most one has answered: there is nothing to rank or to conclude from."""
     if present:
-        what = f"no conclusion, this is {present[0]}'s answer alone"
-        yield Publish("outcome", _describe_outcome(turns, what))
-        return f"Only {present[0]} answered"
+        alias = present[0].alias
+        yield _outcome(turns, f"no conclusion, this is {alias}'s answer alone")
+        return f"Only {alias} answered"
     reasons = "; ".join(map(_describe_failure, turns))
     yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
     return "Nobody could answer"
@@ -1717,16 +1674,15 @@ def _describe_failure(turn: Turn) -> str:
     return f"{turn.alias} failed: {reason.rstrip('.')}"
 
 
-def _describe_outcome(turns: Sequence[Turn], what: str) -> str:
+def _outcome(turns: Sequence[Turn], what: str) -> Publish:
     """The honest line above a conclusion, computed from what happened."""
     failed = [turn for turn in turns if turn.failure is not None]
     answered = f"{len(turns) - len(failed)} of {len(turns)} answered"
-    return OUTCOME + " · ".join((answered, *map(_describe_failure, failed), what))
+    parts = (answered, *map(_describe_failure, failed), what)
+    return Publish("outcome", OUTCOME + " · ".join(parts))
 
 
 # -- ballots ---------------------------------------------------------------------------
-
-_LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -1747,30 +1703,26 @@ def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]
     return dict(zip(_LETTERS, others, strict=False))
 
 
-def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> tuple[BallotPaper, ...]:
+def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> Iterator[BallotPaper]:
     """What each member is asked about the others' answers, under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
     texts = {turn.alias: turn.text for turn in answers}
-    papers = []
     for voter in texts:
         letters = letters_for(voter, texts, agenda.seed)
         shown = [render_turn(Turn(each, texts[a])) for each, a in letters.items()]
         values = {"question": agenda.question, "answers": "\n\n".join(shown)}
         brief = fill_template(agenda.settings.review_prompt, values)
-        papers.append(BallotPaper(voter, brief, letters))
-    return tuple(papers)
+        yield BallotPaper(voter, brief, letters)
 
 
-def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> tuple[BallotPaper, ...]:
+def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> Iterator[BallotPaper]:
     """What each member of a debate is asked: whom of the others it votes for."""
-    papers = []
     for voter in aliases:
-        others = [alias for alias in aliases if alias != voter]
-        candidates = json.dumps(others, ensure_ascii=False)
+        others = {alias: alias for alias in aliases if alias != voter}
+        candidates = json.dumps(list(others), ensure_ascii=False)
         values = {"question": agenda.question, "candidates": candidates}
         brief = fill_template(agenda.settings.vote_prompt, values)
-        papers.append(BallotPaper(voter, brief, {alias: alias for alias in others}))
-    return tuple(papers)
+        yield BallotPaper(voter, brief, others)
 
 
 def read_ranking(
@@ -1783,66 +1735,35 @@ def read_ranking(
     """
     answer = answer[-_ANSWER_READ:]
     verdict = _find_object(answer, "ranking")
-    places = verdict.get("ranking")
-    if isinstance(places, dict):
-        places = _order_numbers(places)
-    elif not isinstance(places, list):
+    ranking = verdict.get("ranking")
+    if isinstance(ranking, (list, dict)):
+        places = _read_places(ranking)
+    else:
         places = _read_chain(answer, paper) if lenient else []
     ranks: dict[str, float] = {}
     for place in places:
-        named = [paper.choices.get(letter, "") for letter in _read_place(place)]
-        share_place(ranks, [alias for alias in named if alias])
+        share_place(ranks, [paper.choices[a] for a in place if a in paper.choices])
     missing = [alias for alias in paper.choices.values() if alias not in ranks]
     if missing and not (lenient and ranks):
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
     share_place(ranks, missing)
-    said = verdict.get("comments")
-    remarks = {
-        alias: plain_line(said[letter], 200)
-        for letter, alias in paper.choices.items()
-        if isinstance(said, dict) and letter in said
-    }
+    said, letters_of = _part_of(verdict, "comments", dict), paper.choices.items()
+    remarks = {a: plain_line(said[each], 200) for each, a in letters_of if each in said}
     return Ballot(paper.voter, ranks, remarks)
 
 
-def _order_numbers(ranks: Json) -> list[list[str]]:
-    """`{"A": 2, "B": 1}` -> the letters in order of their ranks, tied ones together."""
+def _read_places(ranking: list[Any] | Json) -> list[list[str]]:
+    """A list of places, or the rank of each letter -> the letters of each place."""
+    if isinstance(ranking, list):
+        return [_read_place(place) for place in ranking]
     numbers = {
-        letter: rank
-        for letter, rank in ranks.items()
+        letter.strip().upper(): rank
+        for letter, rank in ranking.items()
         if letter.strip().upper() in _LETTERS and isinstance(rank, (int, float))
     }
     places = sorted(set(numbers.values()))
     return [[each for each in numbers if numbers[each] == place] for place in places]
-
-
-_CHAIN_TOKEN = re.compile(r"\n[^\S\n]*+(?:\d++[.)]|[-*])|\w+|\S")
-_CHAIN_LINKS = (*">=,;/→", "then", "and")  # beside the mark of a list
-
-
-def _read_chain(text: str, paper: BallotPaper) -> list[list[str]]:
-    """`B > A = C` or a numbered list in any text -> its places, once it names all."""
-    places: list[list[str]] = []
-    unnamed: set[str] = set()
-    link = ""  # what stands since the last letter; "=" alone makes a tie
-    for token in _CHAIN_TOKEN.findall(text):
-        if token in _LETTERS and link == "=":
-            places[-1].append(token)
-        elif token in _LETTERS and link:
-            places.append([token])
-        elif token in _LETTERS:
-            places, unnamed = [[token]], set(paper.choices)
-        elif token in _CHAIN_LINKS or token[0] == "\n":
-            link = link if link and token == "=" else token if places else ""
-            continue
-        else:
-            places = []
-        link = ""
-        unnamed.discard(token)
-        if places and not unnamed:
-            return places
-    return []
 
 
 def _read_place(place: Any) -> list[str]:
@@ -1853,6 +1774,17 @@ def _read_place(place: Any) -> list[str]:
     if re.fullmatch(r"[A-Ha-h](?:\s*[=&,/]\s*[A-Ha-h])*", text):
         text = text.upper()
     return re.findall(r"\b[A-H]\b", text)
+
+
+def _read_chain(text: str, paper: BallotPaper) -> list[list[str]]:
+    """`B > A = C` or a numbered list in any text -> its places, once it names all."""
+    tokens = _CHAIN_TOKEN.findall(text)
+    signs = (_CHAIN_SIGNS.get(t, ">" if t[0] == "\n" else ".") for t in tokens)
+    for chain in re.findall("[A-H](?:[>=]+[A-H])*", "".join(signs)):
+        if set(chain).issuperset(paper.choices):
+            places = re.sub("(?<=[A-H])=+(?=[A-H])", "", chain)  # "A=B>C" -> "AB>C"
+            return [list(place) for place in re.findall("[A-H]+", places)]
+    return []
 
 
 def share_place(ranks: dict[str, float], aliases: Iterable[str]) -> None:
@@ -1896,10 +1828,7 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
 def most_dissenting(
     standings: Sequence[Standing], ballots: Sequence[Ballot]
 ) -> list[str]:
-    """Who orders most pairs the other way round than all together.
-
-    Nobody where all agree, or where all differ equally.
-    """
+    """Who orders most pairs unlike all together; nobody where all do so equally."""
     scores = {s.alias: s.score for s in standings if s.score is not None}
     against = {
         ballot.voter: sum(
@@ -1923,8 +1852,7 @@ def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> 
     for s in standings:
         mean = "–" if s.mean_rank is None else f"{s.mean_rank:.1f}"
         lines.append(f"| {s.alias} | {mean} | {s.ballots} | {s.firsts} |")
-    dissenters = most_dissenting(standings, ballots)
-    if dissenters:
+    if dissenters := most_dissenting(standings, ballots):
         lines += ["", f"{' and '.join(dissenters)} disagreed most with the others."]
     return title + "\n".join(lines)
 
@@ -1937,17 +1865,8 @@ def _render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> s
     lines = ["| Member | Votes | From |", "|---|---|---|"]
     for s in standings:
         voters = [ballot.voter for ballot in ballots if s.alias in ballot.ranks]
-        lines.append(f"| {s.alias} | {len(voters)} | {', '.join(voters) or '–'} |")
+        lines.append(f"| {s.alias} | {s.ballots} | {', '.join(voters) or '–'} |")
     return title + "\n".join(lines)
-
-
-def _list_lost(judged: Sequence[Ballot | LostBallot]) -> str:
-    """Under a table: whose ballot is not in it, and why."""
-    return "".join(
-        f"\n\nNo ballot from {lost.voter}: {plain_line(lost.reason, 120).rstrip('.')}."
-        for lost in judged
-        if isinstance(lost, LostBallot)
-    )
 
 
 def _describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
@@ -1973,22 +1892,14 @@ class ModeRow:
 
 
 MODES = {
-    "round_robin": ModeRow(
-        "Round Robin", lambda a: round_robin(a.aliases, a.settings.rounds, a.last)
-    ),
-    "manager": ModeRow(
-        "Manager", lambda a: managed(a.aliases, a.settings.rounds, a.last)
-    ),
+    "round_robin": ModeRow("Round Robin", round_robin),
+    "manager": ModeRow("Manager", managed),
     "council": ModeRow("Council", council, drafts=True),
     "debate": ModeRow("Debate", debate, drafts=True),
 }
 
 
 # -- what everybody sees ---------------------------------------------------------------
-
-TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
-    "Here are the images from the tool results above. Please analyze them."
-)
 
 
 def read_history(
@@ -2006,20 +1917,19 @@ def read_history(
     questions: list[Question] = []
     for message in messages:
         role, content = message.get("role"), _read_content(message.get("content"))
+        of_tool = replies[-1] and text_of(content) == TOOL_IMAGES
         if role in ("system", "developer"):
             prompts.append(text_of(content).strip())
-        elif role in ("assistant", "tool") or (
-            replies[-1] and text_of(content) == TOOL_IMAGES
-        ):
+        elif role in ("assistant", "tool") or of_tool:
             replies[-1].append({**message, "content": content})
         else:
             questions.append(Question(content))
             replies.append([])
-    last = len(replies) - (1 if replies[-1] else 2)
-    known = dict(zip(range(last, -1, -1), reversed(authors), strict=False))
+    written = len(replies) if replies[-1] else len(replies) - 1
+    known = [None] * len(replies) + list(authors)
     entries: list[Entry] = []
     for at, reply in enumerate(replies):
-        entries += _read_reply(reply, known.get(at))
+        entries += _read_reply(reply, known[at - written])  # counted from the end
         entries += questions[at : at + 1]
     return "\n\n".join(filter(None, prompts)), entries
 
@@ -2054,8 +1964,7 @@ def reply_authors(
 def _author(reply: Sequence[Json], own_models: Container[str]) -> str | None:
     name: Any = None
     for message in reply:
-        output, model = message.get("output"), message.get("model")
-        items = output if isinstance(output, list) else ()
+        items, model = _part_of(message, "output", list), message.get("model")
         speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
         by_us = isinstance(model, str) and model in own_models
         if by_us or any(isinstance(speaker, str) for speaker in speakers):
@@ -2075,30 +1984,28 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             sections[-1][2].append(message)
             continue
         text = text_of(message["content"])
-        parts = ["", "", *([text] if author else HEADING.split(text))]
-        for colour, alias, said in zip(
+        parts = ["", "", *([text] if author else HEADING.split(_NOTICE.sub("", text)))]
+        for colour, title, said in zip(
             parts[::3], parts[1::3], parts[2::3], strict=True
         ):
             if colour:
-                sections.append((colour, alias.strip(), []))
-            lines = said.split("\n")
-            kept = [each for each in lines if author or not each.startswith(_NOTICES)]
-            if words := "\n".join(kept).strip():
+                sections.append((colour, title.strip(), []))
+            if words := said.strip():
                 sections[-1][2].append({"role": "assistant", "content": words})
-        _add_tool_calls(sections[-1][2], message.get("tool_calls"))
-    for colour, alias, own in sections:
+        _add_tool_calls(sections[-1][2], message)
+    for colour, title, own in sections:
         if (own or colour) and colour != SYSTEM_MARK:  # a silent one has a heading only
             texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
-            name, _, role = alias.partition(ROLE) if colour else (alias, "", "")
             text = "\n\n".join(filter(None, texts))
+            name, _, role = title.partition(ROLE)
             concludes = role == CONCLUSION
             yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
 
 
-def _add_tool_calls(messages: list[Json], calls: Any) -> None:
-    """Put tool calls on the assistant message that stands last, or on a new one."""
+def _add_tool_calls(messages: list[Json], message: Json) -> None:
+    """Put a message's tool calls on the assistant's that stands last, or a new one."""
     echoed = []
-    for call in calls if isinstance(calls, list) else ():
+    for call in _part_of(message, "tool_calls", list):
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
             arguments = echo_arguments(function.get("arguments"))
@@ -2166,13 +2073,14 @@ def _add_heard(messages: list[Json], heard: Sequence[str | list[Json]]) -> None:
     if messages and messages[-1]["role"] == "user":  # a tool's images stand last
         heard = [messages.pop()["content"], *heard]
     texts = [each for each in heard if isinstance(each, str)]
-    if len(texts) == len(heard):
-        messages.append({"role": "user", "content": "\n\n".join(texts) or "(Go on.)"})
-        return
-    parts: list[Json] = []
-    for each in heard:
-        parts += [{"type": "text", "text": each}] if isinstance(each, str) else each
-    messages.append({"role": "user", "content": parts})
+    content: str | list[Json] = "\n\n".join(texts) or "(Go on.)"
+    if len(texts) < len(heard):
+        content = []
+        for each in heard:
+            content += (
+                [{"type": "text", "text": each}] if isinstance(each, str) else each
+            )
+    messages.append({"role": "user", "content": content})
 
 
 def _without_images(message: Json) -> Json:
@@ -2212,14 +2120,6 @@ def last_question(entries: Sequence[Entry]) -> str:
     return next(asked, "")
 
 
-_COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
-_COMMAND_PLACES = (  # with what parts it from the question: a line break, or blanks
-    re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
-    re.compile(rf"(?P<cut>(?:\A|\s){_COMMAND}\s*+\Z)"),
-)
-_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
-
-
 def read_rounds(entries: Sequence[Entry]) -> tuple[list[Entry], int | None]:
     """The conversation without any `/rounds 2`, and the number of the last question."""
     cleaned: list[Entry] = []
@@ -2249,35 +2149,30 @@ def _cut_rounds(content: str | list[Json]) -> tuple[str | list[Json], int | None
 
 
 def _cut_command(text: str) -> tuple[str, int | None]:
-    context = _HOST_CONTEXT.match(text)
-    own = text[context.end() :] if context else text
+    own = _HOST_CONTEXT.sub("", text)
+    context = text.removesuffix(own)
     for place in _COMMAND_PLACES:
         found = place.search(own)
         if found and not _is_quoted(own[: found.start("command")]):
-            cut = own[: found.start("cut")] + own[found.end("cut") :]
-            return (context[0] if context else "") + cut, int(found["number"])
+            left = own[: found.start("cut")] + own[found.end("cut") :]
+            return context + left, int(found["number"])
     return text, None
 
 
 def _is_quoted(before: str) -> bool:
     """Whether what follows stands in a code block or in a quote."""
     line = before.rpartition("\n")[2].expandtabs(4)
-    lines = (each.lstrip() for each in before.split("\n"))
-    fences = sum(each.startswith(("```", "~~~")) for each in lines)
+    fences = len(re.findall(r"(?m)^[^\S\n]*+(?:```|~~~)", before))
     in_code = fences % 2 or (line.isspace() and len(line) >= 4)
     return bool(in_code) or line.lstrip().startswith(">")
 
 
 # -- tool arguments --------------------------------------------------------------------
 
-_JSON_TYPES: dict[str, Any] = dict(
-    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
-)
-
 
 def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
     """The arguments of a call, of the types its tool declares, or a `ToolFailure`."""
-    arguments = _read_arguments(call.arguments) if call.arguments.strip() else {}
+    arguments = _read_arguments(call.arguments.strip() or "{}")
     if arguments is None:
         raise ToolFailure(f"The arguments of `{call.name}` must be one JSON object.")
     parameters = _part_of(spec, "parameters", dict)
@@ -2289,17 +2184,10 @@ def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
         raise ToolFailure(f"`{call.name}` needs {', '.join(missing)}.")
     for name, value in arguments.items():
         wanted = _part_of(_part_of(properties, name, dict), "type", str)
-        if value is None and name not in required:
-            continue
-        if not _has_type(value, wanted):
+        optional = value is None and name not in required
+        if not (optional or _has_type(value, wanted)):
             raise ToolFailure(f"`{name}` of `{call.name}` must be of type {wanted}.")
     return arguments
-
-
-def _part_of(schema: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
-    """A part of a tool's schema, empty where it is not what it should be."""
-    part = schema.get(key)
-    return part if isinstance(part, kind) else kind()
 
 
 def echo_arguments(given: object) -> str:
@@ -4287,7 +4175,7 @@ class Run:
                     result = await self._speak(step, stage)
                 case AskManager():
                     result = await self._ask_manager(step, stage)
-                case Rank() | Vote():
+                case Judge():
                     result = await self._collect_ballots(step, stage)
                 case Publish(key, text):
                     self.screen.publish(key, text)
@@ -4365,14 +4253,15 @@ class Run:
         return turns
 
     async def _collect_ballots(
-        self, step: Rank | Vote, stage: int
+        self, step: Judge, stage: int
     ) -> list[Ballot | LostBallot]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.publish_progress("judged", "the members judge each other")
-        read = read_ranking if isinstance(step, Rank) else read_vote
         tasks = {
-            paper.voter: self.tasks.create_task(self._cast_ballot(paper, read, stage))
+            paper.voter: self.tasks.create_task(
+                self._cast_ballot(paper, step.read, stage)
+            )
             for paper in step.papers
         }
         await self._wait_in_view(tasks, "judged", stage)
