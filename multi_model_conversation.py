@@ -3735,7 +3735,8 @@ class ReplyDeadline:
         self._silence = silence
         self._deadline = asyncio.Timeout(None)
         self._skipped = False
-        self.begun = self._heard_at = asyncio.get_running_loop().time()
+        self._now = asyncio.get_running_loop().time
+        self.begun = self._heard_at = self._now()
         self.first_at: float | None = None
         self.spoke = asyncio.Event()
 
@@ -3754,11 +3755,11 @@ class ReplyDeadline:
     @property
     def silence(self) -> float:
         """How long the model has said nothing, in s."""
-        return asyncio.get_running_loop().time() - self._heard_at
+        return self._now() - self._heard_at
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         if self.first_at is None:
             self.first_at = now
         elif now - self._heard_at < min(0.25, self._silence / 4):
@@ -3770,7 +3771,7 @@ class ReplyDeadline:
     def skip(self) -> None:
         """End the waiting now."""
         self._skipped = True
-        self._deadline.reschedule(asyncio.get_running_loop().time())
+        self._deadline.reschedule(self._now())
 
 
 class ConnectionGate:
