@@ -256,7 +256,7 @@ async def test_the_usage_of_a_cancelled_call_counts() -> None:
 async def test_a_stopped_chat_gets_the_usage_last() -> None:
     hangs = TellingEvent()
     door = Door([*text("Oa"), usage(10, 1), hangs])
-    mode = mmc.round_robin(["Ann"], 1, None)
+    mode = mmc.round_robin(mmc.Agenda(("Ann",), "", mmc.Settings(rounds=1)))
     events: list[Json] = []
 
     async def read() -> None:

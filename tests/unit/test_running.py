@@ -186,7 +186,7 @@ async def goes_at_once(there: int, growing: int, intervals: float) -> bool:
 
 @pytest.mark.parametrize(
     ("there", "growing", "intervals"),
-    [(0, 1, 1.0), (0, 12_000, 3.6), (120_000, 1, 2.4), (900_000, 1, 5.0)],
+    [(0, 1, 1.0), (0, 12_000, 2.9), (120_000, 1, 2.3), (900_000, 1, 4.0)],
 )
 async def test_what_costs_the_page_more_is_updated_less_often(
     there: int, growing: int, intervals: float
