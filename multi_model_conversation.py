@@ -647,6 +647,7 @@ def plain_line(text: object, limit: int = 300) -> str:
 _TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
 _LONGEST_TAG = 300  # characters that are held back, with its attributes
 _SSE_FIELDS = (":", "event:", "id:", "retry:")
+_NEXT_OBJECT = re.compile(r"\s*+(?={)")
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
 
 
@@ -711,10 +712,8 @@ class SSEDecoder:
             return self._read_data(line[5:].removeprefix(" ").rstrip())
         if not line.strip():
             self._event = []
-        elif line.startswith("{") or (self._event and not line.startswith(_SSE_FIELDS)):
+        elif not line.startswith(_SSE_FIELDS) and (self._event or line[0] == "{"):
             return self._read_data(line)
-        elif not line.startswith(_SSE_FIELDS):
-            log.debug("skipped a line that is neither an event nor JSON")
         return ()
 
     def _read_data(self, data: str) -> Sequence[Any]:
@@ -764,17 +763,15 @@ class ThinkSplitter:
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
-        idle = not self._held and not self._end and not self._trim
+        idle = not (self._held or self._end or self._trim)
         if idle and not self._first.search(text):
             return [TextDelta(text)]
-        text = self._held + text
+        text, at = self._held + text, 0
         events: list[ReplyEvent] = []
-        at = self._begin_text(text, 0)
         while tag := self._find_tag(text, at):
             place, after, end = tag
             events += self._events(text[at:place])
-            self._trim, self._end = bool(self._end), end
-            at = self._begin_text(text, after)
+            self._trim, self._end, at = bool(self._end), end, after
         cut = len(text) - self._count_undecided(text[at:][-_LONGEST_TAG:])
         self._held = text[cut:]
         return events + self._events(text[at:cut])
@@ -785,15 +782,12 @@ class ThinkSplitter:
         return self._events(rest)
 
     def _events(self, text: str) -> list[ReplyEvent]:
+        if self._trim:
+            text = text.lstrip()
+            self._trim = not text
         if not text:
             return []
         return [ReasoningDelta(text) if self._end else TextDelta(text)]
-
-    def _begin_text(self, text: str, at: int) -> int:
-        if self._trim:
-            at = _skip_blanks(text, at)
-            self._trim = at == len(text)
-        return at
 
     def _find_tag(self, text: str, at: int) -> tuple[int, int, str] | None:
         """Where the next tag begins and ends, and what ends the reasoning it begins."""
@@ -811,12 +805,6 @@ class ThinkSplitter:
         begun = self._begun.search(text)
         lengths = [_partial_end(text, start) for start, _ in self._tags]
         return max([*lengths, len(begun[0]) if begun else 0])
-
-
-def _skip_blanks(text: str, at: int) -> int:
-    while at < len(text) and text[at].isspace():
-        at += 1
-    return at
 
 
 def _partial_end(text: str, tag: str) -> int:
@@ -949,10 +937,13 @@ class ReplyDecoder:
             keys = ("reasoning_content", "reasoning", "thinking")
             yield from _read_reasoning(next(filter(None, map(message.get, keys)), ""))
             yield from self._read_text(text_of(message.get("content")))
-        if not (copy and self._has_calls):
-            for call in _read_tool_calls(message):
-                self._has_calls = True
-                yield call
+        calls = message.get("tool_calls") or ()
+        if message.get("function_call"):
+            calls = ({"index": 0, "function": message["function_call"]},)
+        for call in () if copy and self._has_calls else calls:
+            self._has_calls = True
+            function = call.get("function") or {}
+            yield _tool_call_delta(call.get("index"), call.get("id"), function)
         yield from _read_annotations(message)
 
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
@@ -1000,15 +991,6 @@ class ReplyDecoder:
 def _read_reasoning(content: Any) -> Iterator[ReplyEvent]:
     if text := text_of(content):
         yield ReasoningDelta(text)
-
-
-def _read_tool_calls(message: Json) -> Iterator[ToolCallDelta]:
-    calls = message.get("tool_calls") or ()
-    if message.get("function_call"):
-        calls = ({"index": 0, "function": message["function_call"]},)
-    for call in calls:
-        function = call.get("function") or {}
-        yield _tool_call_delta(call.get("index"), call.get("id"), function)
 
 
 def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
@@ -1115,15 +1097,14 @@ class ToolCallAccumulator:
 def split_objects(text: str) -> list[str]:
     """`{"a":1}{"b":2}` -> both objects; any other text stays whole."""
     found: list[str] = []
-    at = _skip_blanks(text, 0)
-    while text.startswith("{", at):
+    at = 0
+    while start := _NEXT_OBJECT.match(text, at):
         try:
-            _, end = parse_json_at(text, at)
+            _, at = parse_json_at(text, start.end())
         except ValueError:
             return [text]
-        found.append(text[at:end])
-        at = _skip_blanks(text, end)
-    return found if found and at == len(text) else [text]
+        found.append(text[start.end() : at])
+    return found if found and not text[at:].strip() else [text]
 
 
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
@@ -1138,7 +1119,7 @@ _REACH = re.compile(
     r"|>[^\w>]{0,300}\w{0,31};?|[-=][-=\s\ufeff]{0,300})"
     r"|[<&{][#\w/;&{]{0,40}"
 )
-_MARKED = re.compile(rf"[{_MARKS}]|&#|\\@?char")  # KaTeX's \char can set any
+_MARKED = re.compile("|".join([*_MARKS, "&#", r"\\@?char"]))  # KaTeX's, for any
 _FORGED = re.compile(
     # a heading or a container with a mark in its line, or a line that goes on for long
     rf"(?i)(?:#+|:::)(?:.*(?:{_MARKED.pattern})|[^\r\n]{{300}})"
@@ -1157,7 +1138,6 @@ _FORGED_IN_CODE = re.compile(  # what we read back, and details, which the host 
     r"|(?P<start><)(?=details(?:[\s/>]|\Z))"
 )
 _FENCE = re.compile(r" {0,3}(?:`{3,}+(?=[^`]*\Z)|~{3,})")
-_EXACT_END = re.compile(r" {0,3}[^ \t]+ *")
 _HIDES_FENCES = re.compile(
     r"\$\$|\\\[|\\begin|^[^\w<]*<[a-zA-Z/!?]|^\s*(?:\[|:::)"
     r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
@@ -1193,21 +1173,17 @@ class _LineTracker:
             self.closing = fence = ""  # the item is over, and with it the fence
             self._is_sure = False
         if not fence:
-            self._read_outside(line)
+            opening = _FENCE.match(line)
+            self.closing = opening[0] if opening else ""
+            self._in_paragraph |= not opening
+            self._in_list |= bool(_LIST_ITEM.match(line))
+            self._is_sure &= not _HIDES_FENCES.search(line)
         elif words.startswith(fence):
-            if not words.strip(fence[0]):
-                self.closing = ""
-            self._is_sure &= bool(_EXACT_END.fullmatch(line)) and not self.closing
+            self.closing = self.closing if words.strip(fence[0]) else ""
+            exact = re.fullmatch(" {0,3}[^ \t]+ *", line)
+            self._is_sure &= bool(exact) and not self.closing
         elif self._in_paragraph and not words.strip("-="):
             self._is_sure = False  # the page made a heading of it all, fence and all
-
-    def _read_outside(self, line: str) -> None:
-        if found := _FENCE.match(line):
-            self.closing = found[0]
-        else:
-            self._in_paragraph = True
-        self._is_sure &= not _HIDES_FENCES.search(line)
-        self._in_list |= bool(_LIST_ITEM.match(line))
 
 
 class ForgeryGuard:
@@ -1238,7 +1214,7 @@ class ForgeryGuard:
     def close(self) -> str:
         """The text has ended; gives what was held back, and closes an open fence."""
         rest = self._read(self._held, final=True)
-        self._end_line("")
+        self._lines.read("".join(self._line))
         if not self._lines.closing:
             return rest
         return rest + "\n" * (self._before not in "\r\n") + self._lines.closing
@@ -1252,37 +1228,33 @@ class ForgeryGuard:
             place = hot.start()
             if hot[0] in "\r\n":
                 if not text.startswith("\r\n", place - 1):
-                    self._end_line(text[begin:place])
+                    self._lines.read("".join([*self._line, text[begin:place]]))
+                    self._line = []
                 begin = place + 1
             elif reach := self._reach(text, place):
                 if reach == end and not final:
                     end = place
                     break
-                if escaped := self._escape(text, place, reach):
-                    shown += [text[done : escaped[0]], escaped[1]]
-                    done = escaped[0]
+                at, escape = self._escape(text, place, reach)
+                shown += [text[done:at], escape]
+                done = max(done, at)
         self._line.append(text[begin:end])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
     def _reach(self, text: str, place: int) -> int:
         """Up to where what begins at a place has to be known; 0 if nothing does."""
-        if text[place] in "-=" and not self._lines.is_marked:
-            return 0
         found = _REACH.match(text, place)
-        return found.end() if found else 0
+        is_rule = text[place] in "-=" and not self._lines.is_marked
+        return found.end() if found and not is_rule else 0
 
-    def _escape(self, text: str, place: int, reach: int) -> tuple[int, str] | None:
-        """Where something has to go into what is forged, and what; else None."""
+    def _escape(self, text: str, place: int, reach: int) -> tuple[int, str]:
+        """What disarms the forgery that begins at a place, if one does, and where."""
         pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
         forged = pattern.match(text, place, reach + 1)  # and the character behind it
         if forged and forged["start"]:
             return forged.end("start"), "\u200b"
-        return (place, "\\") if forged else None
-
-    def _end_line(self, rest: str) -> None:
-        self._lines.read("".join([*self._line, rest]))
-        self._line = []
+        return place, "\\" * bool(forged)
 
 
 # ======================================================================================
