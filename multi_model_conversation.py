@@ -1392,28 +1392,28 @@ def choose_seats(
 
     With a sentence for each seat that could not be taken, and if nobody was chosen.
     """
-    chosen = [
+    lines = enumerate(settings.team.split("\n"), 1)
+    team = [(number, line) for number, line in lines if line.strip()]
+    chosen = len(team) or len(settings.participants)
+    wanted = [
         (f"Team line {number} ({plain_line(line, 60)})", line.split("|", 2))
-        for number, line in enumerate(settings.team.split("\n"), 1)
-        if line.strip()
+        for number, line in team[:_TEAM_READ]
     ] or [
-        (f"Participant {plain_line(each, 60)}", [each])
-        for each in settings.participants
+        (f"Participant {plain_line(model_id, 60)}", [model_id])
+        for model_id in settings.participants[:_TEAM_READ]
     ]
     usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in chosen[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
+    for where, parts in wanted or [("", [model_id]) for model_id in usual[:3]]:
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
     seats, most = list(unique_aliases(seats)), settings.max_participants
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if len(chosen) > _TEAM_READ:
-        problems.append(
-            f"Only the first {_TEAM_READ} of {len(chosen)} seats were read."
-        )
+    if chosen > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
     return seats[:most], problems, not chosen
 
 
@@ -1515,9 +1515,9 @@ def managed(agenda: Agenda) -> Mode:
 
 
 def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
-    """Who is next by the manager, asked again if it is wrong, or in order."""
+    """The manager's choice; it is asked twice, then the next in order speaks."""
     first, *others = step.candidates
-    # it may rather end it than hear one alone, but not before anybody has spoken
+    # it may end it rather than let one alone go on, but not before anybody has spoken
     tries = 2 if others else int(step.last is not None)
     for _ in range(tries):
         answer: str | None = yield step
