@@ -49,7 +49,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from itertools import count
+from itertools import count, permutations
 from statistics import fmean
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
@@ -558,17 +558,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Speak:
-    """Step: these participants speak (several: at once). Answer: their turns.
-
-    With a `quorum` it ends when so many have answered or the deadline is over; who is
-    late goes on, and its turn says so.
-    """
+    """Step: these participants speak (several: at once). Answer: their turns."""
 
     aliases: tuple[str, ...]
     note: str = ""  # for the status line
     brief: str = ""  # said to them after the conversation, and no part of it
     role: str = ""  # stands behind the names in their headings
-    quorum: int = 0
+    quorum: int = 0  # so many answers, or the deadline, end it; who is late goes on
     joins: bool = True  # the turns become part of the conversation
     concludes: bool = False  # it is the chair, shown only once it says something
 
@@ -630,7 +626,8 @@ ReplyEvent = (
 )
 Entry = Question | Turn
 Step = Speak | AskManager | Judge | Publish
-Mode = Generator[Step, Any, str]
+Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
+Mode = Steps[str]  # gives why the conversation ended
 
 
 def plain_line(text: object, limit: int = 300) -> str:
@@ -1267,9 +1264,8 @@ CONCLUSION = "conclusion"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
-TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
-    "Here are the images from the tool results above. Please analyze them."
-)
+# the host's own words, when it rebuilds the conversation
+TOOL_IMAGES = "Here are the images from the tool results above. Please analyze them."
 _NOTICE = re.compile(rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}).*\n?")
 _TEAM_READ = 50  # lines or list entries; eight may sit, the rest would only be named
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
@@ -1349,31 +1345,30 @@ def choose_seats(
 ) -> tuple[list[Seat], list[str], bool]:
     """Who takes part: the team text, else the list, else up to three models.
 
-    Gives the seats, a sentence for each that could not be taken, and whether nobody
-    had been chosen.
+    With a sentence for each seat that could not be taken, and if nobody was chosen.
     """
-    chosen = [
+    lines = enumerate(settings.team.split("\n"), 1)
+    team = [(number, line) for number, line in lines if line.strip()]
+    chosen = len(team) or len(settings.participants)
+    wanted = [
         (f"Team line {number} ({plain_line(line, 60)})", line.split("|", 2))
-        for number, line in enumerate(settings.team.split("\n"), 1)
-        if line.strip()
+        for number, line in team[:_TEAM_READ]
     ] or [
-        (f"Participant {plain_line(each, 60)}", [each])
-        for each in settings.participants
+        (f"Participant {plain_line(model_id, 60)}", [model_id])
+        for model_id in settings.participants[:_TEAM_READ]
     ]
     usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in chosen[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
+    for where, parts in wanted or [("", [model_id]) for model_id in usual[:3]]:
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
     seats, most = list(unique_aliases(seats)), settings.max_participants
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if len(chosen) > _TEAM_READ:
-        problems.append(
-            f"Only the first {_TEAM_READ} of {len(chosen)} seats were read."
-        )
+    if chosen > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
     return seats[:most], problems, not chosen
 
 
@@ -1406,6 +1401,9 @@ class Agenda:
     seed: str = ""  # decides in which order a reviewer reads the others' answers
 
 
+_Choice = tuple[str, str]  # who speaks next, "" where the manager ends it, and why
+
+
 def _still_able(
     aliases: Sequence[str], failures: Counter[str], last: str | None = None
 ) -> list[str]:
@@ -1415,7 +1413,7 @@ def _still_able(
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def _ask_to_speak(step: Speak, failures: Counter[str]) -> Generator[Step, Any, Turn]:
+def _ask_to_speak(step: Speak, failures: Counter[str]) -> Steps[Turn]:
     """One participant's turn; counts its failures in a row."""
     turn: Turn = (yield step)[0]
     silent = turn.failure is not None and not turn.text
@@ -1423,13 +1421,8 @@ def _ask_to_speak(step: Speak, failures: Counter[str]) -> Generator[Step, Any, T
     return turn
 
 
-def _take_rounds(
-    agenda: Agenda, brief: str = ""
-) -> Generator[Step, Any, tuple[list[Turn], bool]]:
-    """Everybody once per round; gives the last turn of each, and if anybody is left.
-
-    A turn that says something is not replaced by one that does not.
-    """
+def _take_rounds(agenda: Agenda, brief: str = "") -> Steps[tuple[list[Turn], bool]]:
+    """Everybody once per round; gives each one's last words, and if anybody is left."""
     aliases, rounds = agenda.aliases, agenda.settings.rounds
     failures: Counter[str] = Counter()
     latest: dict[str, Turn] = {}
@@ -1439,7 +1432,7 @@ def _take_rounds(
             step = Speak((alias,), brief=brief, role=role)
             turn = yield from _ask_to_speak(step, failures)
             role = ""
-            if turn.text or alias not in latest:
+            if turn.text or alias not in latest:  # silence replaces nothing
                 latest[alias] = turn
     return [latest[alias] for alias in aliases], bool(_still_able(aliases, failures))
 
@@ -1476,22 +1469,16 @@ def managed(agenda: Agenda) -> Mode:
     return "Finished: all turns were taken"
 
 
-def _choose_speaker(
-    step: AskManager, aliases: Sequence[str]
-) -> Generator[Step, Any, tuple[str, str]]:
-    """Ask the manager, once more if it is wrong; else the next in order.
-
-    Gives who speaks and why; "" where the manager ends it. One candidate alone is asked
-    about too, since the manager may rather end it; but before anybody has spoken it may
-    not, so there is nothing to ask.
-    """
+def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
+    """The manager's choice; it is asked twice, then the next in order speaks."""
     first, *others = step.candidates
+    # it may end it rather than let one alone go on, but not before anybody has spoken
     tries = 2 if others else int(step.last is not None)
     for _ in range(tries):
         answer: str | None = yield step
         if answer is None:
             return first, "next in order, the manager failed"
-        found = _read_choice(answer, step, aliases)
+        found = _read_choice(answer, step, everybody)
         if not isinstance(found, str):
             return found
         step = replace(step, problem=found, wrong_answer=answer)
@@ -1500,13 +1487,9 @@ def _choose_speaker(
 
 
 def _read_choice(
-    answer: str, step: AskManager, aliases: Sequence[str]
-) -> tuple[str, str] | str:
-    """The manager's answer, JSON or a bare name -> who and why, or what is wrong.
-
-    Names are looked for among all `aliases`, so that "Ann Lee", who may not speak
-    now, is not taken for "Ann", who may.
-    """
+    answer: str, step: AskManager, everybody: Sequence[str]
+) -> _Choice | str:
+    """The manager's answer, JSON or a bare name -> its choice, or what is wrong."""
     answer = answer[-_ANSWER_READ:]
     keys = (*_NAMING_KEYS, *_ENDING_KEYS)
     verdict = _find_object(answer, *keys) or _find_object(answer)
@@ -1515,7 +1498,8 @@ def _read_choice(
         unspoken = "Nobody has spoken yet, so it cannot be done."
         return unspoken if step.last is None else ("", reason)
     named = next((verdict[key] for key in _NAMING_KEYS if verdict.get(key)), "")
-    found = _find_names(plain_line(named) if verdict else answer, aliases)
+    # among all names: "Ann Lee", who may not speak now, is not "Ann", who may
+    found = _find_names(plain_line(named) if verdict else answer, everybody)
     if len(found) == 1 and found[0] in step.candidates:
         return found[0], reason
     listed = json.dumps(step.candidates, ensure_ascii=False)
@@ -1555,9 +1539,9 @@ def council(agenda: Agenda) -> Mode:
     papers = ranking_papers(agenda, present)
     judging = Judge(tuple(papers), read_ranking)
     standings, ballots = yield from _judge(judging, render_ranking)
-    shown = "\n\n".join(map(render_turn, present))
-    result = _describe_ranking(standings, ballots)
-    return (yield from _conclude(agenda, answers, standings, shown, result))
+    said = "\n\n".join(map(render_turn, present))
+    told = _describe_ranking(standings, ballots)
+    return (yield from _conclude(agenda, answers, standings, answers=said, result=told))
 
 
 def debate(agenda: Agenda) -> Mode:
@@ -1573,7 +1557,7 @@ def debate(agenda: Agenda) -> Mode:
     standings, ballots = yield from _judge(judging, _render_votes)
     counts = ", ".join(f"{s.alias} has {s.ballots}" for s in standings)
     result = f"The members voted ({len(ballots)} valid votes): {counts}."
-    return (yield from _conclude(agenda, turns, standings, "", result))
+    return (yield from _conclude(agenda, turns, standings, answers="", result=result))
 
 
 def _judge(
@@ -1593,15 +1577,11 @@ def _judge(
 
 
 def _conclude(
-    agenda: Agenda,
-    turns: Sequence[Turn],
-    standings: Sequence[Standing],
-    answers: str,
-    result: str,
-) -> Generator[Step, Any, str]:
+    agenda: Agenda, turns: Sequence[Turn], standings: Sequence[Standing], **told: str
+) -> Mode:
     """The chair concludes; where it fails at once, the next best takes over."""
-    values = {"question": agenda.question, "answers": answers, "result": result}
-    brief = fill_template(agenda.settings.conclusion_prompt, values)
+    told["question"] = agenda.question
+    brief = fill_template(agenda.settings.conclusion_prompt, told)
     present = [standing.alias for standing in standings]
     chair = agenda.settings.chair.strip()
     wanted = [a for a in agenda.aliases if a.casefold() == chair.casefold()]
@@ -1625,9 +1605,7 @@ def _conclude(
     return f"No conclusion: {', '.join(notes)}"
 
 
-def _end_early(
-    turns: Sequence[Turn], present: Sequence[Turn]
-) -> Generator[Step, Any, str]:
+def _end_early(turns: Sequence[Turn], present: Sequence[Turn]) -> Mode:
     """At most one has answered: there is nothing to rank or to conclude from."""
     if present:
         alias = present[0].alias
@@ -1702,8 +1680,8 @@ def read_ranking(
 ) -> Ballot | str:
     """A reviewer's answer -> its ballot, or what is wrong with it.
 
-    Leniently, whoever a ranking does not name shares the last place, and a chain of all
-    letters in any text counts as a ranking.
+    Leniently, a chain of all letters in any text will do, and whoever is not named
+    shares the last place.
     """
     answer = answer[-_ANSWER_READ:]
     verdict = _find_object(answer, "ranking")
@@ -1780,9 +1758,8 @@ def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot 
 def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
-    Members are compared by their mean rank, on a scale from 0 (first) to 1 (last),
-    over the ballots they stand on. A shared first place counts as one for each. A vote
-    is a ballot with one name on it: there the number of firsts decides.
+    Compared by the mean of the ranks, from 0 (first) to 1 (last), on the ballots each
+    stands on; then by first places, which alone decide where a ballot has one name.
     """
     standings = []
     for alias in aliases:
@@ -1805,8 +1782,7 @@ def most_dissenting(
     against = {
         ballot.voter: sum(
             ballot.ranks[a] < ballot.ranks[b] and scores[a] > scores[b]
-            for a in ballot.ranks
-            for b in ballot.ranks
+            for a, b in permutations(ballot.ranks, 2)
         )
         for ballot in ballots
     }
@@ -1879,16 +1855,19 @@ def read_history(
 ) -> tuple[str, list[Entry]]:
     """The host's messages -> its system prompt, and the conversation with its speakers.
 
-    The host joins all speakers of a reply into one assistant message. They are told
-    apart by our headings, which only we write: `ForgeryGuard` escapes any other.
-    `authors` says whose each reply is, the last reply's last, as `reply_authors` gives
-    them: None is ours, and so is what nobody is known of.
+    The host joins all speakers of a reply into one assistant message; they are told
+    apart by our headings, as `ForgeryGuard` escapes any other. `authors` are those of
+    `reply_authors`, the last reply's last; a reply that none is known of is ours.
     """
     prompts: list[str] = []
     replies: list[list[Json]] = [[]]  # replies[n] stands before questions[n]
     questions: list[Question] = []
     for message in messages:
-        role, content = message.get("role"), _read_content(message.get("content"))
+        role, content = message.get("role"), message.get("content")
+        if isinstance(content, list):
+            content = [part for part in content if isinstance(part, dict)]
+        elif not isinstance(content, str):
+            content = text_of([content])
         of_tool = replies[-1] and text_of(content) == TOOL_IMAGES
         if role in ("system", "developer"):
             prompts.append(text_of(content).strip())
@@ -1897,20 +1876,13 @@ def read_history(
         else:
             questions.append(Question(content))
             replies.append([])
-    written = len(replies) if replies[-1] else len(replies) - 1
-    known = [None] * len(replies) + list(authors)
+    unanswered = [] if replies[-1] else [None]  # no reply behind the last question
+    known = [*[None] * len(replies), *authors, *unanswered]
     entries: list[Entry] = []
     for at, reply in enumerate(replies):
-        entries += _read_reply(reply, known[at - written])  # counted from the end
+        entries += _read_reply(reply, known[at - len(replies)])  # from the end
         entries += questions[at : at + 1]
     return "\n\n".join(filter(None, prompts)), entries
-
-
-def _read_content(content: Any) -> str | list[Json]:
-    """A message's content as text or parts, whatever a client put there."""
-    if isinstance(content, list):
-        return [part for part in content if isinstance(part, dict)]
-    return content if isinstance(content, str) else text_of([content])
 
 
 def reply_authors(
@@ -1918,9 +1890,9 @@ def reply_authors(
 ) -> list[str | None]:
     """Who wrote each reply in a stored chat: None is us, else a name fit for a label.
 
-    `chain` are the chat's messages from first to last. Ours are the replies whose items
-    have our `speaker`, and those of our own models. Replies are counted by the users'
-    messages between them, as `read_history` does, so that one that is gone moves none.
+    Ours are the replies whose items have our `speaker`, and those of our own models.
+    They are counted as `read_history` does, by the users' messages between them, so
+    that one that is gone moves none.
     """
     replies: list[list[Json]] = [[]]
     for message in chain:
