@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import codecs
 import json
 import logging
 import re
@@ -272,7 +271,7 @@ class Settings(SharedSettings):
     )
     # Not in the panel: nobody tunes these, tests and benchmarks do.
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
-    flush_interval: SkipJsonSchema[float] = 80  # ms between two updates of the page
+    flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
 
 
 _V2_NAMES = {
@@ -361,19 +360,16 @@ SYSTEM_MARK = "🏆"  # in place of a colour: a section of ours, in which nobody
 
 
 class ModelFailure(Exception):
-    """A model did not answer; the reason is shown in its section.
+    """A model did not answer; the reason is shown in its section."""
 
-    `status` is the provider's HTTP status where there is one, `retry_after` the
-    seconds it asks to wait; `midway`: it had begun to speak.
-    """
+    midway = False  # whether it had begun to speak
 
     def __init__(
         self, reason: str, status: int | None = None, retry_after: float | None = None
     ) -> None:
         super().__init__(reason)
-        self.status = status
-        self.retry_after = retry_after
-        self.midway = False
+        self.status = status  # the provider's HTTP status, where there is one
+        self.retry_after = retry_after  # seconds, where the provider names them
 
     @property
     def is_busy(self) -> bool:
@@ -395,10 +391,7 @@ class ModelFailure(Exception):
 class ModelSilent(ModelFailure):
     """A model took longer than it may; asking again would only take as long."""
 
-    @property
-    def may_work_whole(self) -> bool:
-        """Not in time."""
-        return False
+    may_work_whole = False
 
 
 class HostFailure(Exception):
@@ -454,11 +447,6 @@ class SourceFound:
     source: Json
 
 
-ReplyEvent = (
-    TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | StreamError | SourceFound
-)
-
-
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A whole tool call; `arguments` is the JSON text the model wrote."""
@@ -470,17 +458,14 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a tool call gave: text for the model, files and embeds for the page.
-
-    `images` are the images as a model can read them, `image_urls` as they are stored.
-    """
+    """What a tool call gave: text for the model, files and embeds for the page."""
 
     text: str
     failed: bool = False
     files: tuple[Json, ...] = ()
     embeds: tuple[Any, ...] = ()
-    images: tuple[str, ...] = ()
-    image_urls: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # as a model can read them
+    image_urls: tuple[str, ...] = ()  # as they are stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,22 +491,17 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class Voice:
-    """What a model brings, looked up once per run, whatever seats it takes.
-
-    `tools` maps a tool's name to the host's tool, `specs` are the same tools as a
-    request names them, `defaults` are request parameters the model has not set itself.
-    A model that `sees` is given images.
-    """
+    """What a model brings, looked up once per run, whatever seats it takes."""
 
     model_id: str
     system: str = ""
-    tools: Mapping[str, Json] = field(default_factory=dict)
-    specs: tuple[Json, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, Json] = field(default_factory=dict)  # the host's, by name
+    specs: tuple[Json, ...] = ()  # the same tools, as a request names them
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # not set by the model
     legacy: bool = False
     connection: str = ""
     cites: bool = True
-    sees: bool = True
+    sees: bool = True  # it is given images
     counts_usage: bool = True
     think_tags: tuple[tuple[str, str], ...] = ()
     problems: tuple[str, ...] = ()
@@ -539,16 +519,13 @@ class Participant:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everybody of one run, in order, and what could not be seated and why.
-
-    `parameters` are what the chat's controls set for every model.
-    """
+    """Everybody of one run, in order, and what could not be seated and why."""
 
     participants: tuple[Participant, ...]
     manager: Voice
     problems: tuple[str, ...] = ()
     by_default: bool = False
-    parameters: Json = field(default_factory=dict)
+    parameters: Json = field(default_factory=dict)  # the chat's controls, for all
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -569,55 +546,40 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one participant said: `text` for the others, `messages` for itself.
-
-    `messages` are Chat-Completions messages (assistant, tool); `failure` says why the
-    turn ended early or empty; who is `late` goes on, but nobody waits for it;
-    `concludes` marks a chair's conclusion.
-    """
+    """What one participant said: `text` for the others, `messages` for itself."""
 
     alias: str
     text: str
-    messages: tuple[Json, ...] = ()
-    failure: str | None = None
-    late: bool = False
-    concludes: bool = False
-
-
-Entry = Question | Turn
+    messages: tuple[Json, ...] = ()  # of Chat Completions: assistant, tool
+    failure: str | None = None  # why it ended early or empty
+    late: bool = False  # it goes on, but nobody waits for it
+    concludes: bool = False  # it is a chair's conclusion
 
 
 @dataclass(frozen=True, slots=True)
 class Speak:
     """Step: these participants speak (several: at once). Answer: their turns.
 
-    `brief` is said to them after the conversation and is not part of it. With a
-    `quorum` the step ends when so many have answered or the deadline is over; who is
-    late goes on, and its turn says so. `role` stands behind the names in their
-    headings, `note` in the status line, if there is one. `joins`: the turns become
-    part of the conversation. `concludes`: it is the chair, shown only once it says
-    something.
+    With a `quorum` it ends when so many have answered or the deadline is over; who is
+    late goes on, and its turn says so.
     """
 
     aliases: tuple[str, ...]
-    note: str = ""
-    brief: str = ""
-    role: str = ""
+    note: str = ""  # for the status line
+    brief: str = ""  # said to them after the conversation, and no part of it
+    role: str = ""  # stands behind the names in their headings
     quorum: int = 0
-    joins: bool = True
-    concludes: bool = False
+    joins: bool = True  # the turns become part of the conversation
+    concludes: bool = False  # it is the chair, shown only once it says something
 
 
 @dataclass(frozen=True, slots=True)
 class BallotPaper:
-    """What one voter is asked: to rank or choose among these.
-
-    `choices` maps what may be named on the ballot (a letter, a name) to an alias.
-    """
+    """What one voter is asked: to rank or choose among these."""
 
     voter: str
     brief: str
-    choices: Mapping[str, str]
+    choices: Mapping[str, str]  # what a ballot may name (a letter, a name) -> alias
 
 
 @dataclass(frozen=True, slots=True)
@@ -638,17 +600,11 @@ class LostBallot:
 
 
 @dataclass(frozen=True, slots=True)
-class Rank:
-    """Step: members rank the others' answers. Answer: a ballot of each, maybe lost."""
+class Judge:
+    """Step: members judge each other. Answer: a ballot of each, maybe lost."""
 
     papers: tuple[BallotPaper, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """Step: members vote for one of the others. Answer: as for `Rank`."""
-
-    papers: tuple[BallotPaper, ...]
+    read: Callable[..., Ballot | str]  # an answer -> the ballot, or what is wrong
 
 
 @dataclass(frozen=True, slots=True)
@@ -669,16 +625,12 @@ class AskManager:
     wrong_answer: str = ""
 
 
-Step = Speak | AskManager | Rank | Vote | Publish
+ReplyEvent = (
+    TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | StreamError | SourceFound
+)
+Entry = Question | Turn
+Step = Speak | AskManager | Judge | Publish
 Mode = Generator[Step, Any, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Who speaks next and why; nobody, where the conversation is finished."""
-
-    alias: str
-    reason: str
 
 
 def plain_line(text: object, limit: int = 300) -> str:
@@ -695,20 +647,25 @@ def plain_line(text: object, limit: int = 300) -> str:
 _TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
 _LONGEST_TAG = 300  # characters that are held back, with its attributes
 _SSE_FIELDS = (":", "event:", "id:", "retry:")
+_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
+
+
+_JSON = json.JSONDecoder()
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads`; text that is nested too deeply is a `ValueError` too."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+    """The value of a JSON text, else a `ValueError`; faster than `json.loads`."""
+    text = text.strip()
+    value, end = parse_json_at(text)
+    if end < len(text):
+        raise ValueError("more than one value")
+    return value
 
 
 def parse_json_at(text: str, at: int = 0) -> tuple[Any, int]:
     """The JSON value at a place of a text, and where it ends; else a `ValueError`."""
     try:
-        return json.JSONDecoder().raw_decode(text, at)
+        return _JSON.raw_decode(text, at)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
@@ -722,31 +679,34 @@ class SSEDecoder:
     """
 
     def __init__(self) -> None:
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._line: list[str] = []
+        self._line: list[bytes] = []
         self._event: list[str] = []  # lines of a value that is not complete
         self._depth = 0  # of brackets that are open in it
         self.used = False  # whether something looked like an event or JSON
 
-    def feed(self, piece: bytes | str) -> Iterator[Any]:
-        """Take the next piece of the stream; yields the values it completes."""
-        text = self._utf8.decode(piece) if isinstance(piece, bytes) else piece
-        *lines, rest = text.split("\n")
+    def feed(self, piece: bytes | str) -> list[Any]:
+        """Take the next piece of the stream; gives the values it completes."""
+        data = piece.encode("utf-8", "replace") if isinstance(piece, str) else piece
+        *lines, rest = data.split(b"\n")
+        values: list[Any] = []
         for line in lines:
             if self._line:
-                line, self._line = "".join([*self._line, line]), []
-            yield from self._read_line(line)
+                line, self._line = b"".join([*self._line, line]), []
+            if line:
+                values += self._read_line(line)
+            else:  # as every second line of a stream: not worth a call
+                self._event = []
         if rest:
             self._line.append(rest)
+        return values
 
-    def close(self) -> Iterator[Any]:
-        """The stream has ended; yields what its last, unfinished line held."""
-        rest = "".join([*self._line, self._utf8.decode(b"", final=True)])
-        self._line = []
-        yield from self._read_line(rest)
+    def close(self) -> Sequence[Any]:
+        """The stream has ended; gives what its last, unfinished line held."""
+        rest, self._line = b"".join(self._line), []
+        return self._read_line(rest)
 
-    def _read_line(self, line: str) -> Sequence[Any]:
-        line = line.rstrip("\r")
+    def _read_line(self, data: bytes) -> Sequence[Any]:
+        line = data.decode("utf-8", "replace").rstrip("\r")
         if line.startswith("data:"):
             return self._read_data(line[5:].removeprefix(" ").rstrip())
         if not line.strip():
@@ -767,7 +727,9 @@ class SSEDecoder:
                 return (value,)
             except ValueError:
                 pass  # not `suppress`: a tenth of what a chunk costs
-        self._depth = _nesting(data) + (self._depth if self._event else 0)
+        found = Counter(_BRACKET.findall(data))
+        opened = found["{"] + found["["] - found["}"] - found["]"]
+        self._depth = opened + (self._depth if self._event else 0)
         self._event.append(data)
         if self._depth > 0:
             return ()
@@ -778,15 +740,6 @@ class SSEDecoder:
         return ()
 
 
-_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
-
-
-def _nesting(text: str) -> int:
-    """How many more brackets of a piece of JSON are opened than closed."""
-    found = Counter(_BRACKET.findall(text))
-    return found["{"] + found["["] - found["}"] - found["]"]
-
-
 class ThinkSplitter:
     """Splits text into answer and reasoning at think tags, wherever the text is cut.
 
@@ -795,15 +748,16 @@ class ThinkSplitter:
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
         self._tags = tuple(tags)
-        self._first = "".join({start[0] for start, _ in self._tags})
+        first = "".join(start[0] for start, _ in self._tags)
+        self._first = re.compile(f"[{re.escape(first)}]" if first else "(?!)")
         whole, begun = [], []
         for start, _ in self._tags:
             name, last = re.escape(start[:-1]), re.escape(start[-1])
             attributes = _TAG_ATTRIBUTES if start[0] + start[-1] == "<>" else ""
-            whole.append(f"({name}(?:{attributes})?{last})")
-            begun += [f"{name}{attributes}" for _ in attributes[:1]]
+            begun.append(f"{name}(?:{attributes})?")
+            whole.append(f"({begun[-1]}{last})")
         self._start = re.compile("|".join(whole))
-        self._begun = re.compile(rf"(?:{'|'.join(begun) or '(?!)'})\Z")
+        self._begun = re.compile(rf"(?:{'|'.join(begun)})\Z")
         self._end = ""  # while reasoning, the tag that ends it
         self._held = ""
         self._trim = False  # between the end of reasoning and the text
@@ -811,7 +765,7 @@ class ThinkSplitter:
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
         idle = not self._held and not self._end and not self._trim
-        if idle and not any(first in text for first in self._first):
+        if idle and not self._first.search(text):
             return [TextDelta(text)]
         text = self._held + text
         events: list[ReplyEvent] = []
@@ -846,10 +800,9 @@ class ThinkSplitter:
         if self._end:
             place = text.find(self._end, at)
             return None if place < 0 else (place, place + len(self._end), "")
-        found = self._start.search(text, at) if self._tags else None
-        if not found:
-            return None
-        return found.start(), found.end(), self._tags[(found.lastindex or 1) - 1][1]
+        if found := self._start.search(text, at):
+            return *found.span(), self._tags[(found.lastindex or 1) - 1][1]
+        return None
 
     def _count_undecided(self, text: str) -> int:
         """How many characters at the end of the text could become a tag."""
@@ -930,20 +883,19 @@ class ReplyDecoder:
         plain = isinstance(item, str) and not self._sse.used
         if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
-        elif isinstance(item, (bytes, str)):
-            for value in self._sse.feed(item):
-                yield from self.read(value)
-        else:
-            yield from self.read(item)
+            return
+        for value in (
+            self._sse.feed(item) if isinstance(item, (bytes, str)) else (item,)
+        ):
+            yield from self._read(value)
 
     def close(self) -> Iterator[ReplyEvent]:
         """The reply has ended; gives what was held back."""
         for value in self._sse.close():
-            yield from self.read(value)
+            yield from self._read(value)
         yield from self._think.close()
 
-    def read(self, value: Any) -> Iterator[ReplyEvent]:
-        """Read one decoded value; a value that makes no sense gives nothing."""
+    def _read(self, value: Any) -> Iterator[ReplyEvent]:
         text = _plain_delta(value)
         if text is not None:
             self._has_text = self._has_deltas = True
@@ -958,8 +910,7 @@ class ReplyDecoder:
         if isinstance(value, str):
             yield from self._read_text(value)
         elif not isinstance(value, dict):
-            content = getattr(value, "content", None)
-            yield from self._read_text(text_of(content))
+            yield from self._read_text(text_of(getattr(value, "content", None)))
         elif value.get("object") == "error":  # older vLLM
             yield StreamError(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
@@ -989,9 +940,8 @@ class ReplyDecoder:
             yield from self._read_message(chunk["message"])
         elif "content" in chunk:
             yield from self._read_text(text_of(chunk["content"]))
-        sources = chunk.get("sources")
-        found = sources if isinstance(sources, list) else ()
-        yield from (SourceFound(source) for source in found if isinstance(source, dict))
+        sources = chunk.get("sources") or ()
+        yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
     def _read_message(self, message: Json, copy: bool = False) -> Iterator[ReplyEvent]:
         """A delta, or a whole message: a `copy` repeats what was already streamed."""
@@ -1003,8 +953,7 @@ class ReplyDecoder:
             for call in _read_tool_calls(message):
                 self._has_calls = True
                 yield call
-        for annotation in message.get("annotations") or ():
-            yield from _read_annotation(annotation)
+        yield from _read_annotations(message)
 
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         match kind:
@@ -1038,8 +987,7 @@ class ReplyDecoder:
             yield _tool_call_delta(index, "", {"arguments": item.get("arguments")})
         elif item.get("type") == "message" and kind.endswith("done"):
             for part in item.get("content") or ():
-                for annotation in part.get("annotations") or ():
-                    yield from _read_annotation(annotation)
+                yield from _read_annotations(part)
 
     def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
         yield from _read_usage(response.get("usage"))
@@ -1076,24 +1024,22 @@ def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
     )
 
 
-def _read_annotation(annotation: Json) -> Iterator[ReplyEvent]:
-    """A URL citation, flat (Responses API) or nested (Chat Completions) -> a source."""
-    if annotation.get("type") != "url_citation":
-        return
-    citation = annotation.get("url_citation", annotation)
-    url = citation.get("url")
-    if url:
-        title = citation.get("title") or url
-        metadata = [{"source": url, "name": title}]
-        source = {"name": title, "url": url}
-        yield SourceFound({"source": source, "document": [title], "metadata": metadata})
+def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
+    """URL citations, flat (Responses API) or nested (Chat Completions) -> sources."""
+    for annotation in message.get("annotations") or ():
+        citation = annotation.get("url_citation", annotation)
+        url = citation.get("url")
+        if url and annotation.get("type") == "url_citation":
+            title = citation.get("title") or url
+            shown = {"source": {"name": title, "url": url}, "document": [title]}
+            yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
 def _read_usage(*reports: Any) -> Iterator[ReplyEvent]:
     """What of these reports of one call can be counted, as one report."""
-    usage = {
-        name: count for each in reports for name, count in _counts_of(each).items()
-    }
+    usage: Json = {}
+    for report in reports:
+        usage |= _counts_of(report)
     if usage:
         yield UsageReport(usage)
 
@@ -1102,15 +1048,12 @@ def _counts_of(report: Any) -> Json:
     """The numbers in a report, and in its details, under the provider's names."""
     counts: Json = {}
     for name, value in report.items() if isinstance(report, dict) else ():
-        count = value if is_number(value) else _counts_of(value)
+        # no NaN, and no more than a float counts on
+        is_count = type(value) in (int, float) and abs(value) < 1e15
+        count = value if is_count else _counts_of(value)
         if count != {}:
             counts[name] = count
     return counts
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value can be added up: no NaN, and no more than a float counts on."""
-    return type(value) in (int, float) and abs(value) < 1e15
 
 
 @dataclass(slots=True, eq=False)
@@ -1131,22 +1074,21 @@ class ToolCallAccumulator:
     """
 
     def __init__(self) -> None:
-        self._latest: dict[int | None, OpenCall] = {}
-        self._first: dict[str, OpenCall] = {}
         self._known: dict[tuple[int | None, str], OpenCall] = {}
+        self._latest: dict[int | None, OpenCall] = {}
         self._order: list[OpenCall] = []
 
     def feed(self, delta: ToolCallDelta) -> OpenCall:
         """Add a piece; gives the call it belongs to."""
         call = self._find(delta)
         if call is None:
-            call = OpenCall(delta.id)
+            call = self._latest[None] = OpenCall(delta.id)
             self._order.append(call)
         self._latest[delta.index] = call
         if delta.id:
             call.id = call.id or delta.id
             self._known[delta.index, delta.id] = call
-            self._first.setdefault(call.id, call)
+            self._known.setdefault((None, delta.id), call)
         call.name = delta.name or call.name
         if delta.arguments:
             call.arguments.append(delta.arguments)
@@ -1161,18 +1103,13 @@ class ToolCallAccumulator:
         return [(call, split_objects("".join(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
-        if delta.id and (delta.index, delta.id) in self._known:
-            return self._known[delta.index, delta.id]
-        if delta.index is not None:
-            call = self._latest.get(delta.index)
-        else:
-            last = self._order[-1] if self._order else None
-            call = self._first.get(delta.id, last)
-        if call is None or (delta.id and call.id and call.id != delta.id):
-            return None
-        if delta.index is None and delta.name and call.name and call.id != delta.id:
-            return None
-        return call
+        if known := self._known.get((delta.index, delta.id)):
+            return known
+        call = self._latest.get(delta.index)
+        if call is None or call.id == delta.id:
+            return call
+        is_named_anew = delta.index is None and delta.name and call.name
+        return None if (delta.id and call.id) or is_named_anew else call
 
 
 def split_objects(text: str) -> list[str]:
@@ -1191,39 +1128,36 @@ def split_objects(text: str) -> list[str]:
 
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
-# checkbox. Looking ahead is bounded; a line that goes on for longer counts as forged.
+# checkbox. What begins so is read as far as `_REACH`, and then judged once.
 _MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
 _SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
-_BEGIN = (
+_HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
+_REACH = re.compile(
     r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
+    r"(?:(?:#{1,6}(?![\w#])|:::)[^\r\n]{0,300}|::?\Z"
+    r"|>[^\w>]{0,300}\w{0,31};?|[-=][-=\s\ufeff]{0,300})"
+    r"|[<&{][#\w/;&{]{0,40}"
 )
-_FORGERY = re.compile(
-    rf"(?i){_BEGIN}()(?:#{{1,6}}(?![\w#])|:::)(?:[^\r\n]{{300}}"
-    rf"|(?:[^\r\n{_MARKS}&\\]++|&(?!#)|\\(?!char))*+[^\r\n])"  # char: KaTeX can set any
-    rf"|{_BEGIN}()>(?:[^\w>]{{300}}"
-    rf"|(?:[^\w>{_SIGNS}&]++|&(?!#|\w{{1,31}};))*+[{_SIGNS}&])"
-    r"|(<|&(?:lt|#0{0,7}60|#x0{0,7}3c);?)(?=(?:/|&sol;)?(?:[a-z]{0,7}&#"
+_MARKED = re.compile(rf"[{_MARKS}]|&#|\\@?char")  # KaTeX's \char can set any
+_FORGED = re.compile(
+    # a heading or a container with a mark in its line, or a line that goes on for long
+    rf"(?i)(?:#+|:::)(?:.*(?:{_MARKED.pattern})|[^\r\n]{{300}})"
+    # a quote with a sign before its first word, or without a word for long
+    rf"|>(?:[^\w>]*(?:[{_SIGNS}]|&(?:#|\w+;))|[^\w>]{{300}})"
+    # an underline: it makes a heading of the paragraph above it
+    r"|[-=][-=\s\ufeff]*(?![^\r\n])"
+    # the start of an element that the page, or the host, draws
+    r"|(?P<start>(?:<|&(?:lt|#0{0,7}60|#x0{0,7}3c);?)(?=(?:/|&sol;)?(?:[a-z]{0,7}&#"
     r"|(?:audio|details|video)(?:[\s/>&\ufeff]|\Z)|(?:file|iframe|status)[\s\ufeff]))"
-    r"|(&#x?0{8})"
-    r"|({){(?:html|video)_file_id_"  # an element once the page has filled it in
+    # a reference too long to be read here, an element once the page has filled it in
+    r"|&#x?0{8}|{(?={(?:html|video)_file_id_))"
 )
-_UNDECIDED = re.compile(
-    rf"(?:{_BEGIN}(?:#{{1,6}}(?:(?![\w#])[^\r\n{_MARKS}]{{0,299}})?"
-    rf"|::?|:::[^\r\n{_MARKS}]{{0,299}}|>[^\w>{_SIGNS}]{{0,299}}(?:&\w{{0,31}})?)"
-    r"|[<&{][#\w/;&{]{0,40})\Z"
+_FORGED_IN_CODE = re.compile(  # what we read back, and details, which the host cuts out
+    rf"(?i)(?<![^\r\n])(?:### [{_MARKS}]|> [{_SIGNS}])"
+    r"|(?P<start><)(?=details(?:[\s/>]|\Z))"
 )
-_UNDERLINE = re.compile(
-    rf"{_BEGIN}()[-=](?:[-=\s\ufeff]{{0,298}}(?![^\r\n])|[-=\s\ufeff]{{299}})"
-)
-_UNDECIDED_UNDERLINE = re.compile(rf"{_BEGIN}[-=][-=\s\ufeff]{{0,298}}\Z")
-_READ_BACK = re.compile(  # by us, or by the host, which cuts details out of a history
-    rf"(?i)(?<![^\r\n])()(?:### [{_MARKS}]|> [{_SIGNS}])|(<)(?=details(?:[\s/>]|\Z))"
-)
-_UNDECIDED_READ_BACK = re.compile(
-    r"(?:(?<![^\r\n])(?:#{1,3}|### |> ?)|<[a-zA-Z]{0,7})\Z"
-)
-_HOT = re.compile(rf"[\r\n#>:<&{{=\\{_MARKS}-]")  # where any of these may begin
 _FENCE = re.compile(r" {0,3}(?:`{3,}+(?=[^`]*\Z)|~{3,})")
+_EXACT_END = re.compile(r" {0,3}[^ \t]+ *")
 _HIDES_FENCES = re.compile(
     r"\$\$|\\\[|\\begin|^[^\w<]*<[a-zA-Z/!?]|^\s*(?:\[|:::)"
     r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
@@ -1231,40 +1165,41 @@ _HIDES_FENCES = re.compile(
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
 
 
-class _FenceTracker:
-    """Reads whole lines, and knows which code fence is open after them."""
+class _LineTracker:
+    """Reads whole lines, and knows in what the next one stands."""
 
     def __init__(self) -> None:
-        self.closing = ""  # the line that closes the open one
-        self._is_sure = True
+        self.closing = ""  # the line that closes the code fence that is open
+        self.is_marked = False  # there is a mark in the paragraph
+        self._in_paragraph = False  # or in a fence directly behind one
         self._in_list = False
-        self._in_paragraph = False  # or directly behind one, without a blank line
+        self._is_sure = True  # nothing can have hidden a fence, or its end, so far
 
     @property
-    def is_certain(self) -> bool:
-        """Whether every parser is in code here: the fence stands at the left edge, and
-        nothing before it, or in it so far, can have hidden it."""
+    def in_code(self) -> bool:
+        """Whether every parser is in code here: its fence stands at the left edge."""
         begun = self.closing.startswith(("`", "~"))
         return begun and self._is_sure and not self._in_paragraph
 
     def read(self, line: str) -> None:
         """Take the next line."""
         words = line.strip(" \t")
+        if not words:
+            self._in_paragraph = self.is_marked = False
+            return
+        self.is_marked |= not self.in_code and bool(_MARKED.search(line))
         fence = self.closing.lstrip()
-        indent = " " * (len(self.closing) - len(fence))
-        if self._in_list and words and not line.startswith(indent):
+        if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
             self.closing = fence = ""  # the item is over, and with it the fence
             self._is_sure = False
         if not fence:
             self._read_outside(line)
-        elif words.startswith(fence) and not words.strip("`~"):
+        elif words.startswith(fence):
             if not words.strip(fence[0]):
                 self.closing = ""
-            exact = re.fullmatch(" {0,3}[^ \t]+ *", line)
-            self._is_sure &= bool(exact) and not self.closing
-        elif self._in_paragraph and _UNDERLINE.match(words):
+            self._is_sure &= bool(_EXACT_END.fullmatch(line)) and not self.closing
+        elif self._in_paragraph and not words.strip("-="):
             self._is_sure = False  # the page made a heading of it all, fence and all
-        self._in_paragraph &= bool(words)
 
     def _read_outside(self, line: str) -> None:
         if found := _FENCE.match(line):
@@ -1289,8 +1224,7 @@ class ForgeryGuard:
         self._held = ""
         self._line: list[str] = []  # what was given out of it
         self._before = ""  # the last character that was given out
-        self._is_marked = False  # there is a mark in the paragraph
-        self._fences = _FenceTracker()
+        self._lines = _LineTracker()
 
     def feed(self, text: str) -> str:
         """Take more text; gives what is safe to show."""
@@ -1305,9 +1239,9 @@ class ForgeryGuard:
         """The text has ended; gives what was held back, and closes an open fence."""
         rest = self._read(self._held, final=True)
         self._end_line("")
-        if not self._fences.closing:
+        if not self._lines.closing:
             return rest
-        return rest + "\n" * (self._before not in "\r\n") + self._fences.closing
+        return rest + "\n" * (self._before not in "\r\n") + self._lines.closing
 
     def _read(self, text: str, final: bool = False) -> str:
         text = self._before + text
@@ -1316,56 +1250,82 @@ class ForgeryGuard:
         shown = []
         for hot in _HOT.finditer(text, done):
             place = hot.start()
-            forgery, undecided = self._patterns(text, place)
-            if not final and undecided.match(text, place):
-                end = place
-                break
-            if text[place] in "\r\n":
+            if hot[0] in "\r\n":
                 if not text.startswith("\r\n", place - 1):
                     self._end_line(text[begin:place])
                 begin = place + 1
-            elif forged := forgery.match(text, place):
-                escaped = forged.end(forged.lastindex or 0)
-                shown += [text[done:escaped], "\u200b" if escaped > place else "\\"]
-                done = escaped
+            elif reach := self._reach(text, place):
+                if reach == end and not final:
+                    end = place
+                    break
+                if escaped := self._escape(text, place, reach):
+                    shown += [text[done : escaped[0]], escaped[1]]
+                    done = escaped[0]
         self._line.append(text[begin:end])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
-    def _patterns(self, text: str, place: int) -> tuple[re.Pattern[str], ...]:
-        """What is forged at a place of the text, and what may become so."""
-        if self._fences.is_certain:
-            return _READ_BACK, _UNDECIDED_READ_BACK
-        if text[place] in f"{_MARKS}\\" or text.startswith("&#", place):
-            self._is_marked = True
-        if text[place] in "-=" and self._is_marked:
-            return _UNDERLINE, _UNDECIDED_UNDERLINE
-        return _FORGERY, _UNDECIDED
+    def _reach(self, text: str, place: int) -> int:
+        """Up to where what begins at a place has to be known; 0 if nothing does."""
+        if text[place] in "-=" and not self._lines.is_marked:
+            return 0
+        found = _REACH.match(text, place)
+        return found.end() if found else 0
+
+    def _escape(self, text: str, place: int, reach: int) -> tuple[int, str] | None:
+        """Where something has to go into what is forged, and what; else None."""
+        pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
+        forged = pattern.match(text, place, reach + 1)  # and the character behind it
+        if forged and forged["start"]:
+            return forged.end("start"), "\u200b"
+        return (place, "\\") if forged else None
 
     def _end_line(self, rest: str) -> None:
-        line = "".join([*self._line, rest])
+        self._lines.read("".join([*self._line, rest]))
         self._line = []
-        self._is_marked &= bool(line.strip(" \t"))
-        self._fences.read(line)
 
 
 # ======================================================================================
 # ==== 4 Conversation
 # ======================================================================================
 
-NOTICE = "> ⚠️ "
-PROGRESS, FIGURES, OUTCOME = "> ⏳ ", "> ⏱️ ", "> 🏁 "
+NOTICE, PROGRESS, FIGURES, OUTCOME = "> ⚠️ ", "> ⏳ ", "> ⏱️ ", "> 🏁 "
 ROLE = " · "  # in a heading, between a name and what it speaks as; names have none
 CONCLUSION = "conclusion"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
-_NOTICES = (NOTICE, PROGRESS, FIGURES, OUTCOME)
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
+TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
+    "Here are the images from the tool results above. Please analyze them."
+)
+_NOTICE = re.compile(rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}).*\n?")
+_TEAM_READ = 50  # lines or list entries; eight may sit, the rest would only be named
+_ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
+_OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
+_NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
+_LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
+_CHAIN_TOKEN = re.compile(r"\n[^\S\n]*+(?:\d++[.)]|[-*])|\w+|\S")  # a mark of a list
+_CHAIN_SIGNS = {sign: sign for sign in (*_LETTERS, "=")} | dict.fromkeys(
+    (*">,;/→", "then", "and"), ">"
+)
+_COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
+_COMMAND_PLACES = (  # with what parts it from the question: a line break, or blanks
+    re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
+    re.compile(rf"(?P<cut>(?:\A|\s){_COMMAND}\s*+\Z)"),
+)
+_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
+_JSON_TYPES: dict[str, Any] = dict(
+    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
+)
+
+
+def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
+    """What stands under a key of foreign JSON, empty where it is of another kind."""
+    part = value.get(key)
+    return part if isinstance(part, kind) else kind()
 
 
 # -- who sits at the table -------------------------------------------------------------
-
-_TEAM_READ = 50  # lines or list entries; eight may sit, the rest would only be named
 
 
 def clean_alias(alias: str) -> str:
@@ -1373,16 +1333,14 @@ def clean_alias(alias: str) -> str:
     return plain_line(re.sub(r'[#*_"|·\\]', "", alias), 40).strip()
 
 
-def unique_aliases(seats: Iterable[Seat]) -> list[Seat]:
+def unique_aliases(seats: Iterable[Seat]) -> Iterator[Seat]:
     """The same seats, with a number behind an alias that is already taken."""
     taken: set[str] = set()
-    result = []
     for seat in seats:
         names = (f"{seat.alias} {n}" if n > 1 else seat.alias for n in count(1))
         alias = next(name for name in names if name.casefold() not in taken)
         taken.add(alias.casefold())
-        result.append(Seat(alias, seat.model_id, seat.persona))
-    return result
+        yield replace(seat, alias=alias)
 
 
 def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
@@ -1422,31 +1380,28 @@ def choose_seats(
     Gives the seats, a sentence for each that could not be taken, and whether nobody
     had been chosen.
     """
-    team = enumerate(settings.team.split("\n"), 1)
-    lines = [(number, line) for number, line in team if line.strip()]
-    chosen = len(lines) or len(settings.participants)
-    wanted = [
+    chosen = [
         (f"Team line {number} ({plain_line(line, 60)})", line.split("|", 2))
-        for number, line in lines[:_TEAM_READ]
+        for number, line in enumerate(settings.team.split("\n"), 1)
+        if line.strip()
     ] or [
-        (f"Participant {plain_line(model_id, 60)}", [model_id])
-        for model_id in settings.participants[:_TEAM_READ]
+        (f"Participant {plain_line(each, 60)}", [each])
+        for each in settings.participants
     ]
-    if not chosen:
-        usual = [c for c in cards.values() if c.by_default and not c.is_self]
-        wanted = [("", [card.id]) for card in usual[:3]]
+    usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in wanted:
+    for where, parts in chosen[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
-    seats = unique_aliases(seats)
-    most = settings.max_participants
+    seats, most = list(unique_aliases(seats)), settings.max_participants
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if chosen > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
+    if len(chosen) > _TEAM_READ:
+        problems.append(
+            f"Only the first {_TEAM_READ} of {len(chosen)} seats were read."
+        )
     return seats[:most], problems, not chosen
 
 
@@ -1457,10 +1412,9 @@ def render_system(
     names = ", ".join(aliases[:-1]) + (" and " if aliases[1:] else "") + aliases[-1]
     values = {"name": seat.alias, "participants": names}
     rules = fill_template(settings.rules_prompt, values)
+    tools = "You have no tools in this conversation; do not pretend to use one."
     if voice.tools:
         tools = "You have tools in this conversation; use one where it helps."
-    else:
-        tools = "You have no tools in this conversation; do not pretend to use one."
     persona = f"Your persona, {seat.alias}:\n{seat.persona}" if seat.persona else ""
     parts = (voice.system, chat, settings.instructions, rules, tools, persona)
     return "\n\n".join(part.strip() for part in parts if part.strip())
@@ -1469,55 +1423,59 @@ def render_system(
 # -- modes: pure generators of steps ---------------------------------------------------
 
 
-def _rotate(aliases: Sequence[str], last: str | None) -> list[str]:
-    """The aliases in order, beginning after `last`."""
+@dataclass(frozen=True, slots=True)
+class Agenda:
+    """What a mode begins with."""
+
+    aliases: tuple[str, ...]
+    question: str
+    settings: Settings
+    last: str | None = None  # who spoke before, where a reply is continued
+    seed: str = ""  # decides in which order a reviewer reads the others' answers
+
+
+def _still_able(
+    aliases: Sequence[str], failures: Counter[str], last: str | None = None
+) -> list[str]:
+    """Those who did not fail too often in a row, in order, beginning after `last`."""
     first = aliases.index(last) + 1 if last in aliases else 0
-    return [*aliases[first:], *aliases[:first]]
+    rotated = (*aliases[first:], *aliases[:first])
+    return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def speak(
-    alias: str,
-    failures: dict[str, int],
-    note: str = "",
-    brief: str = "",
-    role: str = "",
-) -> Generator[Step, Any, Turn]:
+def _ask_to_speak(step: Speak, failures: Counter[str]) -> Generator[Step, Any, Turn]:
     """One participant's turn; counts its failures in a row."""
-    turns: list[Turn] = yield Speak((alias,), note, brief, role)
-    turn = turns[0]
+    turn: Turn = (yield step)[0]
     silent = turn.failure is not None and not turn.text
-    failures[alias] = failures.get(alias, 0) + 1 if silent else 0
+    failures[turn.alias] = failures[turn.alias] + 1 if silent else 0
     return turn
 
 
-def _still_able(aliases: Iterable[str], failures: Mapping[str, int]) -> list[str]:
-    """Those who did not fail too often in a row."""
-    return [a for a in aliases if failures.get(a, 0) < FAILURES_ALLOWED]
-
-
 def _take_rounds(
-    aliases: Sequence[str], rounds: int, last: str | None, brief: str = ""
+    agenda: Agenda, brief: str = ""
 ) -> Generator[Step, Any, tuple[list[Turn], bool]]:
     """Everybody once per round; gives the last turn of each, and if anybody is left.
 
     A turn that says something is not replaced by one that does not.
     """
-    failures: dict[str, int] = {}
+    aliases, rounds = agenda.aliases, agenda.settings.rounds
+    failures: Counter[str] = Counter()
     latest: dict[str, Turn] = {}
     for number in range(1, rounds + 1):
         role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(_rotate(aliases, last), failures):
-            turn = yield from speak(alias, failures, brief=brief, role=role)
+        for alias in _still_able(aliases, failures, agenda.last):
+            step = Speak((alias,), brief=brief, role=role)
+            turn = yield from _ask_to_speak(step, failures)
             role = ""
             if turn.text or alias not in latest:
                 latest[alias] = turn
-    turns = [latest[alias] for alias in aliases if alias in latest]
-    return turns, bool(_still_able(aliases, failures))
+    return [latest[alias] for alias in aliases], bool(_still_able(aliases, failures))
 
 
-def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
-    """Everybody once per round, in order; `last` spoke before (a continued reply)."""
-    turns, anybody_left = yield from _take_rounds(aliases, rounds, last)
+def round_robin(agenda: Agenda) -> Mode:
+    """Everybody once per round, in order."""
+    rounds = agenda.settings.rounds
+    turns, anybody_left = yield from _take_rounds(agenda)
     if not any(turn.text for turn in turns):
         return "Nobody could answer"
     if not anybody_left:
@@ -1525,20 +1483,19 @@ def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
     return f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
 
 
-def managed(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
+def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
-    failures: dict[str, int] = {}
-    answered = False
-    for _ in range(rounds * len(aliases)):
-        able = _still_able(_rotate(aliases, last), failures)
+    aliases, last, answered = agenda.aliases, agenda.last, False
+    failures: Counter[str] = Counter()
+    for _ in range(agenda.settings.rounds * len(aliases)):
+        able = _still_able(aliases, failures, last)
         if not able:
             break
-        candidates = [alias for alias in able if alias != last] or able
-        choice = yield from _choose_speaker(candidates, last, aliases)
-        if not choice.alias:
-            return f"The manager ended it: {choice.reason or 'no reason given'}"
-        last = choice.alias
-        turn = yield from speak(last, failures, choice.reason)
+        step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
+        last, reason = yield from _choose_speaker(step, aliases)
+        if not last:
+            return f"The manager ended it: {reason or 'no reason given'}"
+        turn = yield from _ask_to_speak(Speak((last,), reason), failures)
         answered = answered or bool(turn.text)
     if not answered:
         return "Nobody could answer"
@@ -1548,41 +1505,32 @@ def managed(aliases: Sequence[str], rounds: int, last: str | None) -> Mode:
 
 
 def _choose_speaker(
-    candidates: Sequence[str], last: str | None, aliases: Sequence[str]
-) -> Generator[Step, Any, Choice]:
+    step: AskManager, aliases: Sequence[str]
+) -> Generator[Step, Any, tuple[str, str]]:
     """Ask the manager, once more if it is wrong; else the next in order.
 
-    One candidate alone is asked about too, since the manager may rather end it; but
-    before anybody has spoken it may not, so there is nothing to ask.
+    Gives who speaks and why; "" where the manager ends it. One candidate alone is asked
+    about too, since the manager may rather end it; but before anybody has spoken it may
+    not, so there is nothing to ask.
     """
-    first = candidates[0]
-    alone = Choice(first, "the only one left")
-    if len(candidates) == 1 and last is None:
-        return alone
-    step = AskManager(tuple(candidates), last)
-    for _ in range(2):
+    first, *others = step.candidates
+    tries = 2 if others else int(step.last is not None)
+    for _ in range(tries):
         answer: str | None = yield step
         if answer is None:
-            return Choice(first, "next in order, the manager failed")
-        found = _read_choice(answer, candidates, aliases, may_end=last is not None)
-        if isinstance(found, Choice):
+            return first, "next in order, the manager failed"
+        found = _read_choice(answer, step, aliases)
+        if not isinstance(found, str):
             return found
-        if len(candidates) == 1:
-            return alone
-        step = AskManager(tuple(candidates), last, found, answer)
-    return Choice(first, "next in order, the manager named nobody")
-
-
-_NAMING_KEYS = ("next", "speaker", "name")
-_ENDING_KEYS = ("done", "finished")
-_ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
-_OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
+        step = replace(step, problem=found, wrong_answer=answer)
+    named_nobody = "next in order, the manager named nobody"
+    return first, named_nobody if others else "the only one left"
 
 
 def _read_choice(
-    answer: str, candidates: Sequence[str], aliases: Sequence[str], may_end: bool
-) -> Choice | str:
-    """The manager's answer, JSON or a bare name -> a choice, or what is wrong.
+    answer: str, step: AskManager, aliases: Sequence[str]
+) -> tuple[str, str] | str:
+    """The manager's answer, JSON or a bare name -> who and why, or what is wrong.
 
     Names are looked for among all `aliases`, so that "Ann Lee", who may not speak
     now, is not taken for "Ann", who may.
@@ -1592,22 +1540,18 @@ def _read_choice(
     verdict = _find_object(answer, *keys) or _find_object(answer)
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
     if any(verdict.get(key) is True for key in _ENDING_KEYS):
-        if may_end:
-            return Choice("", reason)
-        return "Nobody has spoken yet, so it cannot be done."
+        unspoken = "Nobody has spoken yet, so it cannot be done."
+        return unspoken if step.last is None else ("", reason)
     named = next((verdict[key] for key in _NAMING_KEYS if verdict.get(key)), "")
     found = _find_names(plain_line(named) if verdict else answer, aliases)
-    if len(found) == 1 and found[0] in candidates:
-        return Choice(found[0], reason)
-    listed = json.dumps(list(candidates), ensure_ascii=False)
+    if len(found) == 1 and found[0] in step.candidates:
+        return found[0], reason
+    listed = json.dumps(step.candidates, ensure_ascii=False)
     return f"Your answer must name exactly one of {listed}."
 
 
 def _find_object(text: str, *keys: str) -> Json:
-    """The first JSON object in a text that has one of these keys, fenced or not.
-
-    Without keys any object will do. Gives {} if there is none.
-    """
+    """The first JSON object in a text, with one of these keys if any; else {}."""
     starts = [found.start() for found in re.finditer(r'\{(?=\s*+")', text)]
     for start in starts[-_OBJECTS_TRIED:]:
         with suppress(ValueError):
@@ -1628,99 +1572,95 @@ def _find_names(text: str, names: Iterable[str]) -> list[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Agenda:
-    """What a mode begins with.
-
-    `last` spoke before, where a reply is continued; `seed` decides in which order a
-    reviewer reads the others' answers.
-    """
-
-    aliases: tuple[str, ...]
-    question: str
-    settings: Settings
-    last: str | None = None
-    seed: str = ""
-
-
 def council(agenda: Agenda) -> Mode:
     """Answers in parallel, anonymous ranking by the members, a chair's conclusion."""
-    settings = agenda.settings
-    answers: list[Turn] = yield Speak(
-        agenda.aliases, "answering", quorum=settings.quorum, joins=False
-    )
-    present = {turn.alias: turn for turn in answers if turn.failure is None}
+    quorum = agenda.settings.quorum
+    step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
+    answers: list[Turn] = yield step
+    present = [turn for turn in answers if turn.failure is None]
     if len(present) < 2:
-        return (yield from _end_early(answers, list(present)))
-    papers = ranking_papers(agenda, list(present.values()))
-    judged: list[Ballot | LostBallot] = yield Rank(papers)
-    ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
-    standings = tally(list(present), ballots)
-    yield Publish("ranking", render_ranking(standings, ballots) + _list_lost(judged))
-    values = {
-        "question": agenda.question,
-        "answers": "\n\n".join(map(render_turn, present.values())),
-        "result": _describe_ranking(standings, ballots),
-    }
-    brief = fill_template(settings.conclusion_prompt, values)
-    return (yield from conclude(agenda, standings, answers, brief))
+        return (yield from _end_early(answers, present))
+    papers = ranking_papers(agenda, present)
+    judging = Judge(tuple(papers), read_ranking)
+    standings, ballots = yield from _judge(judging, render_ranking)
+    shown = "\n\n".join(map(render_turn, present))
+    result = _describe_ranking(standings, ballots)
+    return (yield from _conclude(agenda, answers, standings, shown, result))
 
 
 def debate(agenda: Agenda) -> Mode:
     """Rounds in which each answers the strongest point against it, a vote, an end."""
-    rounds, values = agenda.settings.rounds, {"question": agenda.question}
+    values = {"question": agenda.question}
     brief = fill_template(agenda.settings.debate_prompt, values)
-    turns, _ = yield from _take_rounds(agenda.aliases, rounds, agenda.last, brief)
-    present = [turn.alias for turn in turns if turn.text]
+    turns, _ = yield from _take_rounds(agenda, brief)
+    present = [turn for turn in turns if turn.text]
     if len(present) < 2:
         return (yield from _end_early(turns, present))
-    voted: list[Ballot | LostBallot] = yield Vote(vote_papers(agenda, present))
-    ballots = [ballot for ballot in voted if isinstance(ballot, Ballot)]
-    standings = tally(present, ballots)
-    yield Publish("ranking", _render_votes(standings, ballots) + _list_lost(voted))
+    papers = vote_papers(agenda, [turn.alias for turn in present])
+    judging = Judge(tuple(papers), read_vote)
+    standings, ballots = yield from _judge(judging, _render_votes)
     counts = ", ".join(f"{s.alias} has {s.ballots}" for s in standings)
     result = f"The members voted ({len(ballots)} valid votes): {counts}."
-    values |= {"answers": "", "result": result}
-    brief = fill_template(agenda.settings.conclusion_prompt, values)
-    return (yield from conclude(agenda, standings, turns, brief))
+    return (yield from _conclude(agenda, turns, standings, "", result))
 
 
-def conclude(
-    agenda: Agenda, standings: Sequence[Standing], turns: Sequence[Turn], brief: str
+def _judge(
+    step: Judge, render: Callable[..., str]
+) -> Generator[Step, Any, tuple[list[Standing], list[Ballot]]]:
+    """The members judge each other; under the table stands whose ballot was lost."""
+    judged: list[Ballot | LostBallot] = yield step
+    ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
+    standings = tally([paper.voter for paper in step.papers], ballots)
+    text = render(standings, ballots)
+    for lost in judged:
+        if isinstance(lost, LostBallot):
+            reason = plain_line(lost.reason, 120).removeprefix("it ").rstrip(".")
+            text += f"\n\nNo ballot from {lost.voter}: {reason}."
+    yield Publish("ranking", text)
+    return standings, ballots
+
+
+def _conclude(
+    agenda: Agenda,
+    turns: Sequence[Turn],
+    standings: Sequence[Standing],
+    answers: str,
+    result: str,
 ) -> Generator[Step, Any, str]:
     """The chair concludes; where it fails at once, the next best takes over."""
+    values = {"question": agenda.question, "answers": answers, "result": result}
+    brief = fill_template(agenda.settings.conclusion_prompt, values)
     present = [standing.alias for standing in standings]
     chair = agenda.settings.chair.strip()
     wanted = [a for a in agenda.aliases if a.casefold() == chair.casefold()]
-    late = [turn.alias for turn in turns if turn.late]
-    absent = [alias for alias in wanted if alias not in present]
-    notes = [f"{a} {'was late' if a in late else 'failed'}" for a in absent]
+    notes = [
+        f"{turn.alias} {'was late' if turn.late else 'failed'}"
+        for turn in turns
+        if turn.alias in wanted and turn.alias not in present
+    ]
     if chair and not wanted:
         notes.append(f"nobody is called {plain_line(chair, 40)}")
-    for alias in dict.fromkeys(a for a in (*wanted, *present) if a in present):
+    for alias in sorted(present, key=lambda alias: alias not in wanted):
         behind = f" ({', '.join(notes)})" if notes else ""
-        yield Publish(
-            "outcome", _describe_outcome(turns, f"chaired by {alias}{behind}")
-        )
+        yield _outcome(turns, f"chaired by {alias}{behind}")
         spoken: list[Turn] = yield Speak(
             (alias,), "concluding", brief, CONCLUSION, joins=False, concludes=True
         )
         if spoken[0].text:
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
-    what = "nobody could write a conclusion"
-    yield Publish("outcome", _describe_outcome(turns, what))
+    yield _outcome(turns, "nobody could write a conclusion")
     return f"No conclusion: {', '.join(notes)}"
 
 
 def _end_early(
-    turns: Sequence[Turn], present: Sequence[str]
+    turns: Sequence[Turn], present: Sequence[Turn]
 ) -> Generator[Step, Any, str]:
     """At most one has answered: there is nothing to rank or to conclude from."""
     if present:
-        what = f"no conclusion, this is {present[0]}'s answer alone"
-        yield Publish("outcome", _describe_outcome(turns, what))
-        return f"Only {present[0]} answered"
+        alias = present[0].alias
+        yield _outcome(turns, f"no conclusion, this is {alias}'s answer alone")
+        return f"Only {alias} answered"
     reasons = "; ".join(map(_describe_failure, turns))
     yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
     return "Nobody could answer"
@@ -1734,16 +1674,15 @@ def _describe_failure(turn: Turn) -> str:
     return f"{turn.alias} failed: {reason.rstrip('.')}"
 
 
-def _describe_outcome(turns: Sequence[Turn], what: str) -> str:
+def _outcome(turns: Sequence[Turn], what: str) -> Publish:
     """The honest line above a conclusion, computed from what happened."""
     failed = [turn for turn in turns if turn.failure is not None]
     answered = f"{len(turns) - len(failed)} of {len(turns)} answered"
-    return OUTCOME + " · ".join((answered, *map(_describe_failure, failed), what))
+    parts = (answered, *map(_describe_failure, failed), what)
+    return Publish("outcome", OUTCOME + " · ".join(parts))
 
 
 # -- ballots ---------------------------------------------------------------------------
-
-_LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -1764,30 +1703,26 @@ def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]
     return dict(zip(_LETTERS, others, strict=False))
 
 
-def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> tuple[BallotPaper, ...]:
+def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> Iterator[BallotPaper]:
     """What each member is asked about the others' answers, under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
     texts = {turn.alias: turn.text for turn in answers}
-    papers = []
     for voter in texts:
         letters = letters_for(voter, texts, agenda.seed)
         shown = [render_turn(Turn(each, texts[a])) for each, a in letters.items()]
         values = {"question": agenda.question, "answers": "\n\n".join(shown)}
         brief = fill_template(agenda.settings.review_prompt, values)
-        papers.append(BallotPaper(voter, brief, letters))
-    return tuple(papers)
+        yield BallotPaper(voter, brief, letters)
 
 
-def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> tuple[BallotPaper, ...]:
+def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> Iterator[BallotPaper]:
     """What each member of a debate is asked: whom of the others it votes for."""
-    papers = []
     for voter in aliases:
-        others = [alias for alias in aliases if alias != voter]
-        candidates = json.dumps(others, ensure_ascii=False)
+        others = {alias: alias for alias in aliases if alias != voter}
+        candidates = json.dumps(list(others), ensure_ascii=False)
         values = {"question": agenda.question, "candidates": candidates}
         brief = fill_template(agenda.settings.vote_prompt, values)
-        papers.append(BallotPaper(voter, brief, {alias: alias for alias in others}))
-    return tuple(papers)
+        yield BallotPaper(voter, brief, others)
 
 
 def read_ranking(
@@ -1800,66 +1735,35 @@ def read_ranking(
     """
     answer = answer[-_ANSWER_READ:]
     verdict = _find_object(answer, "ranking")
-    places = verdict.get("ranking")
-    if isinstance(places, dict):
-        places = _order_numbers(places)
-    elif not isinstance(places, list):
+    ranking = verdict.get("ranking")
+    if isinstance(ranking, (list, dict)):
+        places = _read_places(ranking)
+    else:
         places = _read_chain(answer, paper) if lenient else []
     ranks: dict[str, float] = {}
     for place in places:
-        named = [paper.choices.get(letter, "") for letter in _read_place(place)]
-        share_place(ranks, [alias for alias in named if alias])
+        share_place(ranks, [paper.choices[a] for a in place if a in paper.choices])
     missing = [alias for alias in paper.choices.values() if alias not in ranks]
     if missing and not (lenient and ranks):
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
     share_place(ranks, missing)
-    said = verdict.get("comments")
-    remarks = {
-        alias: plain_line(said[letter], 200)
-        for letter, alias in paper.choices.items()
-        if isinstance(said, dict) and letter in said
-    }
+    said, letters_of = _part_of(verdict, "comments", dict), paper.choices.items()
+    remarks = {a: plain_line(said[each], 200) for each, a in letters_of if each in said}
     return Ballot(paper.voter, ranks, remarks)
 
 
-def _order_numbers(ranks: Json) -> list[list[str]]:
-    """`{"A": 2, "B": 1}` -> the letters in order of their ranks, tied ones together."""
+def _read_places(ranking: list[Any] | Json) -> list[list[str]]:
+    """A list of places, or the rank of each letter -> the letters of each place."""
+    if isinstance(ranking, list):
+        return [_read_place(place) for place in ranking]
     numbers = {
-        letter: rank
-        for letter, rank in ranks.items()
+        letter.strip().upper(): rank
+        for letter, rank in ranking.items()
         if letter.strip().upper() in _LETTERS and isinstance(rank, (int, float))
     }
     places = sorted(set(numbers.values()))
     return [[each for each in numbers if numbers[each] == place] for place in places]
-
-
-_CHAIN_TOKEN = re.compile(r"\n[^\S\n]*+(?:\d++[.)]|[-*])|\w+|\S")
-_CHAIN_LINKS = (*">=,;/→", "then", "and")  # beside the mark of a list
-
-
-def _read_chain(text: str, paper: BallotPaper) -> list[list[str]]:
-    """`B > A = C` or a numbered list in any text -> its places, once it names all."""
-    places: list[list[str]] = []
-    unnamed: set[str] = set()
-    link = ""  # what stands since the last letter; "=" alone makes a tie
-    for token in _CHAIN_TOKEN.findall(text):
-        if token in _LETTERS and link == "=":
-            places[-1].append(token)
-        elif token in _LETTERS and link:
-            places.append([token])
-        elif token in _LETTERS:
-            places, unnamed = [[token]], set(paper.choices)
-        elif token in _CHAIN_LINKS or token[0] == "\n":
-            link = link if link and token == "=" else token if places else ""
-            continue
-        else:
-            places = []
-        link = ""
-        unnamed.discard(token)
-        if places and not unnamed:
-            return places
-    return []
 
 
 def _read_place(place: Any) -> list[str]:
@@ -1870,6 +1774,17 @@ def _read_place(place: Any) -> list[str]:
     if re.fullmatch(r"[A-Ha-h](?:\s*[=&,/]\s*[A-Ha-h])*", text):
         text = text.upper()
     return re.findall(r"\b[A-H]\b", text)
+
+
+def _read_chain(text: str, paper: BallotPaper) -> list[list[str]]:
+    """`B > A = C` or a numbered list in any text -> its places, once it names all."""
+    tokens = _CHAIN_TOKEN.findall(text)
+    signs = (_CHAIN_SIGNS.get(t, ">" if t[0] == "\n" else ".") for t in tokens)
+    for chain in re.findall("[A-H](?:[>=]+[A-H])*", "".join(signs)):
+        if set(chain).issuperset(paper.choices):
+            places = re.sub("(?<=[A-H])=+(?=[A-H])", "", chain)  # "A=B>C" -> "AB>C"
+            return [list(place) for place in re.findall("[A-H]+", places)]
+    return []
 
 
 def share_place(ranks: dict[str, float], aliases: Iterable[str]) -> None:
@@ -1913,10 +1828,7 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
 def most_dissenting(
     standings: Sequence[Standing], ballots: Sequence[Ballot]
 ) -> list[str]:
-    """Who orders most pairs the other way round than all together.
-
-    Nobody where all agree, or where all differ equally.
-    """
+    """Who orders most pairs unlike all together; nobody where all do so equally."""
     scores = {s.alias: s.score for s in standings if s.score is not None}
     against = {
         ballot.voter: sum(
@@ -1940,8 +1852,7 @@ def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> 
     for s in standings:
         mean = "–" if s.mean_rank is None else f"{s.mean_rank:.1f}"
         lines.append(f"| {s.alias} | {mean} | {s.ballots} | {s.firsts} |")
-    dissenters = most_dissenting(standings, ballots)
-    if dissenters:
+    if dissenters := most_dissenting(standings, ballots):
         lines += ["", f"{' and '.join(dissenters)} disagreed most with the others."]
     return title + "\n".join(lines)
 
@@ -1954,17 +1865,8 @@ def _render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> s
     lines = ["| Member | Votes | From |", "|---|---|---|"]
     for s in standings:
         voters = [ballot.voter for ballot in ballots if s.alias in ballot.ranks]
-        lines.append(f"| {s.alias} | {len(voters)} | {', '.join(voters) or '–'} |")
+        lines.append(f"| {s.alias} | {s.ballots} | {', '.join(voters) or '–'} |")
     return title + "\n".join(lines)
-
-
-def _list_lost(judged: Sequence[Ballot | LostBallot]) -> str:
-    """Under a table: whose ballot is not in it, and why."""
-    return "".join(
-        f"\n\nNo ballot from {lost.voter}: {plain_line(lost.reason, 120).rstrip('.')}."
-        for lost in judged
-        if isinstance(lost, LostBallot)
-    )
 
 
 def _describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
@@ -1990,22 +1892,14 @@ class ModeRow:
 
 
 MODES = {
-    "round_robin": ModeRow(
-        "Round Robin", lambda a: round_robin(a.aliases, a.settings.rounds, a.last)
-    ),
-    "manager": ModeRow(
-        "Manager", lambda a: managed(a.aliases, a.settings.rounds, a.last)
-    ),
+    "round_robin": ModeRow("Round Robin", round_robin),
+    "manager": ModeRow("Manager", managed),
     "council": ModeRow("Council", council, drafts=True),
     "debate": ModeRow("Debate", debate, drafts=True),
 }
 
 
 # -- what everybody sees ---------------------------------------------------------------
-
-TOOL_IMAGES = (  # the host's own words, when it rebuilds the conversation
-    "Here are the images from the tool results above. Please analyze them."
-)
 
 
 def read_history(
@@ -2023,20 +1917,19 @@ def read_history(
     questions: list[Question] = []
     for message in messages:
         role, content = message.get("role"), _read_content(message.get("content"))
+        of_tool = replies[-1] and text_of(content) == TOOL_IMAGES
         if role in ("system", "developer"):
             prompts.append(text_of(content).strip())
-        elif role in ("assistant", "tool") or (
-            replies[-1] and text_of(content) == TOOL_IMAGES
-        ):
+        elif role in ("assistant", "tool") or of_tool:
             replies[-1].append({**message, "content": content})
         else:
             questions.append(Question(content))
             replies.append([])
-    last = len(replies) - (1 if replies[-1] else 2)
-    known = dict(zip(range(last, -1, -1), reversed(authors), strict=False))
+    written = len(replies) if replies[-1] else len(replies) - 1
+    known = [None] * len(replies) + list(authors)
     entries: list[Entry] = []
     for at, reply in enumerate(replies):
-        entries += _read_reply(reply, known.get(at))
+        entries += _read_reply(reply, known[at - written])  # counted from the end
         entries += questions[at : at + 1]
     return "\n\n".join(filter(None, prompts)), entries
 
@@ -2071,8 +1964,7 @@ def reply_authors(
 def _author(reply: Sequence[Json], own_models: Container[str]) -> str | None:
     name: Any = None
     for message in reply:
-        output, model = message.get("output"), message.get("model")
-        items = output if isinstance(output, list) else ()
+        items, model = _part_of(message, "output", list), message.get("model")
         speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
         by_us = isinstance(model, str) and model in own_models
         if by_us or any(isinstance(speaker, str) for speaker in speakers):
@@ -2092,30 +1984,28 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             sections[-1][2].append(message)
             continue
         text = text_of(message["content"])
-        parts = ["", "", *([text] if author else HEADING.split(text))]
-        for colour, alias, said in zip(
+        parts = ["", "", *([text] if author else HEADING.split(_NOTICE.sub("", text)))]
+        for colour, title, said in zip(
             parts[::3], parts[1::3], parts[2::3], strict=True
         ):
             if colour:
-                sections.append((colour, alias.strip(), []))
-            lines = said.split("\n")
-            kept = [each for each in lines if author or not each.startswith(_NOTICES)]
-            if words := "\n".join(kept).strip():
+                sections.append((colour, title.strip(), []))
+            if words := said.strip():
                 sections[-1][2].append({"role": "assistant", "content": words})
-        _add_tool_calls(sections[-1][2], message.get("tool_calls"))
-    for colour, alias, own in sections:
+        _add_tool_calls(sections[-1][2], message)
+    for colour, title, own in sections:
         if (own or colour) and colour != SYSTEM_MARK:  # a silent one has a heading only
             texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
-            name, _, role = alias.partition(ROLE) if colour else (alias, "", "")
             text = "\n\n".join(filter(None, texts))
+            name, _, role = title.partition(ROLE)
             concludes = role == CONCLUSION
             yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
 
 
-def _add_tool_calls(messages: list[Json], calls: Any) -> None:
-    """Put tool calls on the assistant message that stands last, or on a new one."""
+def _add_tool_calls(messages: list[Json], message: Json) -> None:
+    """Put a message's tool calls on the assistant's that stands last, or a new one."""
     echoed = []
-    for call in calls if isinstance(calls, list) else ():
+    for call in _part_of(message, "tool_calls", list):
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict):
             arguments = echo_arguments(function.get("arguments"))
@@ -2183,13 +2073,14 @@ def _add_heard(messages: list[Json], heard: Sequence[str | list[Json]]) -> None:
     if messages and messages[-1]["role"] == "user":  # a tool's images stand last
         heard = [messages.pop()["content"], *heard]
     texts = [each for each in heard if isinstance(each, str)]
-    if len(texts) == len(heard):
-        messages.append({"role": "user", "content": "\n\n".join(texts) or "(Go on.)"})
-        return
-    parts: list[Json] = []
-    for each in heard:
-        parts += [{"type": "text", "text": each}] if isinstance(each, str) else each
-    messages.append({"role": "user", "content": parts})
+    content: str | list[Json] = "\n\n".join(texts) or "(Go on.)"
+    if len(texts) < len(heard):
+        content = []
+        for each in heard:
+            content += (
+                [{"type": "text", "text": each}] if isinstance(each, str) else each
+            )
+    messages.append({"role": "user", "content": content})
 
 
 def _without_images(message: Json) -> Json:
@@ -2229,14 +2120,6 @@ def last_question(entries: Sequence[Entry]) -> str:
     return next(asked, "")
 
 
-_COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
-_COMMAND_PLACES = (  # with what parts it from the question: a line break, or blanks
-    re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
-    re.compile(rf"(?P<cut>(?:\A|\s){_COMMAND}\s*+\Z)"),
-)
-_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
-
-
 def read_rounds(entries: Sequence[Entry]) -> tuple[list[Entry], int | None]:
     """The conversation without any `/rounds 2`, and the number of the last question."""
     cleaned: list[Entry] = []
@@ -2266,35 +2149,30 @@ def _cut_rounds(content: str | list[Json]) -> tuple[str | list[Json], int | None
 
 
 def _cut_command(text: str) -> tuple[str, int | None]:
-    context = _HOST_CONTEXT.match(text)
-    own = text[context.end() :] if context else text
+    own = _HOST_CONTEXT.sub("", text)
+    context = text.removesuffix(own)
     for place in _COMMAND_PLACES:
         found = place.search(own)
         if found and not _is_quoted(own[: found.start("command")]):
-            cut = own[: found.start("cut")] + own[found.end("cut") :]
-            return (context[0] if context else "") + cut, int(found["number"])
+            left = own[: found.start("cut")] + own[found.end("cut") :]
+            return context + left, int(found["number"])
     return text, None
 
 
 def _is_quoted(before: str) -> bool:
     """Whether what follows stands in a code block or in a quote."""
     line = before.rpartition("\n")[2].expandtabs(4)
-    lines = (each.lstrip() for each in before.split("\n"))
-    fences = sum(each.startswith(("```", "~~~")) for each in lines)
+    fences = len(re.findall(r"(?m)^[^\S\n]*+(?:```|~~~)", before))
     in_code = fences % 2 or (line.isspace() and len(line) >= 4)
     return bool(in_code) or line.lstrip().startswith(">")
 
 
 # -- tool arguments --------------------------------------------------------------------
 
-_JSON_TYPES: dict[str, Any] = dict(
-    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
-)
-
 
 def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
     """The arguments of a call, of the types its tool declares, or a `ToolFailure`."""
-    arguments = _read_arguments(call.arguments) if call.arguments.strip() else {}
+    arguments = _read_arguments(call.arguments.strip() or "{}")
     if arguments is None:
         raise ToolFailure(f"The arguments of `{call.name}` must be one JSON object.")
     parameters = _part_of(spec, "parameters", dict)
@@ -2306,17 +2184,10 @@ def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
         raise ToolFailure(f"`{call.name}` needs {', '.join(missing)}.")
     for name, value in arguments.items():
         wanted = _part_of(_part_of(properties, name, dict), "type", str)
-        if value is None and name not in required:
-            continue
-        if not _has_type(value, wanted):
+        optional = value is None and name not in required
+        if not (optional or _has_type(value, wanted)):
             raise ToolFailure(f"`{name}` of `{call.name}` must be of type {wanted}.")
     return arguments
-
-
-def _part_of(schema: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
-    """A part of a tool's schema, empty where it is not what it should be."""
-    part = schema.get(key)
-    return part if isinstance(part, kind) else kind()
 
 
 def echo_arguments(given: object) -> str:
@@ -2353,7 +2224,7 @@ def _has_type(value: Any, wanted: str) -> bool:
 # ======================================================================================
 
 BlockKind = Literal["message", "reasoning", "function_call", "function_call_output"]
-DELTA_TYPES: dict[BlockKind, str] = {
+_DELTA_TYPES: dict[BlockKind, str] = {
     "message": "response.output_text.delta",
     "reasoning": "response.reasoning_text.delta",
     "function_call": "response.function_call_arguments.delta",
@@ -2361,11 +2232,7 @@ DELTA_TYPES: dict[BlockKind, str] = {
 
 
 class GrowingText:
-    """A text that grows by pieces: `append` is O(1), `str()` joins.
-
-    `compact` makes one piece of those that came since it was last called; what was
-    compacted before stays as it is.
-    """
+    """A text that grows by pieces: `append` is O(1), `str()` joins."""
 
     __slots__ = ("_compacted", "length", "parts")
 
@@ -2388,7 +2255,7 @@ class GrowingText:
             self.parts, self.length, self._compacted = [text], len(text), 0
 
     def compact(self) -> None:
-        """Join the pieces that came lately: thousands of them cost memory."""
+        """Join the pieces that came since the last time: thousands cost memory."""
         if len(self.parts) - self._compacted > 1:
             self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
         self._compacted = len(self.parts)
@@ -2402,14 +2269,13 @@ class Block:
     """One visible part of the message: a heading or text, reasoning, a call, a result.
 
     `text` grows; `fields` are the other keys of its item and change as a whole.
-    `index` is its place in the transcript, `section` the part of it that it is in.
     """
 
     kind: BlockKind
     id: str
     speaker: str
     section: int
-    index: int
+    index: int  # in the transcript
     text: GrowingText
     fields: Json
 
@@ -2461,23 +2327,23 @@ class Transcript:
 
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
-    text = str(block.text)
+    text, fields = str(block.text), dict(block.fields)
+    content = [{"type": "output_text", "text": text}]
     item: Json = {"type": block.kind, "id": block.id, "speaker": block.speaker}
-    if block.kind == "message":
-        item |= {"status": "in_progress", "role": "assistant"}
-        item["content"] = [{"type": "output_text", "text": text}]
-    elif block.kind == "reasoning":
-        item |= {"status": "in_progress", "summary": None}
-        item["content"] = [{"type": "output_text", "text": text}]
-    elif block.kind == "function_call":
-        item |= {"status": "in_progress", "arguments": text}
-    else:
-        images = [
-            {"type": "input_image", "image_url": url}
-            for url in block.fields.get("images", ())
-        ]
-        item["output"] = [{"type": "input_text", "text": text}, *images]
-    return item | {name: v for name, v in block.fields.items() if name != "images"}
+    if block.kind != "function_call_output":
+        item["status"] = "in_progress"
+    match block.kind:
+        case "message":
+            item |= {"role": "assistant", "content": content}
+        case "reasoning":
+            item |= {"summary": None, "content": content}
+        case "function_call":
+            item["arguments"] = text
+        case "function_call_output":
+            urls = fields.pop("images", ())
+            images = [{"type": "input_image", "image_url": url} for url in urls]
+            item["output"] = [{"type": "input_text", "text": text}, *images]
+    return item | fields
 
 
 def render_items(transcript: Transcript) -> list[Json]:
@@ -2506,8 +2372,10 @@ def take_snapshot(block: Block) -> Snapshot:
     return Snapshot(block.text.parts, len(block.text.parts), dict(block.fields))
 
 
-def new_text(block: Block, shown: Snapshot) -> str | None:
+def _new_text(block: Block, shown: Snapshot | None) -> str | None:
     """The text the client still lacks; None if its text is no longer a beginning."""
+    if shown is None:
+        return str(block.text)
     if shown.parts is block.text.parts:
         return "".join(shown.parts[shown.count :])
     before, now = "".join(shown.parts[: shown.count]), str(block.text)
@@ -2521,21 +2389,19 @@ def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": block.index}
-    if shown is None:
-        return event | {
-            "type": "response.output_item.added",
-            "item": render_item(block),
-        }
-    suffix = new_text(block, shown)
-    changed = shown.fields != block.fields
-    if suffix == "" and not changed:
+    suffix = _new_text(block, shown)
+    is_same = shown is not None and shown.fields == block.fields
+    if is_same and suffix == "":
         return None
-    if not suffix or changed or block.kind not in DELTA_TYPES:
-        return event | {"type": "response.output_item.done", "item": render_item(block)}
-    event |= {"type": DELTA_TYPES[block.kind], "item_id": block.id, "delta": suffix}
-    if block.kind != "function_call":
-        event["content_index"] = 0
-    return event
+    if is_same and suffix and block.kind in _DELTA_TYPES:
+        event |= {"type": _DELTA_TYPES[block.kind], "item_id": block.id}
+        event |= {} if block.kind == "function_call" else {"content_index": 0}
+        return event | {"delta": suffix}
+    change = "added" if shown is None else "done"
+    return event | {
+        "type": f"response.output_item.{change}",
+        "item": render_item(block),
+    }
 
 
 def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
@@ -2544,15 +2410,16 @@ def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
     shown, because a client would take them for its own to run.
     """
-    suffix = str(block.text) if shown is None else new_text(block, shown)
+    suffix = _new_text(block, shown)
     if not suffix or block.fields.get("passing"):
         return None
-    if block.kind in ("function_call", "function_call_output"):
-        return None
-    if block.kind == "reasoning":
-        return {"reasoning_content": suffix}
-    gap = "\n\n" if shown is None and block.index else ""
-    return {"content": gap + suffix}
+    match block.kind:
+        case "message":
+            gap = "\n\n" if shown is None and block.index else ""
+            return {"content": gap + suffix}
+        case "reasoning":
+            return {"reasoning_content": suffix}
+    return None
 
 
 # ======================================================================================
@@ -2791,8 +2658,8 @@ class Host:
         builtin: dict[str, Json] = {}
         try:
             builtin = await self._builtin_tools(model, meta, settings, extra)
-        except HostFailure as failure:
-            problems.append(f"Open WebUI's own tools could not be loaded: {failure}")
+        except HostFailure:
+            problems.append("Open WebUI's own tools could not be loaded")
         return {**builtin, **own, **tools}, problems
 
     async def _own_tools(
@@ -2804,10 +2671,10 @@ class Host:
         try:
             with foreign_errors(HostFailure):
                 return await get_tools(self.request, ids, self.user, extra), []
-        except HostFailure as failure:
+        except HostFailure:
             if len(ids) == 1:
                 name = plain_line(ids[0], 60)
-                return {}, [f'its tool "{name}" could not be loaded: {failure}']
+                return {}, [f'its tool "{name}" could not be loaded']
         tools: dict[str, Json] = {}
         problems: list[str] = []
         for tool_id in ids:
@@ -3361,7 +3228,7 @@ async def resolve_cast(
 # ======================================================================================
 
 
-MOST_INTERVALS = 5.0  # how much longer than the interval a costly update may wait
+MOST_INTERVALS = 4.0  # what the costliest update waits: 0.4 s is still seen to flow
 
 
 class Emitter:
@@ -3444,7 +3311,9 @@ class Emitter:
 
     def _cost_of(self, noted: Iterable[Block]) -> float:
         """What an update of these blocks costs the page, in intervals."""
-        drawn = sum(0.4 + block.text.length / 4000 for block in noted)
+        # Tuned with row 12 of the benchmarks, what the page is busy with: three blocks
+        # that grow at once, 5,000 characters of one, or a message of 60,000 cost one.
+        drawn = sum(0.3 + block.text.length / 5000 for block in noted)
         whole = sum(block.text.length for block in self._shown) / 60_000
         return min(max(drawn + whole, 1.0), MOST_INTERVALS)
 
@@ -3563,29 +3432,34 @@ class Screen:
 @dataclass(slots=True)
 class Figures:
     """One speaker's model calls: how many, the usage of all, the seconds to the first
-    token of the first, and of all together the seconds after the first token."""
+    token of the first, and of those that streamed the seconds after it and tokens."""
 
     calls: int = 0
     usage: Json = field(default_factory=dict)
     first_token: float | None = None
-    answering: float = 0.0
+    streaming: float = 0.0
+    streamed: int = 0
 
-    def count(self, begun: float, first: float | None, ended: float) -> None:
+    def count(
+        self, begun: float, first: float | None, ended: float, tokens: int
+    ) -> None:
         """Add one model call; `first` is when its first token came, if it did."""
         self.calls += 1
-        if first is not None:
-            self.answering += ended - first
-            if self.first_token is None:
-                self.first_token = first - begun
+        if first is None:
+            return
+        if self.first_token is None:
+            self.first_token = first - begun
+        if ended - first > 0.2:  # s; a shorter reply came all at once
+            self.streaming += ended - first
+            self.streamed += tokens
 
     def report(self) -> Json:
         """Usage, calls and speed, as far as they are known."""
         report: Json = {**self.usage, "calls": self.calls}
         if self.first_token is not None:
             report["first_token_seconds"] = round(self.first_token, 3)
-        tokens = self.usage.get("output_tokens")
-        if tokens and self.answering > 0.2:  # s; a shorter answer came all at once
-            report["tokens_per_second"] = round(tokens / self.answering, 1)
+        if self.streamed:
+            report["tokens_per_second"] = round(self.streamed / self.streaming, 1)
         return report
 
 
@@ -3608,10 +3482,12 @@ class Ledger:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
         now = asyncio.get_running_loop().time()
-        figures.count(deadline.begun, deadline.first_at, now)
-        if usage:
-            self.usage = self.add_usage(self.usage, usage)
-            figures.usage = self.add_usage(figures.usage, usage)
+        counted = self.add_usage({}, usage) if usage else {}
+        tokens = counted.get("output_tokens", 0)
+        figures.count(deadline.begun, deadline.first_at, now, tokens)
+        if counted:
+            self.usage = self.add_usage(self.usage, counted)
+            figures.usage = self.add_usage(figures.usage, counted)
 
     def report(self) -> Json:
         """The usage of the run, with everybody's share and speed; {} if none came."""
@@ -3674,7 +3550,8 @@ class ReplyDeadline(_Deadline):
 
     def __init__(self, first: float, silence: float) -> None:
         super().__init__(first, f"it said nothing for {first:g} s")
-        self.begun = self._heard_at = asyncio.get_running_loop().time()
+        self._now = asyncio.get_running_loop().time
+        self.begun = self._heard_at = self._now()
         self.first_at: float | None = None
         self.spoke = asyncio.Event()  # set whenever it says something
         self._silence = silence
@@ -3682,11 +3559,11 @@ class ReplyDeadline(_Deadline):
     @property
     def silence(self) -> float:
         """How long the model has said nothing, in s."""
-        return asyncio.get_running_loop().time() - self._heard_at
+        return self._now() - self._heard_at
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         if self.first_at is None:
             self.first_at = now
             self._reason = f"it said nothing for {self._silence:g} s"
@@ -3699,24 +3576,27 @@ class ReplyDeadline(_Deadline):
     def skip(self) -> None:
         """End the waiting now."""
         self._reason = "it was skipped"
-        self._move(asyncio.get_running_loop().time())
+        self._move(self._now())
 
 
 class ConnectionGate:
     """Lets so many calls through to one connection at a time.
 
-    Who waits is let in by stage, a later one first (ballots and the chair go before
-    answers that are late); then comes who asks the model that was let in last (an
-    Ollama server loads one at a time, for tens of seconds), then who came first.
+    Who waits is let in by stage, a later one first: ballots and the chair go before
+    answers that are late, which never get the last place. Then comes who asks the model
+    that was let in last (an Ollama server loads one at a time, for tens of seconds),
+    then who came first.
     """
 
     def __init__(self, places: int) -> None:
         self._free = places
         self._queue: list[tuple[int, str, asyncio.Future[None]]] = []
         self._model = ""
+        self._stage = 0  # for which the last place is kept
 
     async def enter(self, stage: int, model_id: str) -> None:
         """Wait for a place."""
+        self._stage = max(self._stage, stage)
         admission = asyncio.get_running_loop().create_future()
         self._queue.append((stage, model_id, admission))
         self._admit()
@@ -3732,10 +3612,19 @@ class ConnectionGate:
         self._free += 1
         self._admit()
 
+    def open_to_all(self) -> None:
+        """No stage comes any more: who is late may have every place."""
+        self._stage = 0
+        self._admit()
+
     def _admit(self) -> None:
-        self._queue = [each for each in self._queue if not each[2].done()]
-        if self._free and self._queue:
-            best = max(self._queue, key=lambda each: (each[0], each[1] == self._model))
+        while True:
+            queue = self._queue = [each for each in self._queue if not each[2].done()]
+            spare = self._free > 1
+            may = [each for each in queue if spare or each[0] >= self._stage]
+            if not (self._free and may):
+                return
+            best = max(may, key=lambda each: (each[0], each[1] == self._model))
             self._free -= 1
             self._model = best[1]
             best[2].set_result(None)
@@ -3771,10 +3660,12 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     """The request: what the chat sets goes before the valves, these before what the
     model sets itself (the host adds that), and that before the defaults for all."""
     names = {"temperature", "top_p", "top_k"}
+    valves = settings.model_dump(include=names, exclude_none=True)
+    given: Json = {**call.voice.defaults, **valves, **call.parameters}
+    if call.voice.connection.startswith(OLLAMA):  # the host looks for them there only
+        given = {"options": given}
     payload = {
-        **call.voice.defaults,
-        **settings.model_dump(include=names, exclude_none=True),
-        **call.parameters,
+        **given,
         "model": call.voice.model_id,
         "messages": call.messages,
         "stream": streams,
@@ -3827,6 +3718,11 @@ class ModelCalls:
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
+
+    def open_to_all(self) -> None:
+        """No stage comes any more; only who is late goes on."""
+        for gate in self._gates.values():
+            gate.open_to_all()
 
     async def text(self, call: ModelCall, streams: bool = True) -> str:
         """A plain completion -> its text; raises `ModelFailure`."""
@@ -4178,10 +4074,10 @@ _FIGURES = {  # how each is shown, where it is known
 
 
 def _describe_progress(
-    of: int, what: str, there: Mapping[str, float], since: Mapping[str, float | None]
+    of_all: str, there: Mapping[str, float], since: Mapping[str, float | None]
 ) -> str:
     """How many are there, who is waited for and who is queued, who was fastest."""
-    parts = [f"{len(there)} of {of} {what}"]
+    parts = [f"{len(there)} {of_all}"]
     if since:
         names = (f"{a}{' (queued)' if at is None else ''}" for a, at in since.items())
         parts.append(f"waiting for {', '.join(names)}")
@@ -4216,13 +4112,14 @@ class Run:
                 self.screen.notice(problem)
             if self.cast.by_default:
                 names = ", ".join(self.cast.aliases)
-                where = "in the valves, with the Valves button beside the input"
-                text = f"Nobody was chosen, so {names} talk: choose others {where}"
+                text = f"No participants are chosen, so {names} talk: choose others "
+                text += "with the Valves button beside the input"
                 await host.show_status(text, done=False)
             if self.drafts:
                 await self._search_once()
             async with self.tasks:
                 ended = await self._run_mode(mode)
+                self.models.open_to_all()
                 if self.late:
                     late = ", ".join(section.participant.alias for section in self.late)
                     await host.show_status(f"{ended} · waiting for {late}", done=False)
@@ -4243,10 +4140,10 @@ class Run:
         deadline = ReplyDeadline(limit, limit)
         model_id, question = self.cast.manager.model_id, last_question(self.entries)
         try:
-            async with self.models.limits("The web search", deadline):
+            async with self.models.limits("the web search", deadline):
                 found, sources = await self.host.search(model_id, question)
         except ModelFailure as failure:
-            self.screen.notice(f"The web search found nothing: {plain_line(failure)}")
+            self.screen.notice(f"The web search was left out: {plain_line(failure)}")
             return
         if found:
             text = f"Found on the web for this question:\n{escape_labels(found)}"
@@ -4267,7 +4164,7 @@ class Run:
                     result = await self._speak(step, stage)
                 case AskManager():
                     result = await self._ask_manager(step, stage)
-                case Rank() | Vote():
+                case Judge():
                     result = await self._collect_ballots(step, stage)
                 case Publish(key, text):
                     self.screen.publish(key, text)
@@ -4342,14 +4239,15 @@ class Run:
         return turns
 
     async def _collect_ballots(
-        self, step: Rank | Vote, stage: int
+        self, step: Judge, stage: int
     ) -> list[Ballot | LostBallot]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.publish_progress("judged", "the members judge each other")
-        read = read_ranking if isinstance(step, Rank) else read_vote
         tasks = {
-            paper.voter: self.tasks.create_task(self._cast_ballot(paper, read, stage))
+            paper.voter: self.tasks.create_task(
+                self._cast_ballot(paper, step.read, stage)
+            )
             for paper in step.papers
         }
         await self._wait_in_view(tasks, "judged", stage)
@@ -4421,23 +4319,28 @@ class Run:
             if (quorum and len(there) >= quorum) or (late and there):
                 break
             if len(tasks) > 1:
-                text = _describe_progress(len(tasks), what, there, since)
-                self.screen.publish_progress(what, f"{text} · {now - begun:.1f} s")
+                of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
+                text = _describe_progress(of_all, there, since)
+                self.screen.publish_progress(what, text)
         self.screen.hide_progress()
 
     # -- a turn ------------------------------------------------------------------------
 
     async def _take_turn(self, section: Section, brief: str, stage: int) -> Turn:
-        """One participant's turn; its failure is part of the turn, not an exception."""
+        """One participant's turn; its failure is part of the turn, not an exception.
+
+        However it ends, every tool call has an answer: the host would run an open one.
+        """
+        failure: str | None = "it was ended by an internal error"
         try:
             async with section.clock.running():
                 await self._speak_until_done(section, brief, stage)
-        except ModelFailure as failure:
-            section.fail(str(failure))
-        except asyncio.CancelledError:
-            section.fail("it was stopped")
-            raise
+            failure = None
+        except ModelFailure as error:
+            failure = str(error)
         finally:
+            if failure is not None:
+                section.fail("it was stopped" if was_cancelled() else failure)
             if section in self.late:
                 self.late.remove(section)
                 late = "not ranked: it came after the review had begun"
@@ -4462,7 +4365,8 @@ class Run:
             call = ModelCall(alias, voice, messages, clock, stage, specs, chosen)
             reply = await self.models.complete(call, section.begin_reply)
             if reply.calls and not left:
-                raise ModelFailure("it called tools even when it was given none")
+                most = self.settings.max_tool_rounds
+                raise ModelFailure(f"it still called tools after {most} tool rounds")
             results = await self._run_tools(section, reply.calls, messages)
             messages = [*messages, *section.record(reply, results)]
             if not reply.calls:
@@ -4646,7 +4550,7 @@ async def _prepare(
         ) from failure
     if asked not in (None, settings.rounds):
         line = f"You asked for {asked} rounds and get {settings.rounds}"
-        line += f": 1 to {settings.max_rounds} are possible."
+        line += f": the administrator allows 1 to {settings.max_rounds}."
         cast = replace(cast, problems=(*cast.problems, line))
     if row.drafts and not settings.remember_drafts:
         entries = keep_conclusions(entries)
@@ -4684,7 +4588,9 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         seats, _, _ = choose_seats(settings, cards)
         if not seats:
             raise ConversationError("There is no participant to ask.")
-        voice = Voice(seats[0].model_id, think_tags=host.think_tags())
+        card = cards[seats[0].model_id]
+        tags = host.think_tags()
+        voice = Voice(card.id, connection=card.connection, think_tags=tags)
         clock = TurnClock(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
         messages = body["messages"]

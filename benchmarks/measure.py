@@ -1,13 +1,12 @@
 """A real Open WebUI, scripted models in a process of their own, and what a run costs.
 
-Socket bytes and events are counted at the client, processor time and memory in the
-process table, statements and look-ups by the probe inside the server.
+Socket bytes and events are counted at the client, processor time by the kernel,
+statements, look-ups and memory by the probe inside the server.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 import tempfile
@@ -60,6 +59,13 @@ SAMPLE_EVERY = 0.25
 """Seconds between two looks at a run."""
 SAME_FRAME = 0.001
 """Events that arrive within so many seconds are one frame."""
+IDLE_SECONDS = 5.0
+"""For so long the server is watched when nobody asks."""
+NO_POLLING = {"TIMER_POLL_INTERVAL": "3600", "SCHEDULER_POLL_INTERVAL": "3600"}
+"""Seconds between two looks of the host at its own timers.
+
+By default it looks every second, and that is nearly all that an idle server does.
+"""
 TIMEOUT = 240.0
 """Seconds one run may take."""
 TOOLS = "def tool_{at}(self, place: str) -> str:\n        return place"
@@ -71,7 +77,7 @@ def toolbox(count: int = 20) -> str:
     return f'"""\ntitle: Toolbox\n"""\n\n\nclass Tools:\n    {functions}\n'
 
 
-# --- the process table --------------------------------------------------------------
+# --- processor time -----------------------------------------------------------------
 
 
 def family(pid: int) -> list[int]:
@@ -82,12 +88,9 @@ def family(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of a process and its descendants so far."""
-    ticks = 0
-    for one in family(pid):
-        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    """Processor time of a process and its descendants so far, to the nanosecond."""
+    # Linux numbers the clocks of processes so: clock_getcpuclockid(3)
+    return sum(time.clock_gettime(~one << 3 | 2) for one in family(pid))
 
 
 # --- what a run costs ---------------------------------------------------------------
@@ -139,19 +142,15 @@ class Cost:
     @property
     def gaps(self) -> list[float]:
         """Seconds between two frames with text."""
-        return frame_gaps(self.reply.events)
+        events = self.reply.events
+        times = [event.at for event in events if "status" not in event.type]
+        gaps = [later - at for at, later in zip(times, times[1:], strict=False)]
+        return [gap for gap in gaps if gap > SAME_FRAME]
 
 
 def is_end(event: Event) -> bool:
     """Whether this is the host's last word on an answer."""
     return event.type == "chat:completion" and bool(event.data.get("done"))
-
-
-def frame_gaps(events: Sequence[Event]) -> list[float]:
-    """Seconds between the frames of these events, of which those with text count."""
-    times = [event.at for event in events if "status" not in event.type]
-    gaps = [later - at for at, later in zip(times, times[1:], strict=False)]
-    return [gap for gap in gaps if gap > SAME_FRAME]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -218,12 +217,12 @@ class Bench:
         """Wait until the server is quiet, and give its counts."""
         return await asyncio.to_thread(self.host.settled_counts)
 
-    async def measure_idle(self, seconds: float = 20.0) -> None:
+    async def measure_idle(self) -> None:
         """Take what the server costs when nobody asks."""
         await self.settle()
         before = cpu_seconds(self.pid)
-        await asyncio.sleep(seconds)
-        self.idle = (cpu_seconds(self.pid) - before) / seconds
+        await asyncio.sleep(IDLE_SECONDS)
+        self.idle = (cpu_seconds(self.pid) - before) / IDLE_SECONDS
 
     async def cost(
         self, page: Page, ask: Ask, tool_ids: Sequence[str] = ()
@@ -302,7 +301,7 @@ def stack() -> Iterator[Bench]:
     with (
         tempfile.TemporaryDirectory(prefix="benchmarks-") as directory,
         scripted_models() as url,
-        OpenWebUI.start(Path(directory), url) as host,
+        OpenWebUI.start(Path(directory), url, extra_env=NO_POLLING) as host,
     ):
         host.sign_up_admin()
         source = FUNCTION.read_text("utf-8")

@@ -27,7 +27,7 @@ LENGTH = f"""() => {{
   return replies.length ? replies[replies.length - 1].textContent.length : 0;
 }}"""
 
-TIMES = 3
+TIMES = 2
 """How often 40,000 characters are streamed on each side, in turn."""
 STREAMED = {
     "ours": Ask("ours", ("tokens-1900-600",) * 2, 2),

@@ -67,8 +67,9 @@ class ScriptedHost(mmc.Host):
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
         names = ("input_tokens", "output_tokens", "total_tokens")
-        counts = (report["prompt_tokens"], report["completion_tokens"])
-        more = (*counts, sum(counts))
+        inputs = int(report.get("input_tokens") or report["prompt_tokens"])
+        outputs = int(report.get("output_tokens") or report["completion_tokens"])
+        more = (inputs, outputs, inputs + outputs)
         return {n: total.get(n, 0) + m for n, m in zip(names, more, strict=True)}
 
     async def run_tool(

@@ -207,6 +207,18 @@ def test_who_has_no_tools_is_told_so() -> None:
 # -- modes by hand ---------------------------------------------------------------------
 
 
+def round_robin(aliases: Sequence[str], rounds: int, last: str | None) -> mmc.Mode:
+    return mmc.round_robin(agenda(aliases, rounds, last))
+
+
+def managed(aliases: Sequence[str], rounds: int, last: str | None) -> mmc.Mode:
+    return mmc.managed(agenda(aliases, rounds, last))
+
+
+def agenda(aliases: Sequence[str], rounds: int, last: str | None) -> mmc.Agenda:
+    return mmc.Agenda(tuple(aliases), "", mmc.Settings(rounds=rounds), last)
+
+
 def said(alias: str, text: str = "yes") -> list[mmc.Turn]:
     return [mmc.Turn(alias, text)]
 
@@ -266,7 +278,7 @@ def with_failing(*broken: str) -> Callable[[mmc.Step], Any]:
 
 
 def test_in_a_round_everybody_speaks_once_in_order() -> None:
-    steps, why = play(mmc.round_robin(["Ann", "Bob", "Cat"], 2, None), with_failing())
+    steps, why = play(round_robin(["Ann", "Bob", "Cat"], 2, None), with_failing())
     assert speakers(steps) == "Ann Bob Cat Ann Bob Cat"
     roles = [step.role for step in steps if isinstance(step, mmc.Speak)]
     assert roles == ["round 1 of 2", "", "", "round 2 of 2", "", ""]
@@ -274,21 +286,19 @@ def test_in_a_round_everybody_speaks_once_in_order() -> None:
 
 
 def test_one_round_is_one_round() -> None:
-    _, why = play(mmc.round_robin(["Ann"], 1, None), with_failing())
+    _, why = play(round_robin(["Ann"], 1, None), with_failing())
     assert why == "Finished after 1 round"
 
 
 def test_a_continued_reply_goes_on_after_who_spoke_last() -> None:
-    steps, _ = play(mmc.round_robin(["Ann", "Bob", "Cat"], 1, "Ann"), with_failing())
+    steps, _ = play(round_robin(["Ann", "Bob", "Cat"], 1, "Ann"), with_failing())
     assert speakers(steps) == "Bob Cat Ann"
-    steps, _ = play(mmc.round_robin(["Ann", "Bob"], 1, "Gone"), with_failing())
+    steps, _ = play(round_robin(["Ann", "Bob"], 1, "Gone"), with_failing())
     assert speakers(steps) == "Ann Bob"
 
 
 def test_who_fails_twice_in_a_row_sits_out_the_rest() -> None:
-    steps, why = play(
-        mmc.round_robin(["Ann", "Bob", "Cat"], 4, None), with_failing("Bob")
-    )
+    steps, why = play(round_robin(["Ann", "Bob", "Cat"], 4, None), with_failing("Bob"))
     assert speakers(steps) == "Ann Bob Cat Ann Bob Cat Ann Cat Ann Cat"
     assert why == "Finished after 4 rounds"
 
@@ -300,23 +310,21 @@ def test_who_fails_now_and_then_stays() -> None:
         assert isinstance(step, mmc.Speak)
         return said("Ann") if next(count) % 2 else failed("Ann")
 
-    steps, why = play(mmc.round_robin(["Ann"], 6, None), every_second_fails)
+    steps, why = play(round_robin(["Ann"], 6, None), every_second_fails)
     assert speakers(steps) == "Ann Ann Ann Ann Ann Ann"
     assert why == "Finished after 6 rounds"
 
 
 def test_who_broke_off_in_the_middle_has_spoken() -> None:
     steps, why = play(
-        mmc.round_robin(["Ann"], 3, None), lambda _: failed("Ann", "half a sent")
+        round_robin(["Ann"], 3, None), lambda _: failed("Ann", "half a sent")
     )
     assert speakers(steps) == "Ann Ann Ann"
     assert why == "Finished after 3 rounds"
 
 
 def test_it_ends_when_nobody_could_answer() -> None:
-    steps, why = play(
-        mmc.round_robin(["Ann", "Bob"], 5, None), with_failing("Ann", "Bob")
-    )
+    steps, why = play(round_robin(["Ann", "Bob"], 5, None), with_failing("Ann", "Bob"))
     assert speakers(steps) == "Ann Bob Ann Bob"
     assert why == "Nobody could answer"
 
@@ -327,12 +335,12 @@ def test_it_ends_when_nobody_is_left_who_can_answer() -> None:
     def first_only(step: mmc.Step) -> list[mmc.Turn]:
         return failed("Ann") if next(count) else said("Ann")
 
-    _, why = play(mmc.round_robin(["Ann"], 9, None), first_only)
+    _, why = play(round_robin(["Ann"], 9, None), first_only)
     assert why == "Ended: nobody is left who can answer"
 
 
 def test_the_manager_is_asked_for_each_next_speaker() -> None:
-    mode = mmc.managed(["Ann", "Bob", "Cat"], 1, None)
+    mode = managed(["Ann", "Bob", "Cat"], 1, None)
     assert next(mode) == mmc.AskManager(("Ann", "Bob", "Cat"), None)
     answer = '{"next": "Cat", "done": false, "reason": "Cat knows trees."}'
     step = mode.send(answer)
@@ -358,7 +366,7 @@ def test_nobody_is_asked_to_speak_twice_in_a_row_unless_alone(
         assert step.last not in step.candidates or step.candidates == (step.last,)
         return data.draw(st.sampled_from([*aliases, "nobody", None]))
 
-    steps, why = play(mmc.managed(aliases, rounds, None), respond, most=300)
+    steps, why = play(managed(aliases, rounds, None), respond, most=300)
     order = speakers(steps).split()
     assert len(order) <= rounds * seats
     failures = dict.fromkeys(aliases, 0)
@@ -371,7 +379,7 @@ def test_nobody_is_asked_to_speak_twice_in_a_row_unless_alone(
 
 def test_a_wrong_answer_goes_back_once_with_what_was_wrong() -> None:
     steps, _ = play(
-        mmc.managed(["Ann", "Bob"], 1, None),
+        managed(["Ann", "Bob"], 1, None),
         with_answers("I don't know", "Bob", "Ann"),
     )
     first, second, _ = asked(steps)
@@ -383,7 +391,7 @@ def test_a_wrong_answer_goes_back_once_with_what_was_wrong() -> None:
 
 def test_after_two_wrong_answers_the_next_in_order_speaks() -> None:
     steps, _ = play(
-        mmc.managed(["Ann", "Bob", "Cat"], 1, "Ann"),
+        managed(["Ann", "Bob", "Cat"], 1, "Ann"),
         with_answers("?", '{"next": "Zoe"}', "Cat", "Bob"),
     )
     assert speakers(steps) == "Bob Cat Bob"
@@ -391,7 +399,7 @@ def test_after_two_wrong_answers_the_next_in_order_speaks() -> None:
 
 def test_when_the_manager_fails_the_next_in_order_speaks() -> None:
     steps, _ = play(
-        mmc.managed(["Ann", "Bob", "Cat"], 1, "Bob"), with_answers(None, None, None)
+        managed(["Ann", "Bob", "Cat"], 1, "Bob"), with_answers(None, None, None)
     )
     assert speakers(steps) == "Cat Ann Bob"
     notes = [step.note for step in steps if isinstance(step, mmc.Speak)]
@@ -401,7 +409,7 @@ def test_when_the_manager_fails_the_next_in_order_speaks() -> None:
 def test_with_one_candidate_left_the_manager_is_asked_whether_to_end_it() -> None:
     done = '{"done": true, "reason": "All is said."}'
     steps, why = play(
-        mmc.managed(["Ann", "Bob"], 9, None), with_answers("Bob", "Ann", "Bob", done)
+        managed(["Ann", "Bob"], 9, None), with_answers("Bob", "Ann", "Bob", done)
     )
     assert speakers(steps) == "Bob Ann Bob"
     assert [step.candidates for step in asked(steps)[1:]] == [("Ann",), ("Bob",)] + [
@@ -412,7 +420,7 @@ def test_with_one_candidate_left_the_manager_is_asked_whether_to_end_it() -> Non
 
 def test_with_one_candidate_left_a_wrong_answer_is_not_sent_back() -> None:
     steps, why = play(
-        mmc.managed(["Ann", "Bob"], 2, None), with_answers("Bob", "?", "Ann", None)
+        managed(["Ann", "Bob"], 2, None), with_answers("Bob", "?", "Ann", None)
     )
     assert speakers(steps) == "Bob Ann Bob Ann"
     assert len(asked(steps)) == 4
@@ -420,9 +428,7 @@ def test_with_one_candidate_left_a_wrong_answer_is_not_sent_back() -> None:
 
 
 def test_one_alone_begins_unasked_and_the_manager_may_end_it_then() -> None:
-    steps, why = play(
-        mmc.managed(["Ann"], 4, None), with_answers("Ann", '{"done": true}')
-    )
+    steps, why = play(managed(["Ann"], 4, None), with_answers("Ann", '{"done": true}'))
     assert speakers(steps) == "Ann Ann"
     assert [step.last for step in asked(steps)] == ["Ann", "Ann"]
     assert why == "The manager ended it: no reason given"
@@ -431,7 +437,7 @@ def test_one_alone_begins_unasked_and_the_manager_may_end_it_then() -> None:
 def test_the_manager_may_end_it() -> None:
     done = '{"done": true, "reason": "All is said."}'
     steps, why = play(
-        mmc.managed(["Ann", "Bob", "Cat"], 2, None), with_answers("Cat", done)
+        managed(["Ann", "Bob", "Cat"], 2, None), with_answers("Cat", done)
     )
     assert speakers(steps) == "Cat"
     assert why.startswith("The manager ended it: All is said")
@@ -439,7 +445,7 @@ def test_the_manager_may_end_it() -> None:
 
 def test_the_manager_may_end_it_without_a_reason() -> None:
     _, why = play(
-        mmc.managed(["Ann", "Bob", "Cat"], 2, None),
+        managed(["Ann", "Bob", "Cat"], 2, None),
         with_answers("Cat", '{"finished": true}'),
     )
     assert why == "The manager ended it: no reason given"
@@ -448,7 +454,7 @@ def test_the_manager_may_end_it_without_a_reason() -> None:
 def test_it_cannot_be_done_before_anybody_spoke() -> None:
     done = '{"done": true, "reason": "Boring."}'
     steps, why = play(
-        mmc.managed(["Ann", "Bob", "Cat"], 1, None),
+        managed(["Ann", "Bob", "Cat"], 1, None),
         with_answers(done, done, "Bob", "Cat"),
     )
     assert asked(steps)[1].problem == "Nobody has spoken yet, so it cannot be done."
@@ -457,7 +463,7 @@ def test_it_cannot_be_done_before_anybody_spoke() -> None:
 
 
 def test_who_fails_twice_is_no_candidate_of_the_manager_any_more() -> None:
-    steps, _ = play(mmc.managed(["Ann", "Bob", "Cat"], 4, None), with_failing("Ann"))
+    steps, _ = play(managed(["Ann", "Bob", "Cat"], 4, None), with_failing("Ann"))
     assert speakers(steps).split().count("Ann") == 2
     assert asked(steps)[-1].candidates in (("Bob",), ("Cat",), ("Bob", "Cat")) or (
         "Ann" not in asked(steps)[-1].candidates
@@ -465,7 +471,7 @@ def test_who_fails_twice_is_no_candidate_of_the_manager_any_more() -> None:
 
 
 def test_a_managed_conversation_ends_when_nobody_can_answer() -> None:
-    steps, why = play(mmc.managed(["Ann", "Bob"], 9, None), with_failing("Ann", "Bob"))
+    steps, why = play(managed(["Ann", "Bob"], 9, None), with_failing("Ann", "Bob"))
     assert len(speakers(steps).split()) == 4
     assert why == "Nobody could answer"
 
@@ -496,7 +502,7 @@ PEOPLE = ("Ann", "Anna", "Ann Lee", "Bob", "GPT-4", "GPT-4o", "Jörg (v1.5)")
     ],
 )
 def test_the_manager_is_understood_by_whole_names(answer: str, alias: str) -> None:
-    steps, _ = play(mmc.managed(PEOPLE, 1, None), ends_after_one(answer))
+    steps, _ = play(managed(PEOPLE, 1, None), ends_after_one(answer))
     assert speakers(steps) == alias
 
 
@@ -517,7 +523,7 @@ def test_the_manager_is_understood_by_whole_names(answer: str, alias: str) -> No
     ],
 )
 def test_an_answer_that_names_nobody_or_several_is_wrong(answer: str) -> None:
-    steps, _ = play(mmc.managed(PEOPLE, 1, None), ends_after_one(answer, "Bob"))
+    steps, _ = play(managed(PEOPLE, 1, None), ends_after_one(answer, "Bob"))
     assert len(asked(steps)) >= 2
     assert asked(steps)[1].problem.startswith("Your answer must name exactly one of")
     assert speakers(steps) == "Bob"
@@ -537,7 +543,7 @@ def ends_after_one(*answers: str) -> Callable[[mmc.Step], Any]:
 
 def test_somebody_who_may_not_speak_now_is_not_taken_for_a_shorter_name() -> None:
     steps, _ = play(
-        mmc.managed(["Ann", "Ann Lee", "Bob"], 1, "Ann Lee"),
+        managed(["Ann", "Ann Lee", "Bob"], 1, "Ann Lee"),
         with_answers('{"next": "Ann Lee"}', "Bob", "Ann Lee", "Ann"),
     )
     assert (
@@ -549,7 +555,7 @@ def test_somebody_who_may_not_speak_now_is_not_taken_for_a_shorter_name() -> Non
 
 @given(st.text('{}[]":,AnBob truefals\n', max_size=60))
 def test_no_answer_of_the_manager_is_fatal(answer: str) -> None:
-    play(mmc.managed(PEOPLE, 1, None), with_answers(*[answer] * 20))
+    play(managed(PEOPLE, 1, None), with_answers(*[answer] * 20))
 
 
 def test_there_is_a_row_for_each_mode() -> None:

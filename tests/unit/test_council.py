@@ -61,7 +61,7 @@ class Room:
         match step:
             case mmc.Speak():
                 return [self.turn(alias, step) for alias in step.aliases]
-            case mmc.Rank(papers) | mmc.Vote(papers):
+            case mmc.Judge(papers):
                 voters = [p.voter for p in papers if p.voter in self.ranks]
                 return [ballot(voter, self.ranks[voter]) for voter in voters]
         return None
@@ -114,7 +114,7 @@ def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     assert room.play(mmc.council(agenda())) == "Chaired by Cat"
     answers, rank, ranking, outcome, conclusion = room.steps
     assert answers == mmc.Speak(ALL, "answering", joins=False)
-    assert isinstance(rank, mmc.Rank)
+    assert isinstance(rank, mmc.Judge) and rank.read is mmc.read_ranking
     assert [paper.voter for paper in rank.papers] == list(ALL)
     assert isinstance(ranking, mmc.Publish) and ranking.key == "ranking"
     assert outcome == mmc.Publish("outcome", "> 🏁 4 of 4 answered · chaired by Cat")
@@ -134,7 +134,7 @@ def test_who_is_late_is_neither_reviewed_nor_a_reviewer_and_the_outcome_says_so(
 ):
     room = Room(silent={"Dan": "it was late"}, ranks={"Ann": "Bob Cat"})
     assert room.play(mmc.council(agenda(quorum=3))) == "Chaired by Bob"
-    (rank,) = room.of(mmc.Rank)
+    (rank,) = room.of(mmc.Judge)
     assert [paper.voter for paper in rank.papers] == ["Ann", "Bob", "Cat"]
     for paper in rank.papers:
         assert "Dan" not in paper.choices.values()
@@ -191,7 +191,7 @@ def test_who_broke_off_half_way_has_not_answered() -> None:
 
     room = HalfWay(ranks={"Ann": "Cat Dan"})
     room.play(mmc.council(agenda()))
-    (rank,) = room.of(mmc.Rank)
+    (rank,) = room.of(mmc.Judge)
     assert [paper.voter for paper in rank.papers] == ["Ann", "Cat", "Dan"]
     assert "Half" not in "".join(paper.brief for paper in rank.papers)
     assert room.outcomes == [
@@ -206,7 +206,7 @@ def test_with_one_answer_there_is_no_conclusion() -> None:
         "> 🏁 1 of 4 answered · Ann failed: boom · Cat was skipped · Dan failed: bang"
         " · no conclusion, this is Bob's answer alone"
     ]
-    assert not room.of(mmc.Rank) and not room.chairs
+    assert not room.of(mmc.Judge) and not room.chairs
 
 
 def test_with_no_answer_every_reason_is_listed() -> None:
@@ -223,7 +223,7 @@ def test_with_no_answer_every_reason_is_listed() -> None:
         "> ⚠️ Nobody could answer: Ann failed: HTTP 500; Bob was skipped; "
         "Cat said nothing for 2 s; Dan failed: no key"
     ]
-    assert not room.of(mmc.Rank) and not room.chairs
+    assert not room.of(mmc.Judge) and not room.chairs
 
 
 class Losing(Room):
@@ -231,7 +231,7 @@ class Losing(Room):
 
     def perform(self, step: mmc.Step) -> Any:
         found = super().perform(step)
-        if isinstance(step, (mmc.Rank, mmc.Vote)):
+        if isinstance(step, mmc.Judge):
             lost = [p.voter for p in step.papers if p.voter not in self.ranks]
             found += [mmc.LostBallot(v, "it said nothing\nfor 60 s.") for v in lost]
         return found
@@ -242,8 +242,8 @@ def test_under_the_ranking_stands_whose_ballot_was_lost_and_why() -> None:
     assert room.play(mmc.council(agenda())) == "Chaired by Bob"
     assert room.of(mmc.Publish)[0].text.endswith(
         "| Dan | 3.0 | 2 | 0 |\n\n"
-        "No ballot from Bob: it said nothing for 60 s.\n\n"
-        "No ballot from Dan: it said nothing for 60 s."
+        "No ballot from Bob: said nothing for 60 s.\n\n"
+        "No ballot from Dan: said nothing for 60 s."
     )
 
 
@@ -255,8 +255,8 @@ def test_where_all_ballots_were_lost_each_says_why(
     assert room.play(mode(agenda(ALL[:2], rounds=1))) == "Chaired by Ann"
     assert room.of(mmc.Publish)[0].text.endswith(
         "the members stay in their order.\n\n"
-        "No ballot from Ann: it said nothing for 60 s.\n\n"
-        "No ballot from Bob: it said nothing for 60 s."
+        "No ballot from Ann: said nothing for 60 s.\n\n"
+        "No ballot from Bob: said nothing for 60 s."
     )
 
 
@@ -351,7 +351,7 @@ def test_a_chair_that_breaks_off_has_concluded() -> None:
 def test_the_chair_is_told_the_answers_by_name_the_ranking_and_the_remarks() -> None:
     class Remarking(Room):
         def perform(self, step: mmc.Step) -> Any:
-            if isinstance(step, mmc.Rank):
+            if isinstance(step, mmc.Judge):
                 return [
                     ballot("Ann", "Bob Cat", Bob="Right.", Cat="Short."),
                     ballot("Bob", "Cat Ann", Cat="Clear."),
@@ -380,7 +380,7 @@ def test_two_seats_of_one_model_are_two_members() -> None:
     aliases = [seat.alias for seat in seats]
     room = Room()
     assert room.play(mmc.council(agenda(aliases))) == "Chaired by Oak"
-    (rank,) = room.of(mmc.Rank)
+    (rank,) = room.of(mmc.Judge)
     assert [(p.voter, p.choices) for p in rank.papers] == [
         ("Oak", {"A": "Oak 2"}),
         ("Oak 2", {"A": "Oak"}),
@@ -415,7 +415,8 @@ def test_a_debate_has_rounds_a_vote_and_the_winners_conclusion() -> None:
 def test_nobody_can_vote_for_itself() -> None:
     room = Room()
     room.play(mmc.debate(agenda(ALL[:3], rounds=1)))
-    (vote,) = room.of(mmc.Vote)
+    (vote,) = room.of(mmc.Judge)
+    assert vote.read is mmc.read_vote
     assert [(paper.voter, list(paper.choices)) for paper in vote.papers] == [
         ("Ann", ["Bob", "Cat"]),
         ("Bob", ["Ann", "Cat"]),
@@ -452,7 +453,7 @@ def test_who_fails_twice_sits_out_the_rest_of_a_debate_and_does_not_vote() -> No
     room.play(mmc.debate(agenda(ALL[:3], rounds=3)))
     spoken = [s.aliases[0][0] for s in room.of(mmc.Speak) if not s.concludes]
     assert "".join(spoken) == "ABCABCAC"
-    (vote,) = room.of(mmc.Vote)
+    (vote,) = room.of(mmc.Judge)
     assert [paper.voter for paper in vote.papers] == ["Ann", "Cat"]
     assert room.outcomes == ["> 🏁 2 of 3 answered · Bob failed: boom · chaired by Cat"]
 
@@ -466,7 +467,7 @@ def test_who_spoke_once_is_heard_although_it_failed_later() -> None:
 
     room = OnlyFirst()
     room.play(mmc.debate(agenda(ALL[:2], rounds=2)))
-    (vote,) = room.of(mmc.Vote)
+    (vote,) = room.of(mmc.Judge)
     assert [paper.voter for paper in vote.papers] == ["Ann", "Bob"]
 
 
@@ -474,7 +475,7 @@ def test_a_debate_of_one_that_answers_has_no_conclusion() -> None:
     room = Room(silent={"Bob": "boom"})
     end = room.play(mmc.debate(agenda(ALL[:2], rounds=1)))
     assert end == "Only Ann answered"
-    assert not room.of(mmc.Vote) and not room.chairs
+    assert not room.of(mmc.Judge) and not room.chairs
 
 
 def test_a_debate_of_nobody_lists_every_reason() -> None:
@@ -539,7 +540,7 @@ def test_the_templates_of_review_and_vote_are_the_users() -> None:
     first, second = mmc.ranking_papers(chosen, turns)
     assert first.brief == f'{QUESTION}+<message from="A">\nElms\n</message>+{{x}}'
     assert "\n{question}\n" in second.brief
-    assert mmc.vote_papers(chosen, ["Ann", "Bé"])[0].brief == f'{QUESTION}+["Bé"]'
+    assert next(mmc.vote_papers(chosen, ["Ann", "Bé"])).brief == f'{QUESTION}+["Bé"]'
 
 
 # -- reading ballots -------------------------------------------------------------------
@@ -1247,20 +1248,21 @@ def test_what_only_passes_by_never_reaches_an_api_client() -> None:
 
 def test_figures_have_the_first_token_of_all_and_the_time_of_answering() -> None:
     figures = mmc.Figures()
-    figures.count(10.0, None, 11.0)
-    figures.count(20.0, 20.5, 22.5)
-    figures.count(30.0, 30.1, 31.1)
-    assert figures == mmc.Figures(calls=3, first_token=0.5, answering=3.0)
+    figures.count(10.0, None, 11.0, 0)
+    figures.count(20.0, 20.5, 22.5, 60)
+    figures.count(30.0, 30.1, 31.1, 30)
+    figures.count(40.0, 40.1, 40.2, 500)  # a ballot that came all at once
+    assert figures == mmc.Figures(calls=4, first_token=0.5, streaming=3.0, streamed=90)
 
 
 def test_the_closing_line_and_the_usage_say_the_same() -> None:
     run, _ = make_run()
     counts = {"input_tokens": 1500, "output_tokens": 90}
     ann = mmc.Figures(usage=counts)
-    ann.count(0.0, 0.25, 1.25)
-    ann.count(2.0, 2.5, 3.75)  # a ballot
+    ann.count(0.0, 0.25, 1.25, 40)
+    ann.count(2.0, 2.5, 3.75, 50)  # a ballot
     bob = mmc.Figures()
-    bob.count(0.0, None, 1.0)
+    bob.count(0.0, None, 1.0, 0)
     run.ledger.usage = counts
     run.ledger.figures |= {"Ann": ann, "Bob": bob}
     assert run.ledger.report()["participants"] == {
@@ -1279,10 +1281,10 @@ def test_the_closing_line_and_the_usage_say_the_same() -> None:
 
 def test_progress_says_who_has_answered_and_who_is_waited_for() -> None:
     admitted = dict.fromkeys(ALL, 1.0)
-    assert mmc._describe_progress(4, "answered", {}, admitted) == (
-        "0 of 4 answered · waiting for Ann, Bob, Cat, Dan"
+    assert mmc._describe_progress("of 4 answered · 1.0 s", {}, admitted) == (
+        "0 of 4 answered · 1.0 s · waiting for Ann, Bob, Cat, Dan"
     )
     there, since = {"Cat": 1.25, "Ann": 2.0}, {"Bob": 1.0, "Dan": None}
-    assert mmc._describe_progress(4, "judged", there, since) == (
-        "2 of 4 judged · waiting for Bob, Dan (queued) · fastest Cat 1.2 s"
+    assert mmc._describe_progress("of 4 judged · 3.5 s", there, since) == (
+        "2 of 4 judged · 3.5 s · waiting for Bob, Dan (queued) · fastest Cat 1.2 s"
     )

@@ -31,7 +31,8 @@ def repeated(scrap: str, before: str = "", after: str = "") -> Callable[[int], s
 
 
 def manager(answer: str) -> None:
-    mode = mmc.managed(["Ann", "Bob", "Cat"], 3, "Ann")
+    settings = mmc.Settings(rounds=3)
+    mode = mmc.managed(mmc.Agenda(("Ann", "Bob", "Cat"), "", settings, "Ann"))
     next(mode)
     mode.send(answer)
 
