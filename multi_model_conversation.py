@@ -3649,9 +3649,6 @@ class Reply:
         self.text = "".join(self._parts).strip()
 
 
-_AnyReply = TypeVar("_AnyReply", bound=Reply)
-
-
 @dataclass(slots=True)
 class ModelCalls:
     """The one door to every model: connection slots, deadlines, retries, the ledger."""
@@ -3677,13 +3674,10 @@ class ModelCalls:
             return (await self.complete(call, Reply, streams)).text
 
     async def complete(
-        self, call: ModelCall, begin: Callable[[], _AnyReply], streams: bool = True
-    ) -> _AnyReply:
-        """A model's reply, begun anew for each attempt; raises `ModelFailure`.
-
-        A stream that fails before its first character is asked for once more without
-        streaming, unless the request itself is at fault; an empty reply once more.
-        """
+        self, call: ModelCall, begin: Callable[[], Reply], streams: bool = True
+    ) -> Reply:
+        """A model's reply, begun anew for each attempt: an empty one is asked for once
+        more, a stream that failed at once without streaming; raises `ModelFailure`."""
         failure = ModelFailure("it gave an empty answer, asked twice")
         for _ in range(2):
             try:
@@ -3698,8 +3692,8 @@ class ModelCalls:
         raise failure
 
     async def _retry_while_busy(
-        self, call: ModelCall, begin: Callable[[], _AnyReply], streams: bool
-    ) -> _AnyReply:
+        self, call: ModelCall, begin: Callable[[], Reply], streams: bool
+    ) -> Reply:
         """A reply; asked for again after a pause where the provider is overloaded, and
         at once without `stream_options` where it rejects these."""
         waited = 0.0
@@ -3727,7 +3721,9 @@ class ModelCalls:
         payload = build_payload(settings, call, streams)
         if streams and voice.counts_usage and voice.model_id not in self._plain:
             payload["stream_options"] = {"include_usage": True}
-        gate = self._gate(voice.connection)
+        of_ollama = voice.connection.startswith(OLLAMA)
+        most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
+        gate = self._gates.setdefault(voice.connection, ConnectionGate(most))
         with call.clock.paused():
             await gate.enter(call.stage, voice.model_id)
         first = settings.first_token_timeout if streams else call.clock.seconds
@@ -3762,11 +3758,6 @@ class ModelCalls:
                 await pace.keep()
         for event in decoder.close():
             reply.apply(event)
-
-    def _gate(self, connection: str) -> ConnectionGate:
-        of_ollama, settings = connection.startswith(OLLAMA), self.settings
-        most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
-        return self._gates.setdefault(connection, ConnectionGate(most))
 
     @asynccontextmanager
     async def limits(self, name: str, deadline: ReplyDeadline) -> AsyncIterator[None]:
@@ -4070,7 +4061,13 @@ class Run:
                 await host.show_status(text, done=False)
             if self.drafts:
                 await self._search_once()
-            reason = await self._run_to_end(mode)
+            async with self.tasks:
+                ended = await self._run_mode(mode)
+                self.models.open_to_all()
+                if self.late:
+                    late = ", ".join(section.participant.alias for section in self.late)
+                    await host.show_status(f"{ended} · waiting for {late}", done=False)
+            reason = ended
         except Exception:  # the top of a run: a bug must not take the text with it
             log.exception("a conversation failed")
             reason = "Ended by an internal error, see the server's log"
@@ -4096,17 +4093,6 @@ class Run:
             text = f"Found on the web for this question:\n{escape_labels(found)}"
             self.entries.append(Question(text))
             await self.host.show_sources(sources)
-
-    async def _run_to_end(self, mode: Mode) -> str:
-        """Run a mode, and see everybody end who goes on after it; why it ended."""
-        async with self.tasks:
-            reason = await self._run_mode(mode)
-            self.models.open_to_all()
-            if self.late:
-                late = ", ".join(section.participant.alias for section in self.late)
-                waiting = f"{reason} · waiting for {late}"
-                await self.host.show_status(waiting, done=False)
-        return reason
 
     async def _run_mode(self, mode: Mode) -> str:
         result: Any = None
@@ -4185,16 +4171,13 @@ class Run:
             turn = self._take_turn(section, step.brief, stage)
             sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
         await self._wait_in_view(tasks, "answered", stage, step.quorum)
-        late = [alias for alias, task in tasks.items() if not task.done()]
-        self.late.extend(sections[alias] for alias in late)
-        turns = [
-            (
-                Turn(alias, "", failure="it was late", late=True)
-                if alias in late
-                else task.result()
-            )
-            for alias, task in tasks.items()
-        ]
+        turns = []
+        for alias, task in tasks.items():
+            if task.done():
+                turns.append(task.result())
+            else:
+                self.late.append(sections[alias])
+                turns.append(Turn(alias, "", failure="it was late", late=True))
         if step.joins:
             self.entries.extend(turns)
         return turns
@@ -4260,31 +4243,27 @@ class Run:
         quorum: int = 0,
     ) -> None:
         """Wait until the quorum is there, everybody is done, or has had its time since
-        its call was let in; shows once a second who of several is waited for."""
-        now = asyncio.get_running_loop().time
-        begun = shown_at = now()
+        its call was let in; shows meanwhile who of several is waited for."""
+        clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
+        begun = clock()
         there: dict[str, float] = {}  # and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
-            await asyncio.wait(
-                pending,
-                timeout=max(shown_at + 1 - now(), 0),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            done = {
-                alias: task.result() for alias, task in tasks.items() if task.done()
-            }
-            for alias, result in done.items():
+            await asyncio.wait(pending, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+            now = clock()
+            done = {who: task.result() for who, task in tasks.items() if task.done()}
+            for who, result in done.items():
                 match result:
                     case Turn(failure=None) | Ballot():
-                        there.setdefault(alias, now() - begun)
-            admitted, limit = self.models.admitted, self.settings.answer_deadline
-            since = {a: admitted.get((stage, a)) for a in tasks if a not in done}
-            late = all(at is not None and now() - at > limit for at in since.values())
+                        there.setdefault(who, now - begun)
+            admitted = self.models.admitted
+            since = {
+                who: admitted.get((stage, who)) for who in tasks if who not in done
+            }
+            late = all(at is not None and now - at > limit for at in since.values())
             if (quorum and len(there) >= quorum) or (late and there):
                 break
-            if now() - shown_at >= 1 and len(tasks) > 1:
-                shown_at = now()
-                of_all = f"of {len(tasks)} {what} · {shown_at - begun:.1f} s"
+            if len(tasks) > 1:
+                of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
                 text = _describe_progress(of_all, there, since)
                 self.screen.publish_progress(what, text)
         self.screen.hide_progress()

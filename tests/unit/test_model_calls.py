@@ -29,10 +29,10 @@ async def turns_of_the_loop() -> None:
 
 
 class Queue:
-    """Callers at a gate with one place, in the order in which they are let in."""
+    """Callers at a gate, in the order in which they are let in."""
 
-    def __init__(self) -> None:
-        self.gate = mmc.ConnectionGate(1)
+    def __init__(self, places: int = 1) -> None:
+        self.gate = mmc.ConnectionGate(places)
         self.entered: list[str] = []
 
     async def join(self, name: str, stage: int, model: str) -> "asyncio.Task[None]":
@@ -64,15 +64,27 @@ async def test_a_later_stage_goes_first_then_the_same_model_then_who_came_first(
         ("other ballot", 2, "elm"),
     ):
         await queue.join(name, stage, model)
-    for _ in range(4):
+    for _ in range(3):
         await queue.leave()
-    assert queue.entered == [
-        "first",
-        "ballot",
-        "other ballot",
-        "other model",
-        "same model",
-    ]
+    assert queue.entered == ["first", "ballot", "other ballot"]
+    queue.gate.open_to_all()  # the last place was kept for what might come
+    await turns_of_the_loop()
+    await queue.leave()
+    assert queue.entered[3:] == ["other model", "same model"]
+
+
+async def test_all_places_are_given_at_once_when_nobody_else_comes() -> None:
+    queue = Queue(2)
+    for name in ("first", "second", "third", "fourth"):
+        await queue.join(name, 1, "oak")
+    late = asyncio.create_task(queue.gate.enter(2, "elm"))
+    for _ in range(3):
+        await queue.leave()
+    assert late.done()
+    assert queue.entered == ["first", "second", "third"]
+    queue.gate.open_to_all()
+    await turns_of_the_loop()
+    assert queue.entered == ["first", "second", "third", "fourth"]
 
 
 async def test_who_asks_the_model_that_is_loaded_goes_before_who_came_first() -> None:
