@@ -52,14 +52,12 @@ class Queue:
         await turns_of_the_loop()
 
 
-async def test_a_later_stage_goes_first_then_the_same_model_then_who_came_first() -> (
-    None
-):
+async def test_who_is_late_waits_until_no_later_stage_comes() -> None:
     queue = Queue()
     for name, stage, model in (
         ("first", 1, "oak"),
-        ("other model", 1, "elm"),
-        ("same model", 1, "oak"),
+        ("late", 1, "elm"),
+        ("late too", 1, "fir"),
         ("ballot", 2, "fir"),
         ("other ballot", 2, "elm"),
     ):
@@ -67,24 +65,44 @@ async def test_a_later_stage_goes_first_then_the_same_model_then_who_came_first(
     for _ in range(3):
         await queue.leave()
     assert queue.entered == ["first", "ballot", "other ballot"]
-    queue.gate.open_to_all()  # the last place was kept for what might come
-    await turns_of_the_loop()
+    await queue.join("chair", 3, "oak")
+    assert queue.entered[-1] == "chair"
     await queue.leave()
-    assert queue.entered[3:] == ["other model", "same model"]
-
-
-async def test_all_places_are_given_at_once_when_nobody_else_comes() -> None:
-    queue = Queue(2)
-    for name in ("first", "second", "third", "fourth"):
-        await queue.join(name, 1, "oak")
-    late = asyncio.create_task(queue.gate.enter(2, "elm"))
-    for _ in range(3):
-        await queue.leave()
-    assert late.done()
-    assert queue.entered == ["first", "second", "third"]
     queue.gate.open_to_all()
     await turns_of_the_loop()
-    assert queue.entered == ["first", "second", "third", "fourth"]
+    await queue.leave()
+    assert queue.entered[-2:] == ["late", "late too"]
+
+
+async def test_all_are_let_in_who_have_a_place() -> None:
+    queue = Queue(places=3)
+    for number in range(5):
+        await queue.join(f"{number}", 1, "oak")
+    assert len(queue.entered) == 3
+    await queue.join("ballot", 2, "oak")
+    await queue.leave()
+    await queue.leave()
+    assert queue.entered[3:] == ["ballot"]  # the last place is kept
+    await queue.leave()
+    assert queue.entered[3:] == ["ballot", "3"]
+
+
+async def test_a_stop_while_one_answers_and_one_is_queued_ends_both() -> None:
+    gate = mmc.ConnectionGate(1)
+
+    async def call() -> None:
+        await gate.enter(0, "oak")
+        try:
+            await asyncio.Event().wait()
+        finally:
+            gate.leave()
+
+    tasks = [asyncio.create_task(call()) for _ in range(2)]
+    await turns_of_the_loop()
+    for task in tasks:
+        task.cancel()
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(each) for each in ended] == [asyncio.CancelledError] * 2
 
 
 async def test_who_asks_the_model_that_is_loaded_goes_before_who_came_first() -> None:
