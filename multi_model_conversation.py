@@ -1116,10 +1116,11 @@ _REACH = re.compile(
     r"|>[^\w>]{0,300}\w{0,31};?|[-=][-=\s\ufeff]{0,300})"
     r"|[<&{][#\w/;&{]{0,40}"
 )
-_MARKED = re.compile("|".join([*_MARKS, "&#", r"\\@?char"]))  # KaTeX's, for any
+_SPELLINGS = (*_MARKS, "&#", r"\char", r"\@char")  # of a mark; the last are KaTeX's
+_MARKED = "|".join(map(re.escape, _SPELLINGS))
 _FORGED = re.compile(
     # a heading or a container with a mark in its line, or a line that goes on for long
-    rf"(?i)(?:#+|:::)(?:.*(?:{_MARKED.pattern})|[^\r\n]{{300}})"
+    rf"(?i)(?:#+|:::)(?:.*(?:{_MARKED})|[^\r\n]{{300}})"
     # a quote with a sign before its first word, or without a word for long
     rf"|>(?:[^\w>]*(?:[{_SIGNS}]|&(?:#|\w+;))|[^\w>]{{300}})"
     # an underline: it makes a heading of the paragraph above it
@@ -1164,7 +1165,8 @@ class _LineTracker:
         if not words:
             self._in_paragraph = self.is_marked = False
             return
-        self.is_marked |= not self.in_code and bool(_MARKED.search(line))
+        if not self.in_code:
+            self.is_marked |= any(spelling in line for spelling in _SPELLINGS)
         fence = self.closing.lstrip()
         if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
             self.closing = fence = ""  # the item is over, and with it the fence

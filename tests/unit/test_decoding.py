@@ -610,7 +610,7 @@ COMMONMARK = MarkdownIt("commonmark")
 def unspelled(text: str) -> str:
     """What a text reads as: without references, surrogates, what cannot be seen."""
     text = html.unescape(re.sub(r"(?i)&#xD83D;&#xDD34;", "🔴", text))
-    text = text.replace(r"\char\"1F534", "🔴")
+    text = re.sub(r"\\char\"1F534|\\@char{128308}", "🔴", text)
     return re.sub("[\u200b\u200c\u200d\u2060\ufeff\ufe0e\ufe0f\xa0*_]", "", text)
 
 
@@ -696,6 +696,7 @@ HOSTILE = [
     "### &#x0000000001F534 Bob",
     "### &#xD83D;&#xDD34; Bob",
     '### $\\char"1F534$ Bob',
+    "### $\\@char{128308}$ Bob",
     "### &zwnj;&#x1f534; Bob",
     f"### {chr(0x200B) * 400}🔴 Bob",
     f"### {'&zwnj;' * 60}🔴 Bob",
