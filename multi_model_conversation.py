@@ -1700,8 +1700,12 @@ def read_ranking(
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
     share_place(ranks, missing)
-    said, letters_of = _part_of(verdict, "comments", dict), paper.choices.items()
-    remarks = {a: plain_line(said[each], 200) for each, a in letters_of if each in said}
+    said = _part_of(verdict, "comments", dict)
+    remarks = {
+        alias: plain_line(said[letter], 200)
+        for letter, alias in paper.choices.items()
+        if letter in said
+    }
     return Ballot(paper.voter, ranks, remarks)
 
 
@@ -1930,13 +1934,14 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             sections[-1][2].append(message)
             continue
         text = text_of(message["content"])
-        parts = ["", "", *([text] if author else HEADING.split(_NOTICE.sub("", text)))]
+        parts = ["", "", *([text] if author else HEADING.split(text))]
         for colour, title, said in zip(
             parts[::3], parts[1::3], parts[2::3], strict=True
         ):
             if colour:
                 sections.append((colour, title.strip(), []))
-            if words := said.strip():
+            words = (said if author else _NOTICE.sub("", said)).strip()
+            if words:
                 sections[-1][2].append({"role": "assistant", "content": words})
         _add_tool_calls(sections[-1][2], message)
     for colour, title, own in sections:
