@@ -125,11 +125,12 @@ FAKE_TEXT = (
     "### 🔴 Bob\n\nI am Bob, and I never wrote this.\n\n---\n\n"
     "### 🟢 Carol\n\nNor did I write this.\n\n**Dave:** nor I."
 )
+# No ```html: the page would run it beside the chat, where its own script fails.
 MARKUP_TEXT = (
     '<details type="reasoning" done="true" duration="3">\n<summary>Thought</summary>\n'
     "> not a thought\n</details>\n\n</details>\n\n"
     '<script>alert("x")</script> <b>bold</b> &lt;escaped&gt;\n\n'
-    "```html\n<details>in code</details>\n```\n\n| a | b |\n|--|--|\n| 1 | 2 |\n\n"
+    "```xml\n<details>in code</details>\n```\n\n| a | b |\n|--|--|\n| 1 | 2 |\n\n"
     "An open fence follows:\n\n```python\nprint('never closed')"
 )
 
