@@ -779,7 +779,7 @@ class SSEDecoder:
 
 
 class ThinkSplitter:
-    """Splits text into answer and reasoning at think tags, wherever the text is cut.
+    """Splits text, cut anywhere, into answer and reasoning at think tags.
 
     Holds back only what could still become a tag.
     """
@@ -885,7 +885,7 @@ def _plain_delta(value: Any) -> str | None:
         plain = value.keys() <= _PLAIN_CHUNK and delta.keys() <= _PLAIN_DELTA
     except _MALFORMED:
         return None
-    return text if plain and text and isinstance(text, str) else None
+    return text if plain and isinstance(text, str) else None
 
 
 class ReplyDecoder:
@@ -909,11 +909,11 @@ class ReplyDecoder:
         plain = isinstance(item, str) and not self._sse.used
         if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
-            return
-        for value in (
-            self._sse.feed(item) if isinstance(item, (bytes, str)) else (item,)
-        ):
-            yield from self._read(value)
+        elif isinstance(item, (bytes, str)):
+            for value in self._sse.feed(item):
+                yield from self._read(value)
+        else:
+            yield from self._read(item)
 
     def close(self) -> Iterator[ReplyEvent]:
         """The reply has ended; gives what was held back."""
@@ -922,8 +922,7 @@ class ReplyDecoder:
         yield from self._think.close()
 
     def _read(self, value: Any) -> Iterator[ReplyEvent]:
-        text = _plain_delta(value)
-        if text is not None:
+        if text := _plain_delta(value):
             self._has_text = self._has_deltas = True
             yield from self._think.feed(text)
             return
@@ -985,24 +984,21 @@ class ReplyDecoder:
         yield from _read_annotations(message)
 
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
-        match kind:
-            case "response.output_text.delta" | "response.refusal.delta":
+        match kind.removeprefix("response."):
+            case "output_text.delta" | "refusal.delta":
                 yield from self._read_text(text_of(event["delta"]))
-            case (
-                "response.reasoning_text.delta"
-                | "response.reasoning_summary_text.delta"
-            ):
+            case "reasoning_text.delta" | "reasoning_summary_text.delta":
                 yield from _read_reasoning(event["delta"])
-            case "response.function_call_arguments.delta":
+            case "function_call_arguments.delta":
                 index, piece = event["output_index"], event["delta"]
                 self._streamed_calls.add(index)
                 yield _tool_call_delta(index, "", {"arguments": piece})
-            case "response.output_item.added" | "response.output_item.done":
+            case "output_item.added" | "output_item.done":
                 yield from self._read_output_item(kind, event)
-            case "response.failed" | "error":
+            case "failed" | "error":
                 error = event.get("response", event).get("error") or event
                 yield StreamError(error_text(error))
-            case "response.completed" | "response.incomplete":
+            case "completed" | "incomplete":
                 yield from self._read_response(event["response"])
             case "message" if "content" in event:
                 yield from self._read_text(text_of(event["content"]))
@@ -1047,9 +1043,10 @@ def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
 def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
     """URL citations, flat (Responses API) or nested (Chat Completions) -> sources."""
     for annotation in message.get("annotations") or ():
+        if annotation.get("type") != "url_citation":
+            continue
         citation = annotation.get("url_citation", annotation)
-        url = citation.get("url")
-        if url and annotation.get("type") == "url_citation":
+        if url := citation.get("url"):
             title = citation.get("title") or url
             shown = {"source": {"name": title, "url": url}, "document": [title]}
             yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
@@ -1115,11 +1112,8 @@ class ToolCallAccumulator:
         return call
 
     def close(self) -> list[tuple[OpenCall, list[str]]]:
-        """All calls in the order in which they began, each with its argument texts.
-
-        There is more than one text where a provider wrote several JSON objects in one
-        call: each of them is a call of its own.
-        """
+        """All calls as they began, each with its argument texts: one per JSON object,
+        where a provider wrote several calls as one."""
         return [(call, split_objects("".join(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
@@ -2360,9 +2354,8 @@ class Block:
 class Transcript:
     """The blocks of one reply, in the order in which they are read.
 
-    They stand in sections, which may grow at the same time: a new block goes to the
-    end of its section. `prefix` begins the ids of the blocks, which must be unique in
-    the whole message.
+    They stand in sections, which may grow at the same time. `prefix` begins the ids of
+    the blocks, which must be unique in the whole message.
     """
 
     def __init__(self, prefix: str) -> None:
