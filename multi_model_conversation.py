@@ -1141,7 +1141,7 @@ def split_objects(text: str) -> list[str]:
 
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
-# checkbox. What begins so is read as far as `_REACH`, and then judged once.
+# checkbox. What begins so is read up to where `_REACH` ends, and then judged once.
 _MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
 _SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
 _HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
@@ -1265,30 +1265,27 @@ class ForgeryGuard:
                     self._lines.read("".join([*self._line, text[begin:place]]))
                     self._line = []
                 begin = place + 1
-            elif reach := self._reach(text, place):
-                if reach == end and not final:
+            elif hot[0] in "-=" and not self._lines.is_marked:
+                continue
+            elif reach := _REACH.match(text, place):
+                if reach.end() == end and not final:
                     end = place
                     break
-                at, escape = self._escape(text, place, reach)
+                at, escape = self._escape(reach)
                 shown += [text[done:at], escape]
                 done = max(done, at)
         self._line.append(text[begin:end])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
-    def _reach(self, text: str, place: int) -> int:
-        """Up to where what begins at a place has to be known; 0 if nothing does."""
-        found = _REACH.match(text, place)
-        is_rule = text[place] in "-=" and not self._lines.is_marked
-        return found.end() if found and not is_rule else 0
-
-    def _escape(self, text: str, place: int, reach: int) -> tuple[int, str]:
-        """What disarms the forgery that begins at a place, if one does, and where."""
+    def _escape(self, reach: re.Match[str]) -> tuple[int, str]:
+        """What disarms the forgery that stands there, if it is one, and where."""
         pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
-        forged = pattern.match(text, place, reach + 1)  # and the character behind it
+        # with the character behind it, for what ends a name
+        forged = pattern.match(reach.string, reach.start(), reach.end() + 1)
         if forged and forged["start"]:
             return forged.end("start"), "\u200b"
-        return place, "\\" * bool(forged)
+        return reach.start(), "\\" * bool(forged)
 
 
 # ======================================================================================
@@ -2467,11 +2464,8 @@ def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
         event |= {"type": _DELTA_TYPES[block.kind], "item_id": block.id}
         event |= {} if block.kind == "function_call" else {"content_index": 0}
         return event | {"delta": suffix}
-    change = "added" if shown is None else "done"
-    return event | {
-        "type": f"response.output_item.{change}",
-        "item": render_item(block),
-    }
+    verb = "added" if shown is None else "done"
+    return event | {"type": f"response.output_item.{verb}", "item": render_item(block)}
 
 
 def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
