@@ -4237,12 +4237,13 @@ class Run:
         quorum: int = 0,
     ) -> None:
         """Wait until the quorum is there, everybody is done, or has had its time since
-        its call was let in; shows meanwhile who of several is waited for."""
+        its call was let in; shows once a second who of several is waited for."""
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
-        begun = clock()
+        begun = shown_at = clock()
         there: dict[str, float] = {}  # and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
-            await asyncio.wait(pending, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+            wait, one = max(shown_at + 1 - clock(), 0), asyncio.FIRST_COMPLETED
+            await asyncio.wait(pending, timeout=wait, return_when=one)
             now = clock()
             done = {who: task.result() for who, task in tasks.items() if task.done()}
             for who, result in done.items():
@@ -4256,6 +4257,9 @@ class Run:
             late = all(at is not None and now - at > limit for at in since.values())
             if (quorum and len(there) >= quorum) or (late and there):
                 break
+            if now - shown_at < 1:
+                continue
+            shown_at = now
             if len(tasks) > 1:
                 of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
                 text = _describe_progress(of_all, there, since)
