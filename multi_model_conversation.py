@@ -737,7 +737,7 @@ class SSEDecoder:
 
 
 class ThinkSplitter:
-    """Splits text into answer and reasoning at think tags, wherever the text is cut.
+    """Splits text, cut anywhere, into answer and reasoning at think tags.
 
     Holds back only what could still become a tag.
     """
@@ -844,7 +844,7 @@ def _plain_delta(value: Any) -> str | None:
         plain = value.keys() <= _PLAIN_CHUNK and delta.keys() <= _PLAIN_DELTA
     except _MALFORMED:
         return None
-    return text if plain and text and isinstance(text, str) else None
+    return text if plain and isinstance(text, str) else None
 
 
 class ReplyDecoder:
@@ -868,11 +868,11 @@ class ReplyDecoder:
         plain = isinstance(item, str) and not self._sse.used
         if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
-            return
-        for value in (
-            self._sse.feed(item) if isinstance(item, (bytes, str)) else (item,)
-        ):
-            yield from self._read(value)
+        elif isinstance(item, (bytes, str)):
+            for value in self._sse.feed(item):
+                yield from self._read(value)
+        else:
+            yield from self._read(item)
 
     def close(self) -> Iterator[ReplyEvent]:
         """The reply has ended; gives what was held back."""
@@ -881,8 +881,7 @@ class ReplyDecoder:
         yield from self._think.close()
 
     def _read(self, value: Any) -> Iterator[ReplyEvent]:
-        text = _plain_delta(value)
-        if text is not None:
+        if text := _plain_delta(value):
             self._has_text = self._has_deltas = True
             yield from self._think.feed(text)
             return
@@ -944,24 +943,21 @@ class ReplyDecoder:
         yield from _read_annotations(message)
 
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
-        match kind:
-            case "response.output_text.delta" | "response.refusal.delta":
+        match kind.removeprefix("response."):
+            case "output_text.delta" | "refusal.delta":
                 yield from self._read_text(text_of(event["delta"]))
-            case (
-                "response.reasoning_text.delta"
-                | "response.reasoning_summary_text.delta"
-            ):
+            case "reasoning_text.delta" | "reasoning_summary_text.delta":
                 yield from _read_reasoning(event["delta"])
-            case "response.function_call_arguments.delta":
+            case "function_call_arguments.delta":
                 index, piece = event["output_index"], event["delta"]
                 self._streamed_calls.add(index)
                 yield _tool_call_delta(index, "", {"arguments": piece})
-            case "response.output_item.added" | "response.output_item.done":
+            case "output_item.added" | "output_item.done":
                 yield from self._read_output_item(kind, event)
-            case "response.failed" | "error":
+            case "failed" | "error":
                 error = event.get("response", event).get("error") or event
                 yield StreamError(error_text(error))
-            case "response.completed" | "response.incomplete":
+            case "completed" | "incomplete":
                 yield from self._read_response(event["response"])
             case "message" if "content" in event:
                 yield from self._read_text(text_of(event["content"]))
@@ -1006,9 +1002,10 @@ def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
 def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
     """URL citations, flat (Responses API) or nested (Chat Completions) -> sources."""
     for annotation in message.get("annotations") or ():
+        if annotation.get("type") != "url_citation":
+            continue
         citation = annotation.get("url_citation", annotation)
-        url = citation.get("url")
-        if url and annotation.get("type") == "url_citation":
+        if url := citation.get("url"):
             title = citation.get("title") or url
             shown = {"source": {"name": title, "url": url}, "document": [title]}
             yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
@@ -1074,11 +1071,8 @@ class ToolCallAccumulator:
         return call
 
     def close(self) -> list[tuple[OpenCall, list[str]]]:
-        """All calls in the order in which they began, each with its argument texts.
-
-        There is more than one text where a provider wrote several JSON objects in one
-        call: each of them is a call of its own.
-        """
+        """All calls as they began, each with its argument texts: one per JSON object,
+        where a provider wrote several calls as one."""
         return [(call, split_objects("".join(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
@@ -1106,7 +1100,7 @@ def split_objects(text: str) -> list[str]:
 
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
-# checkbox. What begins so is read as far as `_REACH`, and then judged once.
+# checkbox. What begins so is read up to where `_REACH` ends, and then judged once.
 _MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
 _SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
 _HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
@@ -1230,30 +1224,27 @@ class ForgeryGuard:
                     self._lines.read("".join([*self._line, text[begin:place]]))
                     self._line = []
                 begin = place + 1
-            elif reach := self._reach(text, place):
-                if reach == end and not final:
+            elif hot[0] in "-=" and not self._lines.is_marked:
+                continue
+            elif reach := _REACH.match(text, place):
+                if reach.end() == end and not final:
                     end = place
                     break
-                at, escape = self._escape(text, place, reach)
+                at, escape = self._escape(reach)
                 shown += [text[done:at], escape]
                 done = max(done, at)
         self._line.append(text[begin:end])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
-    def _reach(self, text: str, place: int) -> int:
-        """Up to where what begins at a place has to be known; 0 if nothing does."""
-        found = _REACH.match(text, place)
-        is_rule = text[place] in "-=" and not self._lines.is_marked
-        return found.end() if found and not is_rule else 0
-
-    def _escape(self, text: str, place: int, reach: int) -> tuple[int, str]:
-        """What disarms the forgery that begins at a place, if one does, and where."""
+    def _escape(self, reach: re.Match[str]) -> tuple[int, str]:
+        """What disarms the forgery that stands there, if it is one, and where."""
         pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
-        forged = pattern.match(text, place, reach + 1)  # and the character behind it
+        # with the character behind it, for what ends a name
+        forged = pattern.match(reach.string, reach.start(), reach.end() + 1)
         if forged and forged["start"]:
             return forged.end("start"), "\u200b"
-        return place, "\\" * bool(forged)
+        return reach.start(), "\\" * bool(forged)
 
 
 # ======================================================================================
@@ -2234,9 +2225,8 @@ class Block:
 class Transcript:
     """The blocks of one reply, in the order in which they are read.
 
-    They stand in sections, which may grow at the same time: a new block goes to the
-    end of its section. `prefix` begins the ids of the blocks, which must be unique in
-    the whole message.
+    They stand in sections, which may grow at the same time. `prefix` begins the ids of
+    the blocks, which must be unique in the whole message.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -2348,11 +2338,8 @@ def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
         event |= {"type": _DELTA_TYPES[block.kind], "item_id": block.id}
         event |= {} if block.kind == "function_call" else {"content_index": 0}
         return event | {"delta": suffix}
-    change = "added" if shown is None else "done"
-    return event | {
-        "type": f"response.output_item.{change}",
-        "item": render_item(block),
-    }
+    verb = "added" if shown is None else "done"
+    return event | {"type": f"response.output_item.{verb}", "item": render_item(block)}
 
 
 def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
@@ -4250,12 +4237,13 @@ class Run:
         quorum: int = 0,
     ) -> None:
         """Wait until the quorum is there, everybody is done, or has had its time since
-        its call was let in; shows meanwhile who of several is waited for."""
+        its call was let in; shows once a second who of several is waited for."""
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
-        begun = clock()
+        begun = shown_at = clock()
         there: dict[str, float] = {}  # and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
-            await asyncio.wait(pending, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+            wait, one = max(shown_at + 1 - clock(), 0), asyncio.FIRST_COMPLETED
+            await asyncio.wait(pending, timeout=wait, return_when=one)
             now = clock()
             done = {who: task.result() for who, task in tasks.items() if task.done()}
             for who, result in done.items():
@@ -4269,6 +4257,9 @@ class Run:
             late = all(at is not None and now - at > limit for at in since.values())
             if (quorum and len(there) >= quorum) or (late and there):
                 break
+            if now - shown_at < 1:
+                continue
+            shown_at = now
             if len(tasks) > 1:
                 of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
                 text = _describe_progress(of_all, there, since)
