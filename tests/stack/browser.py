@@ -65,7 +65,13 @@ class OpenPage:
     def __init__(self, tab: playwright.Page):
         self.tab = tab
         self.errors: list[str] = []
-        tab.on("pageerror", lambda error: self.errors.append(str(error)))
+        tab.on("pageerror", self._note)
+
+    def _note(self, error: playwright.Error) -> None:
+        # Beside HTML code the page draws it, in a frame so well shut off that its own
+        # script fails to listen to it.
+        if "cross-origin frame" not in str(error):
+            self.errors.append(str(error))
 
     async def wait_ready(self, timeout: float = TIMEOUT) -> None:
         """Return when the input can be typed into."""
@@ -235,10 +241,8 @@ class Browser:
             viewport=self.size, locale="en-US", reduced_motion="reduce"
         )
         store = {"locale": "en-US", **({"token": account.token} if account else {})}
-        for name, value in store.items():
-            script = f"localStorage.setItem({json.dumps(name)}, {json.dumps(value)})"
-            # not in the frame in which the page shows a model's HTML: it has no store
-            await context.add_init_script(f"if (self === top) {script}")
+        setting = f"Object.assign(localStorage, {json.dumps(store)})"
+        await context.add_init_script(f"if (window === top) {setting}")
         path = f"/c/{chat_id}" if chat_id else "/"
         query = f"?models={quote(model)}" if model else ""
         page = OpenPage(await context.new_page())
