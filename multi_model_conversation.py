@@ -3068,9 +3068,10 @@ async def _one_item(value: Any) -> AsyncGenerator[Any, None]:
 async def _guarded(items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
     """The same items; what the foreign iterator raises becomes a `ModelFailure`, and
     a cancellation that it swallowed is raised again."""
+    task = asyncio.current_task()  # `was_cancelled` would look it up for each item
     with foreign_errors(ModelFailure):
         async for item in items:
-            if was_cancelled():
+            if task and task.cancelling():
                 raise asyncio.CancelledError
             yield item
 
