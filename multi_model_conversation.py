@@ -2408,6 +2408,8 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
             raise
         raise failure("it was cancelled from inside") from error
     except Exception as error:  # foreign code raises what it likes
+        if was_cancelled():  # also in place of our cancellation
+            raise asyncio.CancelledError from error
         log.debug("foreign code failed", exc_info=True)
         reason = "it timed out" if isinstance(error, TimeoutError) else str(error)
         detail = getattr(error, "detail", None) or reason or type(error).__name__

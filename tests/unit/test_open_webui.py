@@ -186,7 +186,7 @@ async def test_a_body_nested_without_end_is_only_a_text() -> None:
         (HTTPException(400, detail=json.dumps({"a": 1})), '{"a": 1}'),
     ],
 )
-def test_whatever_foreign_code_raises_is_a_failure_that_says_why(
+async def test_whatever_foreign_code_raises_is_a_failure_that_says_why(
     raised: Exception, reason: str
 ) -> None:
     with pytest.raises(mmc.ToolFailure) as failure, mmc.foreign_errors(mmc.ToolFailure):
@@ -208,6 +208,21 @@ async def test_a_cancellation_of_ours_passes() -> None:
             await asyncio.Event().wait()
 
     task = asyncio.create_task(waits())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancellation_that_foreign_code_renames_is_one_all_the_same() -> None:
+    async def renames() -> None:
+        with mmc.foreign_errors(mmc.ModelFailure):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError as error:
+                raise ConnectionError("closed") from error
+
+    task = asyncio.create_task(renames())
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
