@@ -5,22 +5,19 @@ one), and in `UNITS` what would have to be repeated to stall it, or a case in `C
 """
 
 import random
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from tests.unit.linear import LENGTHS, MOST, TRIES, again, seconds
 from tests.unit.plugin import mmc
 
 Reader = Callable[[Sequence[str]], object]
 Maker = Callable[[int], str]
 
-LENGTHS = (10_000, 20_000, 40_000)
-MOST = 3.0  # times as long for a text of twice the length: linear is 2, quadratic 4
 TINY = 0.05  # s for the longest: nobody waits for that, and it measures nothing
-TRIES = 6  # before it is called slow: a machine may be busy with something else
 TAGS = (("<think>", "</think>"), ("<|begin|>", "<|end|>"), ("◁think▷", "◁/think▷"))
 
 
@@ -49,11 +46,6 @@ def whole(function: Callable[[str], object]) -> Reader:
 def consume(values: Iterable[object]) -> None:
     for _ in values:
         pass
-
-
-def again(unit: str, before: str = "", after: str = "") -> Maker:
-    """This text again and again, so many characters in all."""
-    return lambda length: (before + unit * (length // len(unit)))[:length] + after
 
 
 def calls_with_ids(pieces: Sequence[str]) -> None:
@@ -178,13 +170,6 @@ def in_pieces(text: str) -> dict[str, list[str]]:
         "by 7": [text[at : at + 7] for at in range(0, len(text), 7)],
         "cut at random": [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)],
     }
-
-
-def seconds(read: Reader, pieces: Sequence[str]) -> float:
-    """The processor time of this thread alone: others may be busy."""
-    start = time.thread_time()
-    read(pieces)
-    return time.thread_time() - start
 
 
 def is_linear(read: Reader, texts: Sequence[Sequence[str]]) -> bool:

@@ -4,7 +4,6 @@ Each case is a text that was slow once, or would be with a careless pattern.
 """
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -13,21 +12,15 @@ from typing import Any
 
 import pytest
 
+from tests.unit.linear import LENGTHS, MOST, TRIES, again, seconds
 from tests.unit.plugin import mmc
 
-SIZES = (10_000, 20_000, 40_000)  # characters
-MOST = 3  # times as long for a text twice as long; 2 is linear, 4 is quadratic
 TINY = 0.004  # s; below that a machine's noise is all there is
 Reader = Callable[[str], Any]
 
 PAPER = mmc.BallotPaper("Zoe", "", {"A": "Ann", "B": "Bob", "C": "Cat"})
 CARDS = {f"oak-{n}": mmc.ModelCard(f"oak-{n}", f"Oak {n}") for n in range(300)}
 SETTINGS = mmc.Settings(manager_prompt="{history}{last_speaker}")
-
-
-def repeated(scrap: str, before: str = "", after: str = "") -> Callable[[int], str]:
-    """A text of any length that is one scrap again and again."""
-    return lambda size: before + scrap * (size // len(scrap)) + after
 
 
 def manager(answer: str) -> None:
@@ -89,20 +82,20 @@ SCRAPS = [
     *("Ann ", "Ann", "Bob or Ann ", "{history}", "</attached_files>", ">> "),
 ]  # fmt: skip
 TEXTS = {
-    **{repr(scrap): repeated(scrap) for scrap in SCRAPS},
-    "a letter and a chain of links": repeated("\n\n-", "A", "x"),
-    "a letter and blanks": repeated(" ", "A", "x"),
-    "a link and blank lines": repeated("\n", "A >", "x"),
-    "a list without an end": repeated("1,", '{"ranking": ['),
-    "a list of places": repeated('"A=B",', '{"ranking": [', '"C"]}'),
-    "a long place": repeated(" ", '{"ranking": ["A', 'x"]}'),
-    "a place of many": repeated("A,", '{"ranking": ["', 'A"]}'),
-    "lists in lists": repeated('{"a":[', '{"a":' * 80 + '["', "1,1,1"),
-    "a rule and blank lines": repeated("\n", "---", "x"),
-    "a command and blanks": repeated(" ", "Which? /rounds 1", "x"),
-    "a word of the command and blanks": repeated(" ", "Which? /rounds", "x"),
-    "a whole dictionary": repeated("'a': (1,), ", "{", "}"),
-    "a whole object": repeated('"a": [1], ', "{", '"b": 2}'),
+    **{repr(scrap): again(scrap) for scrap in SCRAPS},
+    "a letter and a chain of links": again("\n\n-", "A", "x"),
+    "a letter and blanks": again(" ", "A", "x"),
+    "a link and blank lines": again("\n", "A >", "x"),
+    "a list without an end": again("1,", '{"ranking": ['),
+    "a list of places": again('"A=B",', '{"ranking": [', '"C"]}'),
+    "a long place": again(" ", '{"ranking": ["A', 'x"]}'),
+    "a place of many": again("A,", '{"ranking": ["', 'A"]}'),
+    "lists in lists": again('{"a":[', '{"a":' * 80 + '["', "1,1,1"),
+    "a rule and blank lines": again("\n", "---", "x"),
+    "a command and blanks": again(" ", "Which? /rounds 1", "x"),
+    "a word of the command and blanks": again(" ", "Which? /rounds", "x"),
+    "a whole dictionary": again("'a': (1,), ", "{", "}"),
+    "a whole object": again('"a": [1], ', "{", '"b": 2}'),
 }
 
 
@@ -114,13 +107,6 @@ def ranks_of_many(size: int) -> str:
 TEXTS["ranks of many"] = ranks_of_many
 
 
-def seconds(read: Reader, text: str) -> float:
-    """What reading a text costs this process alone."""
-    begun = time.process_time()
-    read(text)
-    return time.process_time() - begun
-
-
 def is_linear(times: Sequence[float]) -> bool:
     """Whether no doubling of the text took more than so many times as long."""
     return all(b <= MOST * max(a, TINY) for a, b in pairwise(times))
@@ -129,9 +115,9 @@ def is_linear(times: Sequence[float]) -> bool:
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_text_twice_as_long_takes_about_twice_as_long(reader: str, text: str) -> None:
-    read, texts = READERS[reader], [TEXTS[text](size) for size in SIZES]
+    read, texts = READERS[reader], [TEXTS[text](size) for size in LENGTHS]
     times = [seconds(read, each) for each in texts]
-    for _ in range(5):  # the shortest of several tries, where one is not enough
+    for _ in range(TRIES - 1):  # the shortest of several tries, where one is not enough
         if is_linear(times):
             break
         times = [min(a, seconds(read, b)) for a, b in zip(times, texts, strict=True)]
