@@ -1265,10 +1265,8 @@ _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict sta
 _OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
 _NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
 _LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
-_CHAIN_TOKEN = re.compile(r"\n[^\S\n]*+(?:\d++[.)]|[-*])|\w+|\S")  # a mark of a list
-_CHAIN_SIGNS = {sign: sign for sign in (*_LETTERS, "=")} | dict.fromkeys(
-    (*">,;/→", "then", "and"), ">"
-)
+_PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
+_CHAIN = re.compile(r"\b[A-H](?:\s?[>=,→]\s?[A-H])+\b")
 _COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
 _COMMAND_PLACES = (  # with what parts it from the question: a line break, or blanks
     re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
@@ -1398,68 +1396,59 @@ _Choice = tuple[str, str]  # who speaks next, "" where the manager ends it, and 
 
 
 def _still_able(
-    aliases: Sequence[str], failures: Counter[str], last: str | None = None
+    aliases: Sequence[str], turns: Iterable[Turn], last: str | None = None
 ) -> list[str]:
     """Those who did not fail too often in a row, in order, beginning after `last`."""
+    failures: Counter[str] = Counter()
+    for turn in turns:
+        silent = turn.failure is not None and not turn.text
+        failures[turn.alias] = failures[turn.alias] + 1 if silent else 0
     first = aliases.index(last) + 1 if last in aliases else 0
     rotated = (*aliases[first:], *aliases[:first])
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def _ask_to_speak(step: Speak, failures: Counter[str]) -> Steps[Turn]:
-    """One participant's turn; counts its failures in a row."""
-    turn: Turn = (yield step)[0]
-    silent = turn.failure is not None and not turn.text
-    failures[turn.alias] = failures[turn.alias] + 1 if silent else 0
-    return turn
+def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
+    """Why a conversation ended that nobody ended."""
+    if not any(turn.text for turn in turns):
+        return "Nobody could answer"
+    if not _still_able(agenda.aliases, turns):
+        return "Ended: nobody is left who can answer"
+    return finished
 
 
-def _take_rounds(agenda: Agenda, brief: str = "") -> Steps[tuple[list[Turn], bool]]:
-    """Everybody once per round; gives each one's last words, and if anybody is left."""
-    aliases, rounds = agenda.aliases, agenda.settings.rounds
-    failures: Counter[str] = Counter()
-    latest: dict[str, Turn] = {}
+def _take_rounds(agenda: Agenda, brief: str = "") -> Steps[list[Turn]]:
+    """Everybody speaks once per round, in order; gives all turns."""
+    rounds, turns = agenda.settings.rounds, list[Turn]()
     for number in range(1, rounds + 1):
         role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(aliases, failures, agenda.last):
-            step = Speak((alias,), brief=brief, role=role)
-            turn = yield from _ask_to_speak(step, failures)
+        for alias in _still_able(agenda.aliases, turns, agenda.last):
+            turns += yield Speak((alias,), brief=brief, role=role)
             role = ""
-            if turn.text or alias not in latest:  # silence replaces nothing
-                latest[alias] = turn
-    return [latest[alias] for alias in aliases], bool(_still_able(aliases, failures))
+    return turns
 
 
 def round_robin(agenda: Agenda) -> Mode:
     """Everybody once per round, in order."""
     rounds = agenda.settings.rounds
-    turns, anybody_left = yield from _take_rounds(agenda)
-    if not any(turn.text for turn in turns):
-        return "Nobody could answer"
-    if not anybody_left:
-        return "Ended: nobody is left who can answer"
-    return f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
+    turns = yield from _take_rounds(agenda)
+    finished = f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
+    return _describe_end(agenda, turns, finished)
 
 
 def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
-    aliases, last, answered = agenda.aliases, agenda.last, False
-    failures: Counter[str] = Counter()
+    aliases, last, turns = agenda.aliases, agenda.last, list[Turn]()
     for _ in range(agenda.settings.rounds * len(aliases)):
-        able = _still_able(aliases, failures, last)
+        able = _still_able(aliases, turns, last)
         if not able:
             break
         step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
         last, reason = yield from _choose_speaker(step, aliases)
         if not last:
             return f"The manager ended it: {reason or 'no reason given'}"
-        turn = yield from _ask_to_speak(Speak((last,), reason), failures)
-        answered = answered or bool(turn.text)
-    if not answered:
-        return "Nobody could answer"
-    if not _still_able(aliases, failures):
-        return "Ended: nobody is left who can answer"
-    return "Finished: all turns were taken"
+        turns += yield Speak((last,), reason)
+    return _describe_end(agenda, turns, "Finished: all turns were taken")
 
 
 def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
@@ -1541,7 +1530,10 @@ def debate(agenda: Agenda) -> Mode:
     """Rounds in which each answers the strongest point against it, a vote, an end."""
     values = {"question": agenda.question}
     brief = fill_template(agenda.settings.debate_prompt, values)
-    turns, _ = yield from _take_rounds(agenda, brief)
+    said = yield from _take_rounds(agenda, brief)
+    said.sort(key=lambda turn: turn.text > "")  # silence replaces nothing
+    latest = {turn.alias: turn for turn in said}
+    turns = [latest[alias] for alias in agenda.aliases]
     present = [turn for turn in turns if turn.text]
     if len(present) < 2:
         return (yield from _end_early(turns, present))
@@ -1679,12 +1671,11 @@ def read_ranking(
     answer = answer[-_ANSWER_READ:]
     verdict = _find_object(answer, "ranking")
     ranking = verdict.get("ranking")
-    if isinstance(ranking, (list, dict)):
-        places = _read_places(ranking)
-    else:
-        places = _read_chain(answer, paper) if lenient else []
+    if lenient and not isinstance(ranking, (list, dict)):
+        chains = (c for c in _CHAIN.findall(answer) if set(c).issuperset(paper.choices))
+        ranking = re.split("[>,→]", next(chains, ""))
     ranks: dict[str, float] = {}
-    for place in places:
+    for place in _read_places(ranking):
         share_place(ranks, [paper.choices[a] for a in place if a in paper.choices])
     missing = [alias for alias in paper.choices.values() if alias not in ranks]
     if missing and not (lenient and ranks):
@@ -1700,38 +1691,21 @@ def read_ranking(
     return Ballot(paper.voter, ranks, remarks)
 
 
-def _read_places(ranking: list[Any] | Json) -> list[list[str]]:
-    """A list of places, or the rank of each letter -> the letters of each place."""
-    if isinstance(ranking, list):
-        return [_read_place(place) for place in ranking]
-    numbers = {
-        letter.strip().upper(): rank
-        for letter, rank in ranking.items()
-        if letter.strip().upper() in _LETTERS and isinstance(rank, (int, float))
-    }
-    places = sorted(set(numbers.values()))
-    return [[each for each in numbers if numbers[each] == place] for place in places]
+def _read_places(ranking: Any) -> list[list[str]]:
+    """A list of places, or a rank per letter -> the letters of each place.
 
-
-def _read_place(place: Any) -> list[str]:
-    """One place of a ranking: a letter, several ("A=B"), or a list of them."""
-    if isinstance(place, list):
-        return [plain_line(letter).upper() for letter in place]
-    text = plain_line(place)
-    if re.fullmatch(r"[A-Ha-h](?:\s*[=&,/]\s*[A-Ha-h])*", text):
-        text = text.upper()
-    return re.findall(r"\b[A-H]\b", text)
-
-
-def _read_chain(text: str, paper: BallotPaper) -> list[list[str]]:
-    """`B > A = C` or a numbered list in any text -> its places, once it names all."""
-    tokens = _CHAIN_TOKEN.findall(text)
-    signs = (_CHAIN_SIGNS.get(t, ">" if t[0] == "\n" else ".") for t in tokens)
-    for chain in re.findall("[A-H](?:[>=]+[A-H])*", "".join(signs)):
-        if set(chain).issuperset(paper.choices):
-            places = re.sub("(?<=[A-H])=+(?=[A-H])", "", chain)  # "A=B>C" -> "AB>C"
-            return [list(place) for place in re.findall("[A-H]+", places)]
-    return []
+    A place is a letter, several ("A=B"), or a list of them.
+    """
+    if isinstance(ranking, dict):
+        ranks = {k: n for k, n in ranking.items() if k.strip().upper() in _LETTERS}
+        several = sorted({n for n in ranks.values() if isinstance(n, (int, float))})
+        ranking = [[k for k in ranks if ranks[k] == place] for place in several]
+    places = []
+    for place in ranking if isinstance(ranking, list) else []:
+        letters = "=".join(map(str, place)) if isinstance(place, list) else place
+        found = _PLACE.search(plain_line(letters).upper())
+        places.append(re.findall(r"\w", found[0]) if found else [])
+    return places
 
 
 def share_place(ranks: dict[str, float], aliases: Iterable[str]) -> None:

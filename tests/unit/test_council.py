@@ -610,11 +610,8 @@ def test_leniently_who_is_not_named_shares_the_last_place() -> None:
     [
         "B > A > C",
         "B, A, C.",
-        "1. B\n2. A\n3. C",
-        "The best is B, then A, and C is last.",
         '{"ranking": "B, A, C"}',
-        "A is good. Mine:\n\n1. B\n\n2) A\n\n - C",
-        "B > A, D; and then C",
+        "A is good. Mine:\n\nB > A > C",
         "A, B? No: B → A → C, as the BAD say.",
     ],
 )
