@@ -49,8 +49,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from itertools import count, permutations
-from statistics import fmean
+from itertools import count
+from statistics import fmean, pvariance
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
@@ -99,31 +99,36 @@ Answer with one JSON object and nothing else:
 
 REVIEW_PROMPT = """\
 Several participants answered the question independently. Here are their answers, \
-without names:
+without names, in an order of chance:
 
 {answers}
 
-Rank these answers by how right, complete and useful they are, the best one first; \
-answers that are equally good share a place. Answer with one JSON object and nothing \
-else:
-{"ranking": [["<letter of the best>"], ["<letter>", "<an equally good one>"]], \
-"comments": {"<letter>": "<one sentence>"}}"""
+Rank these answers by how right they are, then by how complete and useful; being wrong \
+outweighs everything. Style, length, confidence and the order in which they stand do \
+not count, nor does how many say the same. Answer with one JSON object and nothing else:
+{"comments": {"<letter>": "<one sentence on what is right or wrong in this answer>"}, \
+"scores": {"<letter>": <0 to 10>}, \
+"ranking": [["<letter of the best>"], ["<letter>", "<an equally good one>"]]}"""
 
 CONCLUSION_PROMPT = """\
-The participants have answered.
+The participants have answered. They stand under letters here; one of them may be you.
 
 {answers}
 
 {result}
 
-Now write the final answer to the question for the person who asked. Take the best of \
-all that was said, name where the participants disagreed and who held the minority \
-view, and say which side you take and why."""
+Now write the final answer to the question for the person who asked. Weigh what is \
+right: neither who says it, nor how well it is put, nor how many say it decides; the \
+judgements can be wrong, too. Call the participants [A], [B] and so on, always in \
+brackets: the person will read their names there.
+Begin with the answer itself. Then, each under a short heading with ####: what all \
+agree on; what is contested and by whom, which side you take and why; what only one \
+said; what nobody covered; what would change the answer. Leave out what is empty."""
 
 DEBATE_PROMPT = """\
 This is a debate. Take a clear position on the question. If somebody has argued \
-against you, answer the strongest point against you first; give ground where it is \
-right."""
+against you, answer the strongest point against you first. Change your mind only for a \
+reason that you can name, and name it; that others disagree is none."""
 
 VOTE_PROMPT = """\
 The debate is over. Who argued best, yourself excluded? Choose one of: {candidates}
@@ -204,13 +209,17 @@ class Settings(SharedSettings):
     """
 
     chair: str = _setting(
-        "", "Alias of who concludes a council or debate. None: the best ranked."
+        "",
+        "Alias, or any model's id, of who concludes. None: the best ranked.",
     )
     quorum: int = _setting(
         0, "Answers a council needs before it reviews them. 0: all, or all in time."
     )
     remember_drafts: bool = _setting(
         False, "Whether a second question sees all drafts, not only the conclusions."
+    )
+    fold_drafts: bool = _setting(
+        True, "Whether drafts fold into a line each once there is a conclusion."
     )
     show_figures: Literal["council and debate", "always", "never"] = _setting(
         "council and debate", "When a last line shows everybody's speed and tokens."
@@ -223,6 +232,9 @@ class Settings(SharedSettings):
         _setting(8, "The most participants of a conversation (1 to 8).")
     )
     max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
+    max_tokens: int = _setting(
+        0, "Tokens after which no further round begins, as providers report. 0: any."
+    )
     max_tool_rounds: Annotated[int, AfterValidator(lambda n: max(n, 0))] = _setting(
         8, "How often a participant may call tools in one turn."
     )
@@ -355,7 +367,8 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 # ==== 2 Values
 # ======================================================================================
 
-COLOURS = "🔵🔴🟢🟠🟣🟡🟤⚫"  # one code point each: a heading is "### 🔵 Alias"
+COLOURS = "🔵🔴🟢🟠🟣🟡🟤⚫⚪"  # one code point each: a heading is "### 🔵 Alias"
+CHAIR_COLOUR = COLOURS[-1]  # of a chair that is no member
 SYSTEM_MARK = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
 
 
@@ -526,6 +539,7 @@ class Cast:
     problems: tuple[str, ...] = ()
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
+    chair: Participant | None = None  # who concludes, if it is none of them
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -534,6 +548,8 @@ class Cast:
 
     def participant(self, alias: str) -> Participant:
         """Who sits there under this name; names are unique."""
+        if self.chair and alias == self.chair.alias:
+            return self.chair
         return self.participants[self.aliases.index(alias)]
 
 
@@ -567,6 +583,9 @@ class Speak:
     quorum: int = 0  # so many answers, or the deadline, end it; who is late goes on
     joins: bool = True  # the turns become part of the conversation
     concludes: bool = False  # it is the chair, shown only once it says something
+    # letters that stand for the members: it reads no other names, and none of these
+    # letters is shown
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -580,10 +599,10 @@ class BallotPaper:
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
-    """A voter's verdict: a rank per alias (1 is best, ties share a rank), remarks."""
+    """A voter's verdict: a number per alias (the more the better), and remarks."""
 
     voter: str
-    ranks: Mapping[str, float]
+    values: Mapping[str, float]
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -612,6 +631,13 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class Fold:
+    """Step: there is a conclusion, and the drafts may fold."""
+
+    marks: Mapping[str, str]  # what is said of each: alias -> "rank 2"
+
+
+@dataclass(frozen=True, slots=True)
 class AskManager:
     """Step: ask the manager who is next. Answer: its text, or None if it failed."""
 
@@ -625,7 +651,7 @@ ReplyEvent = (
     TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | StreamError | SourceFound
 )
 Entry = Question | Turn
-Step = Speak | AskManager | Judge | Publish
+Step = Speak | AskManager | Judge | Publish | Fold
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
 Mode = Steps[str]  # gives why the conversation ended
 
@@ -1264,6 +1290,9 @@ _TEAM_READ = 50  # lines or list entries; eight may sit, the rest would only be 
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
 _OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
 _NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
+_FITTINGS = 20  # each leaves at most a quarter of what was missing, where all judge
+_TELLING = 3  # values beyond those that any ballots fit; fewer show no agreement
+_MIDDLE = 5.0  # of 0 to 10: where a ballot has places only
 _LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 _PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
 _CHAIN = re.compile(r"\b[A-H](?:\s?[>=,→]\s?[A-H])+\b")
@@ -1389,7 +1418,10 @@ class Agenda:
     question: str
     settings: Settings
     last: str | None = None  # who spoke before, where a reply is continued
-    seed: str = ""  # decides in which order a reviewer reads the others' answers
+    seed: str = ""  # decides in which order answers without names are read
+    models: Mapping[str, str] = field(default_factory=dict)  # alias -> its model
+    judge: str = ""  # a chair that is no member
+    tokens_used: Callable[[], int] = int
 
 
 _Choice = tuple[str, str]  # who speaks next, "" where the manager ends it, and why
@@ -1403,6 +1435,7 @@ def _still_able(
     for turn in turns:
         silent = turn.failure is not None and not turn.text
         failures[turn.alias] = failures[turn.alias] + 1 if silent else 0
+        failures[turn.alias] += FAILURES_ALLOWED * turn.late  # it still speaks
     first = aliases.index(last) + 1 if last in aliases else 0
     rotated = (*aliases[first:], *aliases[:first])
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
@@ -1414,15 +1447,36 @@ def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
         return "Nobody could answer"
     if not _still_able(agenda.aliases, turns):
         return "Ended: nobody is left who can answer"
+    if 0 < agenda.settings.max_tokens <= agenda.tokens_used():
+        return "Ended: the ceiling on tokens was reached"
     return finished
 
 
-def _take_rounds(agenda: Agenda, brief: str = "") -> Steps[list[Turn]]:
-    """Everybody speaks once per round, in order; gives all turns."""
+def _may_go_on(agenda: Agenda) -> Steps[bool]:
+    """Whether the ceiling on tokens allows another turn; says so if it does not."""
+    most, used = agenda.settings.max_tokens, agenda.tokens_used()
+    if 0 < most <= used:
+        text = f"Cut short: {used:,} tokens were used, and {most:,} are allowed."
+        yield Publish("ceiling", f"{NOTICE}{text}")
+    return not 0 < most <= used
+
+
+def _take_rounds(
+    agenda: Agenda, brief: str = "", blind: bool = False
+) -> Steps[list[Turn]]:
+    """Everybody speaks once per round, in order; gives all turns.
+
+    If it begins blind, nobody hears the others in the first round.
+    """
     rounds, turns = agenda.settings.rounds, list[Turn]()
-    for number in range(1, rounds + 1):
+    if blind:
+        role = "opening" if rounds > 1 else ""
+        turns += yield Speak(agenda.aliases, "opening", brief, role)
+    for number in range(1 + blind, rounds + 1):
         role = f"round {number} of {rounds}" if rounds > 1 else ""
         for alias in _still_able(agenda.aliases, turns, agenda.last):
+            if not (yield from _may_go_on(agenda)):
+                return turns
             turns += yield Speak((alias,), brief=brief, role=role)
             role = ""
     return turns
@@ -1441,7 +1495,7 @@ def managed(agenda: Agenda) -> Mode:
     aliases, last, turns = agenda.aliases, agenda.last, list[Turn]()
     for _ in range(agenda.settings.rounds * len(aliases)):
         able = _still_able(aliases, turns, last)
-        if not able:
+        if not able or not (yield from _may_go_on(agenda)):
             break
         step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
         last, reason = yield from _choose_speaker(step, aliases)
@@ -1511,91 +1565,89 @@ def _find_names(text: str, names: Iterable[str]) -> list[str]:
 
 
 def council(agenda: Agenda) -> Mode:
-    """Answers in parallel, anonymous ranking by the members, a chair's conclusion."""
+    """Answers in parallel, anonymous judging by the members, a chair's conclusion."""
     quorum = agenda.settings.quorum
     step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
     answers: list[Turn] = yield step
     present = [turn for turn in answers if turn.failure is None]
-    if len(present) < 2:
-        return (yield from _end_early(answers, present))
-    papers = ranking_papers(agenda, present)
-    judging = Judge(tuple(papers), read_ranking)
-    standings, ballots = yield from _judge(judging, render_ranking)
-    said = "\n\n".join(map(render_turn, present))
-    told = _describe_ranking(standings, ballots)
-    return (yield from _conclude(agenda, answers, standings, answers=said, result=told))
+    return (yield from _decide(agenda, answers, present, votes=False))
 
 
 def debate(agenda: Agenda) -> Mode:
-    """Rounds in which each answers the strongest point against it, a vote, an end."""
+    """Positions taken blind, rounds of answers to each other, a vote, a conclusion."""
     values = {"question": agenda.question}
     brief = fill_template(agenda.settings.debate_prompt, values)
-    said = yield from _take_rounds(agenda, brief)
+    said = yield from _take_rounds(agenda, brief, blind=True)
     said.sort(key=lambda turn: turn.text > "")  # silence replaces nothing
     latest = {turn.alias: turn for turn in said}
     turns = [latest[alias] for alias in agenda.aliases]
     present = [turn for turn in turns if turn.text]
-    if len(present) < 2:
-        return (yield from _end_early(turns, present))
-    papers = vote_papers(agenda, [turn.alias for turn in present])
-    judging = Judge(tuple(papers), read_vote)
-    standings, ballots = yield from _judge(judging, _render_votes)
-    counts = ", ".join(f"{s.alias} has {s.ballots}" for s in standings)
-    result = f"The members voted ({len(ballots)} valid votes): {counts}."
-    return (yield from _conclude(agenda, turns, standings, answers="", result=result))
+    return (yield from _decide(agenda, turns, present, votes=True))
 
 
-def _judge(
-    step: Judge, render: Callable[..., str]
-) -> Generator[Step, Any, tuple[list[Standing], list[Ballot]]]:
-    """The members judge each other; under the table stands whose ballot was lost."""
-    judged: list[Ballot | LostBallot] = yield step
+def _decide(
+    agenda: Agenda, turns: Sequence[Turn], present: Sequence[Turn], votes: bool
+) -> Mode:
+    """Those who are present judge each other, and a chair concludes."""
+    members = [turn.alias for turn in present]
+    if len(members) < 2:
+        return (yield from _end_early(turns, members))
+    papers = vote_papers(agenda, members) if votes else ranking_papers(agenda, present)
+    judged = yield Judge(tuple(papers), read_vote if votes else read_ranking)
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
-    standings = tally([paper.voter for paper in step.papers], ballots)
-    text = render(standings, ballots)
+    standings = tally(members, ballots)
+    parts = [render_standings(standings, votes), describe_agreement(standings, ballots)]
+    for model in dict.fromkeys(agenda.models.values()):
+        kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
+        if len(kin) > 1:
+            parts.append(f"{' and '.join(kin)} are one model, which may favour itself.")
     for lost in judged:
         if isinstance(lost, LostBallot):
             reason = plain_line(lost.reason, 120).removeprefix("it ").rstrip(".")
-            text += f"\n\nNo ballot from {lost.voter}: {reason}."
-    yield Publish("ranking", text)
-    return standings, ballots
+            parts.append(f"No ballot from {lost.voter}: {reason}.")
+    yield Publish("ranking", "\n\n".join(filter(None, parts)))
+    names = letters_for("", members, agenda.seed)
+    told = {
+        "question": agenda.question,
+        "answers": "" if votes else _render_letters(present, names),
+        "result": _describe_standings(standings, ballots, names, votes),
+    }
+    brief = fill_template(agenda.settings.conclusion_prompt, told)
+    step = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
+    return (yield from _conclude(agenda, turns, [s.alias for s in standings], step))
 
 
 def _conclude(
-    agenda: Agenda, turns: Sequence[Turn], standings: Sequence[Standing], **told: str
+    agenda: Agenda, turns: Sequence[Turn], ranked: Sequence[str], step: Speak
 ) -> Mode:
     """The chair concludes; where it fails at once, the next best takes over."""
-    told["question"] = agenda.question
-    brief = fill_template(agenda.settings.conclusion_prompt, told)
-    present = [standing.alias for standing in standings]
     chair = agenda.settings.chair.strip()
     wanted = [a for a in agenda.aliases if a.casefold() == chair.casefold()]
     notes = [
         f"{turn.alias} {'was late' if turn.late else 'failed'}"
         for turn in turns
-        if turn.alias in wanted and turn.alias not in present
+        if turn.alias in wanted and turn.alias not in ranked
     ]
-    if chair and not wanted:
+    if chair and not (wanted or agenda.judge):
         notes.append(f"nobody is called {plain_line(chair, 40)}")
-    for alias in sorted(present, key=lambda alias: alias not in wanted):
+    members = sorted(ranked, key=lambda alias: alias not in wanted)
+    for alias in filter(None, (agenda.judge, *members)):
         behind = f" ({', '.join(notes)})" if notes else ""
         yield _outcome(turns, f"chaired by {alias}{behind}")
-        spoken: list[Turn] = yield Speak(
-            (alias,), "concluding", brief, CONCLUSION, joins=False, concludes=True
-        )
+        spoken: list[Turn] = yield replace(step, aliases=(alias,), concludes=True)
         if spoken[0].text:
+            yield Fold({alias: f"rank {n}" for n, alias in enumerate(ranked, 1)})
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
     yield _outcome(turns, "nobody could write a conclusion")
     return f"No conclusion: {', '.join(notes)}"
 
 
-def _end_early(turns: Sequence[Turn], present: Sequence[Turn]) -> Mode:
+def _end_early(turns: Sequence[Turn], members: Sequence[str]) -> Mode:
     """At most one has answered: there is nothing to rank or to conclude from."""
-    if present:
-        alias = present[0].alias
-        yield _outcome(turns, f"no conclusion, this is {alias}'s answer alone")
-        return f"Only {alias} answered"
+    if members:
+        yield _outcome(turns, f"no conclusion, this is {members[0]}'s answer alone")
+        return f"Only {members[0]} answered"
     reasons = "; ".join(map(_describe_failure, turns))
     yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
     return "Nobody could answer"
@@ -1622,13 +1674,19 @@ def _outcome(turns: Sequence[Turn], what: str) -> Publish:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one member fared: `score` is 0 for always first, 1 for always last."""
+    """How one member fared."""
 
     alias: str
-    score: float | None
-    mean_rank: float | None
-    ballots: int
-    firsts: int
+    score: float | None  # of 10; without each judge's own level
+    first_for: tuple[str, ...]  # the voters that have nobody above it
+
+    def describe(self, votes: bool) -> str:
+        """What it got, in words."""
+        if votes:
+            return f"{len(self.first_for)} vote{'s' * (len(self.first_for) != 1)}"
+        if self.score is None:
+            return "not judged"
+        return f"{min(max(self.score, 0.0), 10.0):.1f} of 10"  # places may lead beyond
 
 
 def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]:
@@ -1638,26 +1696,32 @@ def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]
     return dict(zip(_LETTERS, others, strict=False))
 
 
+def _render_letters(turns: Sequence[Turn], names: Mapping[str, str]) -> str:
+    """Answers under letters in place of names."""
+    texts = {turn.alias: turn.text for turn in turns}
+    shown = (render_turn(Turn(letter, texts[a])) for letter, a in names.items())
+    return "\n\n".join(shown)
+
+
 def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> Iterator[BallotPaper]:
     """What each member is asked about the others' answers, under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
-    texts = {turn.alias: turn.text for turn in answers}
-    for voter in texts:
-        letters = letters_for(voter, texts, agenda.seed)
-        shown = [render_turn(Turn(each, texts[a])) for each, a in letters.items()]
-        values = {"question": agenda.question, "answers": "\n\n".join(shown)}
+    for voter in (turn.alias for turn in answers):
+        names = letters_for(voter, [turn.alias for turn in answers], agenda.seed)
+        shown = _render_letters(answers, names)
+        values = {"question": agenda.question, "answers": shown}
         brief = fill_template(agenda.settings.review_prompt, values)
-        yield BallotPaper(voter, brief, letters)
+        yield BallotPaper(voter, brief, names)
 
 
 def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> Iterator[BallotPaper]:
     """What each member of a debate is asked: whom of the others it votes for."""
     for voter in aliases:
-        others = {alias: alias for alias in aliases if alias != voter}
-        candidates = json.dumps(list(others), ensure_ascii=False)
+        others = list(letters_for(voter, aliases, agenda.seed).values())
+        candidates = json.dumps(others, ensure_ascii=False)
         values = {"question": agenda.question, "candidates": candidates}
         brief = fill_template(agenda.settings.vote_prompt, values)
-        yield BallotPaper(voter, brief, others)
+        yield BallotPaper(voter, brief, {alias: alias for alias in others})
 
 
 def read_ranking(
@@ -1665,54 +1729,66 @@ def read_ranking(
 ) -> Ballot | str:
     """A reviewer's answer -> its ballot, or what is wrong with it.
 
-    Leniently, a chain of all letters in any text will do, and whoever is not named
-    shares the last place.
+    A score for each or a place for each will do; of both, a place counts as much as a
+    point. Leniently, a chain of all letters in any text is a ranking, and whoever is
+    not named shares the last place.
     """
-    answer = answer[-_ANSWER_READ:]
-    verdict = _find_object(answer, "ranking")
+    answer, everybody = answer[-_ANSWER_READ:], set(paper.choices.values())
+    verdict = _find_object(answer, "ranking", "scores")
+    scores = _read_numbers(verdict.get("scores"), paper)
     ranking = verdict.get("ranking")
     if lenient and not isinstance(ranking, (list, dict)):
         chains = (c for c in _CHAIN.findall(answer) if set(c).issuperset(paper.choices))
         ranking = re.split("[>,→]", next(chains, ""))
-    ranks: dict[str, float] = {}
-    for place in _read_places(ranking):
-        share_place(ranks, [paper.choices[a] for a in place if a in paper.choices])
-    missing = [alias for alias in paper.choices.values() if alias not in ranks]
-    if missing and not (lenient and ranks):
+    places = _read_places(ranking, paper)
+    if lenient and places:
+        places = dict.fromkeys(everybody, 99.0) | places
+    if scores.keys() != everybody:
+        scores = dict.fromkeys(everybody, _MIDDLE)
+    elif places.keys() != everybody:
+        places = {alias: -score for alias, score in scores.items()}
+    if places.keys() != everybody:
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
-    share_place(ranks, missing)
+    values = {
+        alias: scores[alias]
+        + sum(place < other for other in places.values()) / 2
+        - sum(place > other for other in places.values()) / 2
+        for alias, place in places.items()
+    }
     said = _part_of(verdict, "comments", dict)
     remarks = {
         alias: plain_line(said[letter], 200)
         for letter, alias in paper.choices.items()
         if letter in said
     }
-    return Ballot(paper.voter, ranks, remarks)
+    return Ballot(paper.voter, values, remarks)
 
 
-def _read_places(ranking: Any) -> list[list[str]]:
-    """A list of places, or a rank per letter -> the letters of each place.
+def _read_numbers(given: Any, paper: BallotPaper) -> dict[str, float]:
+    """A number from 0 to 10 under each letter -> the same by alias."""
+    return {
+        paper.choices[letter.strip().upper()]: float(number)
+        for letter, number in (given.items() if isinstance(given, dict) else ())
+        if letter.strip().upper() in paper.choices
+        and isinstance(number, (int, float))
+        and 0 <= number <= 10
+    }
+
+
+def _read_places(ranking: Any, paper: BallotPaper) -> dict[str, float]:
+    """A list of places, or a rank per letter -> a place per alias, the best lowest.
 
     A place is a letter, several ("A=B"), or a list of them.
     """
-    if isinstance(ranking, dict):
-        ranks = {k: n for k, n in ranking.items() if k.strip().upper() in _LETTERS}
-        several = sorted({n for n in ranks.values() if isinstance(n, (int, float))})
-        ranking = [[k for k in ranks if ranks[k] == place] for place in several]
-    places = []
-    for place in ranking if isinstance(ranking, list) else []:
+    places = _read_numbers(ranking, paper)
+    for at, place in enumerate(ranking if isinstance(ranking, list) else []):
         letters = "=".join(map(str, place)) if isinstance(place, list) else place
         found = _PLACE.search(plain_line(letters).upper())
-        places.append(re.findall(r"\w", found[0]) if found else [])
+        for letter in re.findall(r"\w", found[0]) if found else ():
+            if letter in paper.choices:
+                places.setdefault(paper.choices[letter], at)
     return places
-
-
-def share_place(ranks: dict[str, float], aliases: Iterable[str]) -> None:
-    """Give the next rank to these, the mean of their ranks where they are several."""
-    tied = [alias for alias in dict.fromkeys(aliases) if alias not in ranks]
-    rank = len(ranks) + (len(tied) + 1) / 2
-    ranks.update(dict.fromkeys(tied, rank))
 
 
 def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot | str:
@@ -1723,81 +1799,89 @@ def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot 
     if len(found) != 1:
         listed = json.dumps(list(paper.choices), ensure_ascii=False)
         return f"Your vote must name exactly one of {listed}, as a JSON object."
-    return Ballot(paper.voter, {found[0]: 1.0})
+    values = {alias: float(alias == found[0]) for alias in paper.choices.values()}
+    return Ballot(paper.voter, values)
 
 
 def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
-    Compared by the mean of the ranks, from 0 (first) to 1 (last), on the ballots each
-    stands on; then by first places, which alone decide where a ballot has one name.
+    A value on a ballot is how good the answer is and how high its judge judges, both
+    fitted in turns (least squares): nobody gains by a lenient judge, or by not meeting
+    the best one on its own ballot. A judge's level counts a value less than it rests
+    on, for what few values say may be chance.
     """
+    given = [value for ballot in ballots for value in ballot.values.values()]
+    scores = dict.fromkeys(aliases, fmean(given or [0.0]))
+    on = {alias: [b for b in ballots if alias in b.values] for alias in aliases}
+    for _ in range(_FITTINGS):
+        levels = {}
+        for ballot in ballots:
+            above = sum(value - scores[a] for a, value in ballot.values.items())
+            levels[ballot.voter] = above / (len(ballot.values) + 1)
+        for alias, found in on.items():
+            values = [b.values[alias] - levels[b.voter] for b in found]
+            scores[alias] = fmean(values or [scores[alias]])
     standings = []
-    for alias in aliases:
-        lists = [ballot.ranks for ballot in ballots if alias in ballot.ranks]
-        scaled = [(each[alias] - 1) / max(len(each) - 1, 1) for each in lists]
-        score = fmean(scaled) if lists else None
-        mean_rank = fmean(each[alias] for each in lists) if lists else None
-        firsts = sum(each[alias] == min(each.values()) for each in lists)
-        standings.append(Standing(alias, score, mean_rank, len(lists), firsts))
-    return sorted(
-        standings, key=lambda s: (1.0 if s.score is None else s.score, -s.firsts)
+    for alias, found in on.items():
+        score = round(scores[alias], 6) if found else None  # what is equal stays equal
+        firsts = (b.voter for b in found if b.values[alias] == max(b.values.values()))
+        standings.append(Standing(alias, score, tuple(firsts)))
+    return sorted(standings, key=lambda s: (s.score is None, -(s.score or 0.0)))
+
+
+def describe_agreement(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
+    """How far the judges agree, in words; nothing where too few values could tell.
+
+    Like Kendall's W it is the part of their differences that the answers explain, less
+    what chance would: 1 is complete agreement, and 0 is none.
+    """
+    scores = {s.alias: s.score or 0.0 for s in standings}
+    spread = unexplained = 0.0
+    free = 1 - len(standings)
+    for ballot in ballots:
+        values = ballot.values
+        left = [value - scores[alias] for alias, value in values.items()]
+        spread += pvariance(values.values()) * len(values)
+        unexplained += pvariance(left) * len(left)
+        free += len(values) - 1
+    if free < _TELLING or not spread:
+        return ""
+    share = 1 - (unexplained / free) / (spread / (free + len(standings) - 1))
+    words = (
+        "agree" if share > 0.6 else "agree partly" if share > 0.25 else "hardly agree"
     )
+    return f"The members {words}."
 
 
-def most_dissenting(
-    standings: Sequence[Standing], ballots: Sequence[Ballot]
-) -> list[str]:
-    """Who orders most pairs unlike all together; nobody where all do so equally."""
-    scores = {s.alias: s.score for s in standings if s.score is not None}
-    against = {
-        ballot.voter: sum(
-            ballot.ranks[a] < ballot.ranks[b] and scores[a] > scores[b]
-            for a, b in permutations(ballot.ranks, 2)
-        )
-        for ballot in ballots
-    }
-    most = max(against.values(), default=0)
-    voters = [voter for voter, pairs in against.items() if pairs == most]
-    return voters if most and len(voters) < len(ballots) else []
-
-
-def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
-    """The table of a council's ranking, under a heading of ours."""
-    title = f"{RULE}### {SYSTEM_MARK} Ranking\n\n"
-    if not ballots:
+def render_standings(standings: Sequence[Standing], votes: bool) -> str:
+    """The table of a council's ranking or a debate's votes, under a heading of ours."""
+    title = f"{RULE}### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}\n\n"
+    if all(s.score is None for s in standings):
         return f"{title}No valid ballots: the members stay in their order."
-    lines = ["| Member | Mean rank | Ballots | First places |", "|---|---|---|---|"]
+    column = "Votes | From" if votes else "Score | First place from"
+    lines = [f"| Member | {column} |", "|---|---|---|"]
     for s in standings:
-        mean = "–" if s.mean_rank is None else f"{s.mean_rank:.1f}"
-        lines.append(f"| {s.alias} | {mean} | {s.ballots} | {s.firsts} |")
-    if dissenters := most_dissenting(standings, ballots):
-        lines += ["", f"{' and '.join(dissenters)} disagreed most with the others."]
+        voters = ", ".join(s.first_for) or "–"
+        lines.append(f"| {s.alias} | {s.describe(votes)} | {voters} |")
     return title + "\n".join(lines)
 
 
-def _render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
-    """The table of a debate's votes, under a heading of ours."""
-    title = f"{RULE}### {SYSTEM_MARK} Votes\n\n"
+def _describe_standings(
+    standings: Sequence[Standing],
+    ballots: Sequence[Ballot],
+    names: Mapping[str, str],
+    votes: bool,
+) -> str:
+    """What the members judged, with their remarks, for the chair."""
     if not ballots:
-        return f"{title}No valid votes: the members stay in their order."
-    lines = ["| Member | Votes | From |", "|---|---|---|"]
+        return "The participants' judgement of each other gave no result."
+    letters = {alias: letter for letter, alias in names.items()}
+    lines = ["The participants judged each other, the best first:"]
     for s in standings:
-        voters = [ballot.voter for ballot in ballots if s.alias in ballot.ranks]
-        lines.append(f"| {s.alias} | {s.ballots} | {', '.join(voters) or '–'} |")
-    return title + "\n".join(lines)
-
-
-def _describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
-    """The ranking in words, with the reviewers' remarks, for the chair."""
-    if not ballots:
-        return "The participants' ranking of each other gave no result."
-    lines = ["The participants ranked each other's answers, the best first:"]
-    for s in standings:
-        mean = "not ranked" if s.mean_rank is None else f"mean rank {s.mean_rank:.1f}"
-        said = (ballot.remarks.get(s.alias, "") for ballot in ballots)
-        remarks = " ".join(filter(None, said))
-        lines.append(f"- {s.alias} ({mean}) {remarks}".rstrip())
+        said = [ballot.remarks.get(s.alias, "") for ballot in ballots]
+        line = f"- [{letters[s.alias]}] ({s.describe(votes)}) {' '.join(said)}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -1851,7 +1935,9 @@ def read_history(
     known = [*[None] * len(replies), *authors, *unanswered]
     entries: list[Entry] = []
     for at, reply in enumerate(replies):
-        entries += _read_reply(reply, known[at - len(replies)])  # from the end
+        turns = list(_read_reply(reply, known[at - len(replies)]))  # from the end
+        turns.sort(key=lambda turn: turn.concludes)  # it stands first once it is there
+        entries += turns
         entries += questions[at : at + 1]
     return "\n\n".join(filter(None, prompts)), entries
 
@@ -1945,6 +2031,47 @@ def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
             continue
         kept.append(entry)
     return kept[::-1]
+
+
+class NameFilter:
+    """Puts names in place of their letters in brackets, in a text cut anywhere."""
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names, self._held = names, ""
+
+    def feed(self, text: str) -> str:
+        """Take more text; gives what is sure, with names."""
+        if not self._names:
+            return text
+        text = self._held + text
+        unsure = re.search(r"\[[A-H, ]{0,30}\Z", text)
+        cut = unsure.start() if unsure else len(text)
+        self._held = text[cut:]
+        return re.sub(r"\[([A-H](?:, ?[A-H])*)\]", self._name, text[:cut])
+
+    def close(self) -> str:
+        """The text has ended; gives what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+    def _name(self, found: re.Match[str]) -> str:
+        letters = re.findall(r"\w", found[1])
+        names = [self._names.get(letter, "") for letter in letters]
+        return ", ".join(names) if all(names) else found[0]
+
+
+def hide_names(entries: Sequence[Entry], names: Mapping[str, str]) -> list[Entry]:
+    """The same conversation, with letters in place of the members' names."""
+    letters = {alias: letter for letter, alias in names.items()}
+    longest_first = sorted(map(re.escape, letters), key=len, reverse=True)
+    spoken = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
+    hidden: list[Entry] = []
+    for entry in entries:
+        if isinstance(entry, Turn) and entry.alias in letters:
+            text = spoken.sub(lambda found: f"[{letters[found[0]]}]", entry.text)
+            entry = Turn(letters[entry.alias], text)
+        hidden.append(entry)
+    return hidden
 
 
 def render_turn(turn: Turn) -> str:
