@@ -1807,9 +1807,9 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
     A value on a ballot is how good the answer is and how high its judge judges, both
-    fitted in turns (least squares): nobody gains by a lenient judge, or by not meeting
-    the best one on its own ballot. A judge's level counts a value less than it rests
-    on, for what few values say may be chance.
+    fitted in turns (least squares): nobody gains by a lenient judge, by giving noughts,
+    or by not meeting the best one on its own ballot. Half a value is doubt that a
+    judge's level is more than chance.
     """
     given = [value for ballot in ballots for value in ballot.values.values()]
     scores = dict.fromkeys(aliases, fmean(given or [0.0]))
@@ -1818,7 +1818,7 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
         levels = {}
         for ballot in ballots:
             above = sum(value - scores[a] for a, value in ballot.values.items())
-            levels[ballot.voter] = above / (len(ballot.values) + 1)
+            levels[ballot.voter] = above / (len(ballot.values) + 0.5)
         for alias, found in on.items():
             values = [b.values[alias] - levels[b.voter] for b in found]
             scores[alias] = fmean(values or [scores[alias]])
