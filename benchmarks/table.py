@@ -87,8 +87,9 @@ FIGURES: dict[str, Figure] = {
     "worth_shuffling": judged("worth of shuffled answers", 0),
     "worth_scores": judged("worth of scores beside places", 0),
     "worth_places": judged("worth of places beside scores", None),
+    "worth_places_high": judged("worth of places, scores near ten", 0),
     "worth_levels": judged("worth of taking levels out", None),
-    "worth_levels_spoiled": judged("the same, where one judge gives noughts", 0),
+    "worth_levels_spoiled": judged("worth of levels, one judge gives noughts", 0),
     "worth_kin": judged("worth of keeping the ballots of one model's seats", 0),
 }
 
