@@ -1428,16 +1428,19 @@ _Choice = tuple[str, str]  # who speaks next, "" where the manager ends it, and 
 
 
 def _still_able(
-    aliases: Sequence[str], turns: Iterable[Turn], last: str | None = None
+    agenda: Agenda, turns: Iterable[Turn], last: str | None = None
 ) -> list[str]:
-    """Those who did not fail too often in a row, in order, beginning after `last`."""
+    """Those who may speak, in order, beginning after `last`: nobody who failed too
+    often in a row or is late, and nobody at all above the ceiling on tokens."""
+    if 0 < agenda.settings.max_tokens <= agenda.tokens_used():
+        return []
     failures: Counter[str] = Counter()
     for turn in turns:
         silent = turn.failure is not None and not turn.text
         failures[turn.alias] = failures[turn.alias] + 1 if silent else 0
         failures[turn.alias] += FAILURES_ALLOWED * turn.late  # it still speaks
-    first = aliases.index(last) + 1 if last in aliases else 0
-    rotated = (*aliases[first:], *aliases[:first])
+    first = agenda.aliases.index(last) + 1 if last in agenda.aliases else 0
+    rotated = (*agenda.aliases[first:], *agenda.aliases[:first])
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
@@ -1445,38 +1448,25 @@ def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
     """Why a conversation ended that nobody ended."""
     if not any(turn.text for turn in turns):
         return "Nobody could answer"
-    if not _still_able(agenda.aliases, turns):
-        return "Ended: nobody is left who can answer"
     if 0 < agenda.settings.max_tokens <= agenda.tokens_used():
-        return "Ended: the ceiling on tokens was reached"
+        return "Ended: the ceiling on tokens is reached"
+    if not _still_able(agenda, turns):
+        return "Ended: nobody is left who can answer"
     return finished
-
-
-def _may_go_on(agenda: Agenda) -> Steps[bool]:
-    """Whether the ceiling on tokens allows another turn; says so if it does not."""
-    most, used = agenda.settings.max_tokens, agenda.tokens_used()
-    if 0 < most <= used:
-        text = f"Cut short: {used:,} tokens were used, and {most:,} are allowed."
-        yield Publish("ceiling", f"{NOTICE}{text}")
-    return not 0 < most <= used
 
 
 def _take_rounds(
     agenda: Agenda, brief: str = "", blind: bool = False
 ) -> Steps[list[Turn]]:
-    """Everybody speaks once per round, in order; gives all turns.
-
-    If it begins blind, nobody hears the others in the first round.
-    """
+    """Everybody speaks once per round, in order, and in a blind first round at the same
+    time; gives all turns."""
     rounds, turns = agenda.settings.rounds, list[Turn]()
     if blind:
         role = "opening" if rounds > 1 else ""
         turns += yield Speak(agenda.aliases, "opening", brief, role)
     for number in range(1 + blind, rounds + 1):
         role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(agenda.aliases, turns, agenda.last):
-            if not (yield from _may_go_on(agenda)):
-                return turns
+        for alias in _still_able(agenda, turns, agenda.last):
             turns += yield Speak((alias,), brief=brief, role=role)
             role = ""
     return turns
@@ -1494,8 +1484,8 @@ def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
     aliases, last, turns = agenda.aliases, agenda.last, list[Turn]()
     for _ in range(agenda.settings.rounds * len(aliases)):
-        able = _still_able(aliases, turns, last)
-        if not able or not (yield from _may_go_on(agenda)):
+        able = _still_able(agenda, turns, last)
+        if not able:
             break
         step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
         last, reason = yield from _choose_speaker(step, aliases)
@@ -1605,12 +1595,15 @@ def _decide(
         if isinstance(lost, LostBallot):
             reason = plain_line(lost.reason, 120).removeprefix("it ").rstrip(".")
             parts.append(f"No ballot from {lost.voter}: {reason}.")
-    yield Publish("ranking", "\n\n".join(filter(None, parts)))
+    result = "\n\n".join(filter(None, parts))
+    title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
+    yield Publish("ranking", f"{RULE}{title}\n\n{result}")
+    remarks = [f"- {a}: {said}" for b in ballots for a, said in b.remarks.items()]
     names = letters_for("", members, agenda.seed)
     told = {
         "question": agenda.question,
         "answers": "" if votes else _render_letters(present, names),
-        "result": _describe_standings(standings, ballots, names, votes),
+        "result": hide_names("\n".join([result, "", *remarks]).rstrip(), names),
     }
     brief = fill_template(agenda.settings.conclusion_prompt, told)
     step = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
@@ -1680,14 +1673,6 @@ class Standing:
     score: float | None  # of 10; without each judge's own level
     first_for: tuple[str, ...]  # the voters that have nobody above it
 
-    def describe(self, votes: bool) -> str:
-        """What it got, in words."""
-        if votes:
-            return f"{len(self.first_for)} vote{'s' * (len(self.first_for) != 1)}"
-        if self.score is None:
-            return "not judged"
-        return f"{min(max(self.score, 0.0), 10.0):.1f} of 10"  # places may lead beyond
-
 
 def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]:
     """Letters for the others' answers, in an order of the voter's own."""
@@ -1698,7 +1683,7 @@ def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]
 
 def _render_letters(turns: Sequence[Turn], names: Mapping[str, str]) -> str:
     """Answers under letters in place of names."""
-    texts = {turn.alias: turn.text for turn in turns}
+    texts = {turn.alias: hide_names(turn.text, names) for turn in turns}
     shown = (render_turn(Turn(letter, texts[a])) for letter, a in names.items())
     return "\n\n".join(shown)
 
@@ -1855,33 +1840,16 @@ def describe_agreement(standings: Sequence[Standing], ballots: Sequence[Ballot])
 
 
 def render_standings(standings: Sequence[Standing], votes: bool) -> str:
-    """The table of a council's ranking or a debate's votes, under a heading of ours."""
-    title = f"{RULE}### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}\n\n"
+    """The table of a council's ranking or a debate's votes."""
     if all(s.score is None for s in standings):
-        return f"{title}No valid ballots: the members stay in their order."
-    column = "Votes | From" if votes else "Score | First place from"
-    lines = [f"| Member | {column} |", "|---|---|---|"]
+        return "No valid ballots: the members stay in their order."
+    columns = "Votes | From" if votes else "Score | First place from"
+    lines = [f"| Member | {columns} |", "|---|---|---|"]
     for s in standings:
-        voters = ", ".join(s.first_for) or "–"
-        lines.append(f"| {s.alias} | {s.describe(votes)} | {voters} |")
-    return title + "\n".join(lines)
-
-
-def _describe_standings(
-    standings: Sequence[Standing],
-    ballots: Sequence[Ballot],
-    names: Mapping[str, str],
-    votes: bool,
-) -> str:
-    """What the members judged, with their remarks, for the chair."""
-    if not ballots:
-        return "The participants' judgement of each other gave no result."
-    letters = {alias: letter for letter, alias in names.items()}
-    lines = ["The participants judged each other, the best first:"]
-    for s in standings:
-        said = [ballot.remarks.get(s.alias, "") for ballot in ballots]
-        line = f"- [{letters[s.alias]}] ({s.describe(votes)}) {' '.join(said)}"
-        lines.append(line.rstrip())
+        within = min(max(s.score or 0.0, 0.0), 10.0)  # places may lead beyond
+        score = "–" if s.score is None else f"{within:.1f}"
+        got, voters = len(s.first_for) if votes else score, ", ".join(s.first_for)
+        lines.append(f"| {s.alias} | {got} | {voters or '–'} |")
     return "\n".join(lines)
 
 
@@ -2060,18 +2028,25 @@ class NameFilter:
         return ", ".join(names) if all(names) else found[0]
 
 
-def hide_names(entries: Sequence[Entry], names: Mapping[str, str]) -> list[Entry]:
-    """The same conversation, with letters in place of the members' names."""
+def hide_names(text: str, names: Mapping[str, str]) -> str:
+    """A text with letters in place of these names; `NameFilter` puts them back."""
     letters = {alias: letter for letter, alias in names.items()}
     longest_first = sorted(map(re.escape, letters), key=len, reverse=True)
-    spoken = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
-    hidden: list[Entry] = []
-    for entry in entries:
-        if isinstance(entry, Turn) and entry.alias in letters:
-            text = spoken.sub(lambda found: f"[{letters[found[0]]}]", entry.text)
-            entry = Turn(letters[entry.alias], text)
-        hidden.append(entry)
-    return hidden
+    pattern = rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)"
+    return re.sub(pattern, lambda found: f"[{letters[found[0]]}]", text)
+
+
+def hide_speakers(entries: Iterable[Entry], names: Mapping[str, str]) -> list[Entry]:
+    """The same conversation, with the members' turns under letters."""
+    letters = {alias: letter for letter, alias in names.items()}
+    return [
+        (
+            Turn(letters[entry.alias], hide_names(entry.text, names))
+            if isinstance(entry, Turn) and entry.alias in letters
+            else entry
+        )
+        for entry in entries
+    ]
 
 
 def render_turn(turn: Turn) -> str:
