@@ -1718,7 +1718,7 @@ def read_ranking(
     point. Leniently, a chain of all letters in any text is a ranking, and whoever is
     not named shares the last place.
     """
-    answer, everybody = answer[-_ANSWER_READ:], set(paper.choices.values())
+    answer, everybody = answer[-_ANSWER_READ:], dict.fromkeys(paper.choices.values())
     verdict = _find_object(answer, "ranking", "scores")
     scores = _read_numbers(verdict.get("scores"), paper)
     ranking = verdict.get("ranking")
@@ -1728,19 +1728,17 @@ def read_ranking(
     places = _read_places(ranking, paper)
     if lenient and places:
         places = dict.fromkeys(everybody, 99.0) | places
-    if scores.keys() != everybody:
+    if scores.keys() != everybody.keys():
         scores = dict.fromkeys(everybody, _MIDDLE)
-    elif places.keys() != everybody:
+    elif places.keys() != everybody.keys():
         places = {alias: -score for alias, score in scores.items()}
-    if places.keys() != everybody:
+    if places.keys() != everybody.keys():
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
-    values = {
-        alias: scores[alias]
-        + sum(place < other for other in places.values()) / 2
-        - sum(place > other for other in places.values()) / 2
-        for alias, place in places.items()
-    }
+    values = {}
+    for alias, place in places.items():
+        won = sum((place < other) - (place > other) for other in places.values())
+        values[alias] = scores[alias] + won / 2
     said = _part_of(verdict, "comments", dict)
     remarks = {
         alias: plain_line(said[letter], 200)
