@@ -30,6 +30,7 @@ import asyncio
 import json
 import logging
 import re
+import sys
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -45,7 +46,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -2364,15 +2365,41 @@ def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
 # ==== 6 Open WebUI
 # ======================================================================================
 
+if sys.modules.get("open_webui"):  # there is none where the unit tests run
+    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
+    from open_webui.internal.db import get_db
+    from open_webui.main import app
+    from open_webui.models.chats import Chats
+    from open_webui.models.config import Config
+    from open_webui.models.groups import GroupMember
+    from open_webui.models.models import Models
+    from open_webui.models.users import Users
+    from open_webui.utils import middleware
+    from open_webui.utils.access_control import has_permission
+    from open_webui.utils.chat import generate_chat_completion
+    from open_webui.utils.files import get_image_base64_from_url
+    from open_webui.utils.misc import get_message_list
+    from open_webui.utils.models import get_filtered_models
+    from open_webui.utils.payload import (
+        apply_model_params_to_body_openai,
+        resolve_system_prompt,
+    )
+    from open_webui.utils.response import merge_usage
+    from open_webui.utils.tools import (
+        get_builtin_tools,
+        get_tools,
+        get_updated_tool_function,
+    )
+
 _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
 )
-_BUILTINS_OF_FEATURES = ("web_search", "image_generation", "code_interpreter")
+_BUILTINS = ("web_search", "image_generation", "code_interpreter", "knowledge")
 _CITING_TOOLS = (  # where the host does not name them (0.11)
     "search_web fetch_url view_file view_knowledge_file query_knowledge_files "
     "query_chat_files"
 )
-OLLAMA = "ollama"  # how the name of an Ollama connection begins
+OLLAMA = "ollama"  # how the name of such a connection begins
 _SAMPLING_NAMES = (  # the host's
     "temperature top_p top_k min_p max_tokens max_completion_tokens seed stop "
     "frequency_penalty presence_penalty repeat_penalty repeat_last_n logit_bias "
@@ -2444,18 +2471,11 @@ class Host:
     @staticmethod
     async def load_user(user_id: str) -> Any:
         """The user, with the variables that prompts may name."""
-        from open_webui.models.users import Users
-
         return await Users.get_user_by_id(user_id)
 
     @staticmethod
     def model_options(user: Json) -> list[dict[str, str]]:
         """The models a user may use, for the inputs of the valves (synchronous)."""
-        from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
-        from open_webui.internal.db import get_db
-        from open_webui.main import app
-        from open_webui.models.groups import GroupMember
-
         everything = BYPASS_MODEL_ACCESS_CONTROL or user.get("role") == "admin"
         me = {("user", "*"), ("user", user.get("id"))}
         if not everything:
@@ -2464,100 +2484,55 @@ class Host:
                 mine = groups.filter(GroupMember.user_id == user.get("id"))
                 me |= {("group", group_id) for (group_id,) in mine}
         models = dict(app.state.MODELS.items())
-        own = _own_models(models, own_function_id())
+        cards = _cards_of(models.values(), models, own_function_id())
         return [
-            {"value": model_id, "label": model.get("name") or model_id}
-            for model_id, model in models.items()
-            if model_id not in own
-            and (everything or _may_read(model.get("info") or {}, me))
+            {"value": card.id, "label": card.name}
+            for card in cards.values()
+            if not card.is_self
+            and (everything or _may_read(card.entry.get("info") or {}, me))
         ]
 
     async def model_cards(self, own_id: str) -> dict[str, ModelCard]:
         """All models this user may use, by id, in one look-up."""
-        from open_webui.utils.models import get_filtered_models
-
         models = dict(self.request.app.state.MODELS.items())
-        own = _own_models(models, own_id)
-        cards = {}
         with foreign_errors(HostFailure):
             readable = await get_filtered_models(list(models.values()), self.user)
-        for model in readable:
-            model_id = model["id"]
-            meta = (model.get("info") or {}).get("meta") or {}
-            unusual = model.get("arena") or meta.get("hidden")
-            cards[model_id] = ModelCard(
-                model_id,
-                model.get("name") or model_id,
-                is_self=model_id in own,
-                by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
-                connection=_connection_of(models, model),
-                entry=model,
-            )
-        return cards
+        return _cards_of(readable, models, own_id)
 
     async def model_params(self, ids: Iterable[str]) -> tuple[dict[str, Json], Json]:
         """The parameters each of these models sets itself, and the host's for all."""
-        from open_webui.models.config import Config
-        from open_webui.models.models import Models
-
         with foreign_errors(HostFailure):
-            records, defaults = await asyncio.gather(
-                Models.get_models_by_ids(list(ids)),
-                Config.get("models.default_params", {}),
-            )
+            records = await Models.get_models_by_ids(list(ids))
             own = {record.id: record.params.model_dump() for record in records}
-        return own, defaults or {}
+            return own, await Config.get("models.default_params", {}) or {}
 
-    async def voices(
-        self,
-        cards: Sequence[ModelCard],
-        params: Mapping[str, Json],
-        defaults: Json,
-        settings: Settings,
-    ) -> dict[str, Voice | str]:
-        """What each of these models brings, or why it cannot be prepared.
-
-        `params` are those a model sets itself, over the `defaults` for all.
-        """
-
-        async def prepare(card: ModelCard) -> Voice | str:
-            try:
-                own = params.get(card.id, {})
-                return await self._voice(card, own, defaults, settings)
-            except HostFailure as failure:
-                return str(failure)
-
-        found = await asyncio.gather(*map(prepare, cards))
-        return dict(zip((card.id for card in cards), found, strict=True))
-
-    async def _voice(
+    async def voice(
         self, card: ModelCard, own: Json, defaults: Json, settings: Settings
-    ) -> Voice:
-        from open_webui.utils.payload import (
-            apply_model_params_to_body_openai,
-            resolve_system_prompt,
-        )
+    ) -> Voice | str:
+        """What a model brings, or why it cannot be prepared.
 
-        meta = (card.entry.get("info") or {}).get("meta") or {}
+        `own` are the parameters it sets itself, over the `defaults` for all.
+        """
+        meta = _meta_of(card.entry)
         capabilities = meta.get("capabilities") or {}
         params = {**defaults, **own}
         legacy = params.get("function_calling") == "legacy"
         missing = {name: value for name, value in defaults.items() if name not in own}
-        with foreign_errors(HostFailure):
-            system, (tools, problems) = await asyncio.gather(
-                resolve_system_prompt(params.get("system"), self.metadata, self.user),
-                self._tools(card.entry, meta, settings),
-            )
-            taken = apply_model_params_to_body_openai(missing, {})
+        try:
+            with foreign_errors(HostFailure):
+                prompt = params.get("system")
+                system = await resolve_system_prompt(prompt, self.metadata, self.user)
+                taken = apply_model_params_to_body_openai(missing, {})
+                tools, problems = await self._tools(card.entry, settings)
+        except HostFailure as failure:
+            return str(failure)
         knowledge = "" if legacy else _knowledge_prompt(meta)
+        specs = [tool.get("spec", {}) for tool in tools.values()]
         return Voice(
             model_id=card.id,
             system="\n\n".join(filter(None, (system, knowledge))),
             tools=tools,
-            specs=tuple(
-                {"type": "function", "function": tool.get("spec", {})}
-                for tool in tools.values()
-            ),
+            specs=tuple({"type": "function", "function": spec} for spec in specs),
             defaults=taken,
             legacy=legacy,
             connection=card.connection,
@@ -2571,17 +2546,15 @@ class Host:
     @staticmethod
     def think_tags(own: Any = None) -> tuple[tuple[str, str], ...]:
         """A model's `reasoning_tags`: its own pair, False for none, else the usual."""
-        from open_webui.utils.middleware import DEFAULT_REASONING_TAGS
-
-        return _read_think_tags(own, DEFAULT_REASONING_TAGS)
+        if isinstance(own, list) and len(own) == 2 and all(own):
+            return ((str(own[0]), str(own[1])),)
+        return () if own is False else tuple(middleware.DEFAULT_REASONING_TAGS)
 
     async def _tools(
-        self, model: Json, meta: Json, settings: Settings
+        self, model: Json, settings: Settings
     ) -> tuple[dict[str, Json], list[str]]:
-        """The chat's tools, the model's own, and the built-in ones that are allowed;
-        and a sentence for each that could not be loaded."""
-        chosen: Mapping[str, Json] = self.metadata.get("tools") or {}
-        tools = {n: tool for n, tool in chosen.items() if tool.get("type") != "builtin"}
+        """The built-in tools that are allowed, the model's own, and the chat's; and a
+        sentence for each that could not be loaded."""
         extra: Json = {
             "__user__": self.user.model_dump(),
             "__metadata__": self.metadata,
@@ -2594,83 +2567,64 @@ class Host:
             "__messages__": [],
             "__files__": self.metadata.get("files") or [],
         }
-        own, problems = await self._own_tools(meta.get("toolIds") or [], extra)
-        builtin: dict[str, Json] = {}
-        try:
-            builtin = await self._builtin_tools(model, meta, settings, extra)
-        except HostFailure:
-            problems.append("Open WebUI's own tools could not be loaded")
-        return {**builtin, **own, **tools}, problems
-
-    async def _own_tools(
-        self, ids: list[str], extra: Json
-    ) -> tuple[dict[str, Json], list[str]]:
-        """The tools of a workspace model; one that fails costs only itself."""
-        from open_webui.utils.tools import get_tools
-
+        tools: dict[str, Json] = {}
+        problems: list[str] = []
+        features = self.metadata.get("features") or {}
+        seen = _builtins_model(model, self.metadata, settings)
         try:
             with foreign_errors(HostFailure):
-                return await get_tools(self.request, ids, self.user, extra), []
+                if seen:
+                    tools |= await get_builtin_tools(
+                        self.request, extra, features, seen
+                    )
+        except HostFailure:
+            problems.append("Open WebUI's own tools could not be loaded")
+        ids = _meta_of(model).get("toolIds") or []
+        tools |= await self._own_tools(ids, extra, problems)
+        chosen = (self.metadata.get("tools") or {}).items()
+        tools |= {n: tool for n, tool in chosen if tool.get("type") != "builtin"}
+        return tools, problems
+
+    async def _own_tools(
+        self, ids: list[str], extra: Json, problems: list[str]
+    ) -> dict[str, Json]:
+        """The tools of a workspace model; one that fails costs only itself."""
+        tools: dict[str, Json] = {}
+        try:
+            with foreign_errors(HostFailure):
+                tools |= await get_tools(self.request, ids, self.user, extra)
         except HostFailure:
             if len(ids) == 1:
                 name = plain_line(ids[0], 60)
-                return {}, [f'its tool "{name}" could not be loaded']
-        tools: dict[str, Json] = {}
-        problems: list[str] = []
-        for tool_id in ids:
-            found, failed = await self._own_tools([tool_id], extra)
-            tools, problems = {**tools, **found}, problems + failed
-        return tools, problems
-
-    async def _builtin_tools(
-        self, model: Json, meta: Json, settings: Settings, extra: Json
-    ) -> dict[str, Json]:
-        from open_webui.utils.tools import get_builtin_tools
-
-        team = (self.metadata.get("model") or {}).get("info") or {}
-        knowledge = list(meta.get("knowledge") or ())
-        knowledge += (team.get("meta") or {}).get("knowledge") or ()
-        meta = {**meta, "knowledge": knowledge}
-        allowed = _builtins_model(model, meta, self.metadata, settings)
-        if not allowed:
-            return {}
-        features = self.metadata.get("features") or {}
-        with foreign_errors(HostFailure):
-            found: dict[str, Json] = await get_builtin_tools(
-                self.request, extra, features, allowed
-            )
-        return found
+                problems.append(f'its tool "{name}" could not be loaded')
+                return {}
+            for tool_id in ids:
+                tools |= await self._own_tools([tool_id], extra, problems)
+        return tools
 
     async def stored_replies(self) -> list[Json]:
         """The stored messages that led to this question, the first one first.
 
         None for a chat that is not saved; then only our headings tell who spoke.
         """
-        from open_webui.models.chats import Chats
-
         names = ("regeneration_message_id", "assistant_message_id", "user_message_id")
         ids = [self.metadata.get(name) for name in names]
-        messages: Json = {}
         with suppress(HostFailure), foreign_errors(HostFailure):
             chat_id = self.metadata.get("chat_id") or ""
             messages = await Chats.get_messages_map_by_chat_id(chat_id) or {}
-        chain: list[Json] = []
-        at = next((each for each in ids if each in messages), None)
-        while at in messages and len(chain) < len(messages):
-            chain.append(messages[at])
-            at = messages[at].get("parentId")
-        return chain[::-1]
+            last = next((each for each in ids if each in messages), None)
+            return list(get_message_list(messages, last))
+        return []
 
     # -- asking a model ----------------------------------------------------------------
 
     def _inner_request(self) -> Request:
         """A request of its own: flags and metadata travel on its state, which calls
         running at the same time would read from each other."""
-        state = dict(self.request.scope.get("state") or {})
+        state = {**(self.request.scope.get("state") or {}), INNER_RUN: True}
         for name in ("metadata", "bypass_filter", "bypass_system_prompt", "model_id"):
             state.pop(name, None)
-        scope = {**self.request.scope, "state": {**state, INNER_RUN: True}}
-        return Request(scope, self.request.receive)
+        return Request({**self.request.scope, "state": state}, self.request.receive)
 
     @asynccontextmanager
     async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
@@ -2678,8 +2632,6 @@ class Host:
 
         Raises `ModelFailure` with the reason where the host or the provider refused.
         """
-        from open_webui.utils.chat import generate_chat_completion
-
         # nothing that lets an inner pipe write into our message
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
@@ -2691,32 +2643,25 @@ class Host:
                 self.user,
                 bypass_system_prompt=True,
             )
-        items = reply_items(response)
-        reader = _guarded(items)
         try:
-            yield reader
+            async with aclosing(reply_items(response)) as items:
+                yield items
         finally:
-            await reader.aclose()
-            await _close_reply(response, items)
+            await _close_reply(response)
 
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
         """The usage of one more model call added to what there was, as the host adds
         it up; what cannot be read adds nothing."""
-        from open_webui.utils.response import merge_usage, normalize_usage
-
-        merged = total
+        names = ("input_tokens", "output_tokens", "total_tokens")
         with suppress(HostFailure), foreign_errors(HostFailure):
-            counted = {
+            merged = merge_usage(total, report)
+            return {
                 name: value
-                for name, value in normalize_usage(report).items()
-                if name in ("input_tokens", "output_tokens", "total_tokens")
-                or name.endswith(("_details", "cost"))
+                for name, value in merged.items()
+                if name in names or name.endswith(("_details", "cost"))
             }
-            merged = merge_usage(total, counted) if counted else total
-        for name in ("prompt_tokens", "completion_tokens"):  # of the last call only
-            merged.pop(name, None)
-        return merged
+        return total
 
     # -- the page ----------------------------------------------------------------------
 
@@ -2726,8 +2671,9 @@ class Host:
         One that is not done shimmers, for which the page paints every frame: only for
         work that nothing else shows.
         """
-        status = {"description": text, "done": done}
-        await self._emit({"type": "status", "data": status})
+        await self._emit(
+            {"type": "status", "data": {"description": text, "done": done}}
+        )
 
     async def show_sources(self, sources: Iterable[Json]) -> None:
         """Cite sources in the message, each in the host's shape."""
@@ -2748,13 +2694,12 @@ class Host:
 
     async def confirm(self, question: Json) -> bool:
         """Ask the person at the page; no answer is a no."""
-        answer: Any = None
         if self.caller:
+            asked = {"type": "confirmation", "data": question}
             with suppress(HostFailure), foreign_errors(HostFailure):
                 async with asyncio.timeout(APPROVAL_TIMEOUT):
-                    asked = {"type": "confirmation", "data": question}
-                    answer = await self.caller(asked)
-        return answer is True
+                    return await self.caller(asked) is True
+        return False
 
     # -- search and tools --------------------------------------------------------------
 
@@ -2764,16 +2709,12 @@ class Host:
         Gives nothing where it is off in the chat, not allowed, or was done by the host
         already, as it is for legacy function calling. Raises `ModelFailure`.
         """
-        from open_webui.models.config import Config
-        from open_webui.utils import middleware
-        from open_webui.utils.access_control import has_permission
-
         features = self.metadata.get("features") or {}
         calling = (self.metadata.get("params") or {}).get("function_calling")
         if not features.get("web_search") or calling == "legacy" or not self.in_chat:
             return "", []
         messages = [{"role": "user", "content": question}]
-        extra = {"__event_emitter__": self.emitter, "__chat_id__": None}
+        extra = {"__event_emitter__": self.emitter}
         body: Json = {"model": model_id, "messages": messages, "files": []}
         request = self._inner_request()
         with foreign_errors(ModelFailure):
@@ -2800,40 +2741,31 @@ class Host:
 
         Raises `ToolFailure` with what it said.
         """
-        from open_webui.utils.tools import get_updated_tool_function
-
         if tool.get("type") != "mcp":  # MCP servers check their arguments themselves
             spec = (tool.get("spec") or {}).get("parameters") or {}
             known = spec.get("properties") or {}
             arguments = {name: arguments[name] for name in arguments if name in known}
         with foreign_errors(ToolFailure):
             if tool.get("direct"):
-                return await self._run_in_page(tool, call, arguments)
+                if not self.caller:
+                    raise ToolFailure("the user's browser, where it runs, is not here.")
+                asked = {
+                    "id": str(uuid4()),
+                    "name": call.name,
+                    "params": arguments,
+                    "server": tool.get("server", {}),
+                    "session_id": self.metadata.get("session_id"),
+                }
+                return await self.caller({"type": "execute:tool", "data": asked})
             files = self.metadata.get("files") or []
-            context = {"__messages__": messages, "__files__": files}
-            function = await get_updated_tool_function(tool["callable"], context)
+            extra = {"__messages__": messages, "__files__": files}
+            function = await get_updated_tool_function(tool["callable"], extra)
             return await function(**arguments)
-
-    async def _run_in_page(self, tool: Json, call: ToolCall, arguments: Json) -> Any:
-        if not self.caller:
-            raise ToolFailure(
-                "This tool runs in the user's browser, which is not here."
-            )
-        asked = {
-            "id": str(uuid4()),
-            "name": call.name,
-            "params": arguments,
-            "server": tool.get("server", {}),
-            "session_id": self.metadata.get("session_id"),
-        }
-        return await self.caller({"type": "execute:tool", "data": asked})
 
     async def read_tool_result(
         self, tool: Json, call: ToolCall, arguments: Json, value: Any
     ) -> ToolResult:
         """What a tool gave -> text, files, embeds; citations and the like go out."""
-        from open_webui.utils import middleware
-
         kind, direct = tool.get("type", ""), bool(tool.get("direct"))
         with foreign_errors(ToolFailure):
             text, files, embeds = await middleware.process_tool_result(
@@ -2843,96 +2775,72 @@ class Host:
                 call.name, arguments, text, self.emitter
             )
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
-            readable = await self._readable_images([image["url"] for image in images])
-            for image in images:
-                image["url"] = await self._store_image(image["url"])
-        text = "" if text is None else str(text)
+            readable = [await self._keep_image(image) for image in images]
         failed = isinstance(value, dict) and bool(value.get("error"))
         stored = tuple(image["url"] for image in images)
         return ToolResult(
-            text, failed, tuple(files), tuple(embeds), tuple(readable), stored
+            text or "", failed, tuple(files), tuple(embeds), tuple(readable), stored
         )
 
-    async def _readable_images(self, urls: list[str]) -> list[str]:
-        """Images as data URLs: a provider cannot open a path of the host."""
-        from open_webui.utils import middleware
-
-        if not urls:
-            return []
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        body: Json = {"messages": [{"role": "user", "content": parts}]}
-        body = await middleware.convert_url_images_to_base64(body, user=self.user)
-        return [part["image_url"]["url"] for part in body["messages"][0]["content"]]
-
-    async def _store_image(self, url: str) -> str:
-        """Keep an image out of the chat's JSON, where the host can (from 0.12)."""
-        from open_webui.utils import middleware
-
+    async def _keep_image(self, image: Json) -> str:
+        """Keep an image out of the chat's JSON, where the host can (from 0.12); gives
+        it as data, since a provider cannot open a path of the host."""
+        url = data = image["url"]
+        if not url.startswith("data:image/"):
+            data = await get_image_base64_from_url(url, user=self.user) or url
         store = getattr(middleware, "store_tool_result_image", None)
-        if store is None:
-            return url
-        return str(await store(self.request, url, self.metadata, self.user))
+        if store:
+            image["url"] = await store(self.request, url, self.metadata, self.user)
+        return str(data)
 
     async def cite(
         self, tool: Json, call: ToolCall, arguments: Json, text: str
     ) -> None:
         """Show the sources of a tool that reads documents or pages."""
-        from open_webui.utils import middleware
-
         names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
-        if not self.in_chat or call.name not in names or not text:
-            return
-        sources: list[Json] = []
-        with suppress(HostFailure), foreign_errors(HostFailure):
-            sources = middleware.get_citation_source_from_tool_result(
-                call.name, arguments, text, tool.get("tool_id", "")
-            )
-        await self.show_sources(sources)
+        if call.name in names and text:
+            with suppress(HostFailure), foreign_errors(HostFailure):
+                sources = middleware.get_citation_source_from_tool_result(
+                    call.name, arguments, text, tool.get("tool_id", "")
+                )
+                await self.show_sources(sources)
 
     async def use_legacy_tools(
-        self,
-        voice: Voice,
-        messages: list[Json],
-        run: Callable[[str, Json, Json], Awaitable[Any]],
+        self, voice: Voice, messages: list[Json], run: Callable[..., Awaitable[Any]]
     ) -> tuple[list[Json], list[Json]]:
         """The host's prompt-based tool use: messages with what the tools gave, sources.
 
         Every tool runs through `run`: by its name, the tool, and the arguments. Raises
         `ModelFailure`.
         """
-        from open_webui.utils import middleware
 
-        def wrapped(name: str, tool: Json) -> Json:
-            async def function(**arguments: Any) -> Any:
-                return await run(name, tool, arguments)
-
-            return {**tool, "callable": function}
+        async def run_one(name: str, /, **arguments: Any) -> Any:
+            return await run(name, voice.tools[name], arguments)
 
         async def in_page(event: Json) -> Any:
-            name = event["data"]["name"]
-            return await run(name, voice.tools[name], event["data"]["params"])
+            return await run_one(event["data"]["name"], **event["data"]["params"])
 
+        tools = {
+            name: {**tool, "callable": partial(run_one, name)}
+            for name, tool in voice.tools.items()
+        }
         request = self._inner_request()
         extra = {
             "__event_emitter__": self.emitter,
             "__event_call__": in_page,
             "__metadata__": self.metadata,
-            "__user__": self.user.model_dump(),
-            "__request__": request,
         }
         body = {"model": voice.model_id, "messages": messages, "metadata": {}}
-        tools = {name: wrapped(name, tool) for name, tool in voice.tools.items()}
         with foreign_errors(ModelFailure):
             _, flags = await middleware.chat_completion_tools_handler(
                 request, body, extra, self.user, self.request.app.state.MODELS, tools
             )
             sources = flags.get("sources") or []
-            if sources:
-                copies = [dict(message) for message in messages]
-                question = text_of(messages[-1]["content"])
-                messages = await middleware.apply_source_context_to_messages(
-                    request, copies, sources, question
-                )
+            copies = [dict(message) for message in messages]
+            question = text_of(messages[-1]["content"])
+            messages = await middleware.apply_source_context_to_messages(
+                request, copies, sources, question
+            )
         return messages, sources
 
 
@@ -2942,16 +2850,39 @@ def own_function_id() -> str:
     return found[1] if found else __name__
 
 
-def _own_models(models: Mapping[str, Json], own_id: str) -> set[str]:
-    """Ids of this function's models and of all workspace models based on them."""
-    own = {i for i in models if i == own_id or i.startswith(f"{own_id}.")}
-    bases = {
-        model_id: (model.get("info") or {}).get("base_model_id")
-        for model_id, model in models.items()
-    }
-    while based := {i for i, base in bases.items() if base in own} - own:
-        own |= based
-    return own
+def _meta_of(model: Json) -> Json:
+    """What the workspace says of a model, beside its parameters."""
+    return (model.get("info") or {}).get("meta") or {}
+
+
+def _with_bases(models: Mapping[str, Json], model_id: str) -> list[str]:
+    """A model, what it is based on, and so on: their ids."""
+    chain: list[str] = []
+    while model_id and model_id not in chain:
+        chain.append(model_id)
+        info = (models.get(model_id) or {}).get("info") or {}
+        model_id = info.get("base_model_id") or ""
+    return chain
+
+
+def _cards_of(
+    some: Iterable[Json], models: Mapping[str, Json], own_id: str
+) -> dict[str, ModelCard]:
+    """A card of each of these models, by id; `own_id` is that of this function."""
+    cards = {}
+    for model in some:
+        model_id = model["id"]
+        bases = _with_bases(models, model_id)
+        unusual = model.get("arena") or _meta_of(model).get("hidden")
+        cards[model_id] = ModelCard(
+            model_id,
+            model.get("name") or model_id,
+            is_self=any(base.partition(".")[0] == own_id for base in bases),
+            by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
+            connection=_connection_of(models.get(bases[-1]) or {}),
+            entry=model,
+        )
+    return cards
 
 
 def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
@@ -2965,25 +2896,12 @@ def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
     )
 
 
-def _read_think_tags(
-    own: Any, usual: Iterable[tuple[str, str]]
-) -> tuple[tuple[str, str], ...]:
-    if isinstance(own, list) and len(own) == 2 and all(own):
-        return ((str(own[0]), str(own[1])),)
-    return () if own is False else tuple(usual)
-
-
-def _connection_of(models: Mapping[str, Json], model: Json) -> str:
-    """Which connection serves a model or what it is based on: kind and number."""
-    for _ in range(5):
-        base = (model.get("info") or {}).get("base_model_id")
-        if not base or base == model.get("id"):
-            break
-        model = models.get(base) or {}
-    if model.get("owned_by") == "ollama":
-        urls = (model.get("ollama") or {}).get("urls") or [0]
-        return f"{OLLAMA} {urls[0]}"
-    return f"{model.get('owned_by')} {model.get('urlIdx')}"
+def _connection_of(model: Json) -> str:
+    """Which connection serves a model: its kind and number."""
+    kind, number = model.get("owned_by"), model.get("urlIdx")
+    if kind == OLLAMA:
+        number = ((model.get("ollama") or {}).get("urls") or [0])[0]
+    return f"{kind} {number}"
 
 
 def _knowledge_prompt(meta: Json) -> str:
@@ -3007,9 +2925,7 @@ class _OnlyThese(dict[str, bool]):
         return super().get(name, False)
 
 
-def _builtins_model(
-    model: Json, meta: Json, metadata: Json, settings: Settings
-) -> Json | None:
+def _builtins_model(model: Json, metadata: Json, settings: Settings) -> Json | None:
     """The model as `get_builtin_tools` should see it; None if it would give nothing.
 
     Every built-in tool costs tokens in every prompt of every turn, so by default a
@@ -3017,41 +2933,51 @@ def _builtins_model(
     in the chat (memory is on by itself, so it does not count) and that the model is
     capable of, and of knowledge attached to it, to the team's model or to the folder.
     """
-    own = meta.get("builtinTools") or {}
-    if settings.builtin_tools == "none":
-        return None
+    meta, team = _meta_of(model), _meta_of(metadata.get("model") or {})
+    own, choice = meta.get("builtinTools") or {}, settings.builtin_tools
+    knowledge = [*(meta.get("knowledge") or ()), *(team.get("knowledge") or ())]
     categories = {**own, "user_input": False}  # a question would stop the whole run
-    if settings.builtin_tools == "features":
-        features = metadata.get("features") or {}
-        wanted = [name for name in _BUILTINS_OF_FEATURES if features.get(name)]
-        if meta.get("knowledge") or metadata.get("folder_knowledge"):
-            wanted.append("knowledge")
-        if not wanted:
-            return None
+    if choice == "features":
+        attached = knowledge or metadata.get("folder_knowledge")
+        asked = {**(metadata.get("features") or {}), "knowledge": attached}
+        wanted = (name for name in _BUILTINS if asked.get(name))
         categories = _OnlyThese({name: own.get(name, True) for name in wanted})
-    info = {**(model.get("info") or {}), "meta": {**meta, "builtinTools": categories}}
-    return {**model, "info": info}
+    if choice == "none" or not categories:
+        return None
+    meta = {**meta, "knowledge": knowledge, "builtinTools": categories}
+    return {**model, "info": {**(model.get("info") or {}), "meta": meta}}
 
 
-def reply_items(response: Any) -> AsyncIterator[Any]:
-    """The items of whatever a completion returned; raises `ModelFailure` for an error
-    response."""
-    if isinstance(response, StreamingResponse):
-        return aiter(response.body_iterator)
+async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
+    """The items of whatever a completion returned.
+
+    Raises `ModelFailure` for an error response, and for whatever a foreign iterator
+    raises; a cancellation that it swallowed is raised again.
+    """
+    if not isinstance(response, StreamingResponse):
+        yield _read_whole(response)
+        return
+    task = asyncio.current_task()  # `was_cancelled` would look it up for each item
+    with foreign_errors(ModelFailure):
+        async for item in response.body_iterator:
+            if task and task.cancelling():
+                raise asyncio.CancelledError
+            yield item
+
+
+def _read_whole(response: Any) -> Any:
     if not isinstance(response, Response):
-        return _one_item(response)
-    body = bytes(response.body).decode("utf-8", "replace")
-    try:
-        value = parse_json(body)
-    except ValueError:
-        value = body
+        return response
+    value: Any = bytes(response.body).decode("utf-8", "replace")
+    with suppress(ValueError):
+        value = parse_json(value)
     if response.status_code >= 400:
         raise ModelFailure(
             f"{error_text(value)} (HTTP {response.status_code})",
             response.status_code,
             read_seconds(response.headers.get("retry-after")),
         )
-    return _one_item(value)
+    return value
 
 
 def read_seconds(text: str | None) -> float | None:
@@ -3063,24 +2989,9 @@ def read_seconds(text: str | None) -> float | None:
     return seconds if 0 <= seconds < float("inf") else None
 
 
-async def _one_item(value: Any) -> AsyncGenerator[Any, None]:
-    yield value
-
-
-async def _guarded(items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    """The same items; what the foreign iterator raises becomes a `ModelFailure`, and
-    a cancellation that it swallowed is raised again."""
-    task = asyncio.current_task()  # `was_cancelled` would look it up for each item
-    with foreign_errors(ModelFailure):
-        async for item in items:
-            if task and task.cancelling():
-                raise asyncio.CancelledError
-            yield item
-
-
-async def _close_reply(response: Any, items: AsyncIterator[Any]) -> None:
+async def _close_reply(response: Any) -> None:
     """Free the upstream connection, also of a reply that was not read to its end."""
-    close = getattr(items, "aclose", None)
+    close = getattr(getattr(response, "body_iterator", None), "aclose", None)
     background = getattr(response, "background", None)
     with suppress(HostFailure), foreign_errors(HostFailure):
         async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -3099,11 +3010,7 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
     The host mixes them with its defaults for all and with the parameters of the pipe's
     `own` model; a value that equals one of these was not set.
     """
-
-    def flat(params: Json) -> Json:
-        return {**params, **(params.get("custom_params") or {})}
-
-    known = (flat(defaults), flat(own))
+    known = [{**each, **(each.get("custom_params") or {})} for each in (defaults, own)]
     return {
         name: body[name]
         for name in SAMPLING
@@ -3113,11 +3020,7 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
 
 
 async def resolve_cast(
-    host: Host,
-    settings: Settings,
-    cards: Mapping[str, ModelCard],
-    body: Json,
-    chat_system: str,
+    host: Host, settings: Settings, cards: dict[str, ModelCard], body: Json, system: str
 ) -> Cast:
     """Everybody of the run, with everything they bring, looked up once.
 
@@ -3136,7 +3039,10 @@ async def resolve_cast(
             problems.append(f"Manager: {error}. {first}'s model leads instead.")
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
     params, defaults = await host.model_params([*wanted, pipe_id])
-    voices = await host.voices([cards[i] for i in wanted], params, defaults, settings)
+    prepared = await asyncio.gather(
+        *(host.voice(cards[i], params.get(i, {}), defaults, settings) for i in wanted)
+    )
+    voices = dict(zip(wanted, prepared, strict=True))
     usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     for seat in seats:
         lost = (f"its model cannot be prepared: {voices[seat.model_id]}",)
@@ -3153,8 +3059,8 @@ async def resolve_cast(
     participants = []
     for colour, seat in zip(COLOURS, present, strict=False):
         voice = usable[seat.model_id]
-        system = render_system(settings, seat, aliases, voice, chat_system)
-        participants.append(Participant(seat.alias, colour, system, voice))
+        told = render_system(settings, seat, aliases, voice, system)
+        participants.append(Participant(seat.alias, colour, told, voice))
     return Cast(
         tuple(participants),
         usable.get(leader, participants[0].voice),
@@ -4463,7 +4369,7 @@ def _refuse(
     the host would answer an exception with status 200 and a shape of its own."""
     body = {"error": {"message": str(error), "type": "invalid_request_error"}}
     if stream:
-        return _one_item(body)
+        return reply_items(body)
     text = iter([json.dumps(body, ensure_ascii=False)])
     return StreamingResponse(text, status_code=400, media_type="application/json")
 
