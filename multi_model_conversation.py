@@ -2399,7 +2399,7 @@ _CITING_TOOLS = (  # where the host does not name them (0.11)
     "search_web fetch_url view_file view_knowledge_file query_knowledge_files "
     "query_chat_files"
 )
-OLLAMA = "ollama"  # how the name of such a connection begins
+OLLAMA = "ollama"  # how the name of an Ollama connection begins
 _SAMPLING_NAMES = (  # the host's
     "temperature top_p top_k min_p max_tokens max_completion_tokens seed stop "
     "frequency_penalty presence_penalty repeat_penalty repeat_last_n logit_bias "
@@ -2407,8 +2407,6 @@ _SAMPLING_NAMES = (  # the host's
     "num_predict num_keep num_batch num_thread num_gpu think keep_alive"
 )
 SAMPLING = tuple(_SAMPLING_NAMES.split())  # what a chat's controls set for the models
-APPROVAL_TIMEOUT = 250  # s; the host itself gives a person 60 to 240
-CLOSE_TIMEOUT = 5  # s for a foreign reply to let go of its connection
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
 
 
@@ -2697,7 +2695,7 @@ class Host:
         if self.caller:
             asked = {"type": "confirmation", "data": question}
             with suppress(HostFailure), foreign_errors(HostFailure):
-                async with asyncio.timeout(APPROVAL_TIMEOUT):
+                async with asyncio.timeout(250):  # s; the host gives a person 60 to 240
                     return await self.caller(asked) is True
         return False
 
@@ -2837,9 +2835,8 @@ class Host:
             )
             sources = flags.get("sources") or []
             copies = [dict(message) for message in messages]
-            question = text_of(messages[-1]["content"])
             messages = await middleware.apply_source_context_to_messages(
-                request, copies, sources, question
+                request, copies, sources, text_of(messages[-1]["content"])
             )
         return messages, sources
 
@@ -2865,9 +2862,7 @@ def _with_bases(models: Mapping[str, Json], model_id: str) -> list[str]:
     return chain
 
 
-def _cards_of(
-    some: Iterable[Json], models: Mapping[str, Json], own_id: str
-) -> dict[str, ModelCard]:
+def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, ModelCard]:
     """A card of each of these models, by id; `own_id` is that of this function."""
     cards = {}
     for model in some:
@@ -2972,11 +2967,9 @@ def _read_whole(response: Any) -> Any:
     with suppress(ValueError):
         value = parse_json(value)
     if response.status_code >= 400:
-        raise ModelFailure(
-            f"{error_text(value)} (HTTP {response.status_code})",
-            response.status_code,
-            read_seconds(response.headers.get("retry-after")),
-        )
+        reason = f"{error_text(value)} (HTTP {response.status_code})"
+        pause = read_seconds(response.headers.get("retry-after"))
+        raise ModelFailure(reason, response.status_code, pause)
     return value
 
 
@@ -2994,7 +2987,7 @@ async def _close_reply(response: Any) -> None:
     close = getattr(getattr(response, "body_iterator", None), "aclose", None)
     background = getattr(response, "background", None)
     with suppress(HostFailure), foreign_errors(HostFailure):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
+        async with asyncio.timeout(5):  # s; it is foreign code
             if close:
                 await close()
             if background:
