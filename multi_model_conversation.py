@@ -54,14 +54,7 @@ from statistics import fmean
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -130,10 +123,9 @@ The debate is over. Who argued best, yourself excluded? Choose one of: {candidat
 Answer with one JSON object and nothing else:
 {"vote": "<one of these names>", "reason": "<one short sentence>"}"""
 
-MOST_SEATS = 8  # there is a colour for each
-
 Seconds = Annotated[float, AfterValidator(lambda value: max(value, 0.1))]
 Count = Annotated[int, AfterValidator(lambda value: max(value, 1))]
+Seats = Annotated[Count, AfterValidator(lambda value: min(value, 8))]  # as colours
 
 
 class ConversationError(Exception):
@@ -142,12 +134,15 @@ class ConversationError(Exception):
 
 def _setting(default: Any, description: str, **schema: Any) -> Any:
     """A field of the valves; the page makes its title of its name."""
-    extra = schema or None
-    return Field(default=default, description=description, json_schema_extra=extra)
+    return Field(default=default, description=description, json_schema_extra=schema)
 
 
-class SharedSettings(BaseModel):
-    """What the administrator sets for all, and everybody may set for themselves."""
+class UserSettings(BaseModel, extra="allow"):
+    """What everybody may set for themselves; what is not set is as the admin set it.
+
+    Fields of the plugin "Multi Model Conversations v2" that are still stored for a
+    user are kept as extras, for `_read_v2`.
+    """
 
     participants: list[str] = _setting(
         [],
@@ -156,12 +151,10 @@ class SharedSettings(BaseModel):
     )
     team: str = _setting(
         "",
-        "Lines `Alias | model id | persona`, in place of the list above; a model may "
-        "take several seats.",
+        "In place of the list: lines `Alias | model id | persona`; models may repeat.",
     )
     rounds: Count = _setting(
-        2,
-        "How often each speaks. Manager: at most this, times the participants, turns.",
+        2, "How often each speaks. Manager: at most as many turns in all."
     )
     manager_model: str = _setting(
         "",
@@ -169,10 +162,9 @@ class SharedSettings(BaseModel):
         input={"type": "select", "options": "model_options"},
     )
     instructions: str = _setting("", "Added to the system prompt of every participant.")
+    # with a type of its own: the page draws a text box only for a plain one
     temperature: float | None = _setting(
-        None,
-        "Sampling temperature of every participant. Unset: each model keeps its own.",
-        type="number",  # the page draws a text box only for a plain type
+        None, "Sampling temperature of all. Unset: each model's own.", type="number"
     )
     # Not in the panels: the chat's own controls set these; what is stored still counts.
     top_p: SkipJsonSchema[float | None] = None
@@ -180,24 +172,12 @@ class SharedSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_blanks(cls, values: Any) -> Any:
+    def drop_blanks(cls, values: Json) -> Json:
         """The page stores null, "" or [] for a field that is put back to default."""
-        if not isinstance(values, dict):
-            return values
         return {k: v for k, v in values.items() if v not in (None, "", [])}
 
 
-class UserSettings(SharedSettings):
-    """A user's own settings; what is not set here is as the admin set it.
-
-    Fields of the plugin "Multi Model Conversations v2" that are still stored for a
-    user are kept as extras, for `_read_v2`.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-
-class Settings(SharedSettings):
+class Settings(UserSettings):
     """The admin's settings: defaults for everybody, ceilings and limits, prompts.
 
     Merged with a user's own (`merge_settings`) they are the settings of a run.
@@ -216,12 +196,9 @@ class Settings(SharedSettings):
         "council and debate", "When a last line shows everybody's speed and tokens."
     )
     builtin_tools: Literal["features", "all", "none"] = _setting(
-        "features",
-        "Open WebUI's own tools: of features switched on and knowledge, all, or none.",
+        "features", "Open WebUI's tools: of active features and knowledge, all or none."
     )
-    max_participants: Annotated[Count, AfterValidator(lambda n: min(n, MOST_SEATS))] = (
-        _setting(8, "The most participants of a conversation (1 to 8).")
-    )
+    max_participants: Seats = _setting(8, "The most participants (1 to 8).")
     max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
     max_tool_rounds: Annotated[int, AfterValidator(lambda n: max(n, 0))] = _setting(
         8, "How often a participant may call tools in one turn."
@@ -238,16 +215,10 @@ class Settings(SharedSettings):
     answer_deadline: Seconds = _setting(
         180, "Seconds after which a council goes on without a member's answer."
     )
-    first_token_timeout: Seconds = _setting(
-        120, "Seconds a model may take until it says something."
-    )
-    silence_timeout: Seconds = _setting(
-        60, "Seconds a model may pause in the middle of its answer."
-    )
+    first_token_timeout: Seconds = _setting(120, "Seconds a model may take to begin.")
+    silence_timeout: Seconds = _setting(60, "Seconds a model may pause in its answer.")
     turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
-    tool_timeout: Seconds = _setting(
-        120, "Seconds of one tool call, or of the shared web search."
-    )
+    tool_timeout: Seconds = _setting(120, "Seconds of one tool call or web search.")
     rules_prompt: str = _setting(
         RULES_PROMPT, "What everybody is told. Knows {name} and {participants}."
     )
@@ -256,12 +227,10 @@ class Settings(SharedSettings):
         "Asks who is next. Knows {history}, {last_speaker} and {participant_list}.",
     )
     review_prompt: str = _setting(
-        REVIEW_PROMPT,
-        "Asks a council's members for a ranking. Knows {question} and {answers}.",
+        REVIEW_PROMPT, "Asks a council for a ranking. Knows {question} and {answers}."
     )
     conclusion_prompt: str = _setting(
-        CONCLUSION_PROMPT,
-        "Asks the chair to conclude. Knows {question}, {answers} and {result}.",
+        CONCLUSION_PROMPT, "Asks the chair. Knows {question}, {answers} and {result}."
     )
     debate_prompt: str = _setting(
         DEBATE_PROMPT, "What is said at each turn of a debate. Knows {question}."
@@ -282,28 +251,23 @@ _V2_NAMES = {
     "Top_k": "top_k",
     "Top_p": "top_p",
 }
+# what a workspace model's custom parameters, or an API client, may set
+_PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
 
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
     """Valves of "Multi Model Conversations v2" -> our names, as far as they are set."""
-    set_there = {name for name, value in stored.items() if value not in (None, "")}
-    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in set_there}
+    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in stored}
     lines = []
     for number in range(1, 6):
-        model = stored.get(f"Participant{number}Model")
-        if model:
+        if model := stored.get(f"Participant{number}Model"):
             alias = stored.get(f"Participant{number}Alias") or f"Participant {number}"
-            persona = str(stored.get(f"Participant{number}SystemMessage") or "")
+            persona = str(stored.get(f"Participant{number}SystemMessage", ""))
             persona = "\\n".join(persona.splitlines())
             lines.append(f"{alias} | {model} | {persona}")
-    with suppress(TypeError, ValueError):  # without a number that can be read: all
-        lines = lines[: int(stored.get("NUM_PARTICIPANTS") or 5)] if lines else lines
-    if lines:
-        found["team"] = "\n".join(lines)
-    return found
-
-
-PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
+    most = stored.get("NUM_PARTICIPANTS")
+    team = "\n".join(lines[:most] if isinstance(most, int) else lines)
+    return found | ({"team": team} if team else {})
 
 
 def merge_settings(
@@ -314,20 +278,17 @@ def merge_settings(
 ) -> Settings:
     """The settings of one run, under the admin's ceilings.
 
-    The `rounds` named in a question win, then what the `request` presets (custom
-    parameters of a workspace model, or an API client's), then the user's fields, then
-    stored v2 fields, then the admin's. Choosing participants is one decision in two
-    fields: who fills only the list does not want the team text below it. Raises
-    `ConversationError` where a stored or preset value cannot be read.
+    The `rounds` named in a question win, then the presets of the `request`, then the
+    user's fields, then stored v2 fields, then the admin's. Choosing participants is one
+    decision in two fields: who fills only the list does not want the team text below
+    it. Raises `ConversationError` where a stored or preset value cannot be read.
     """
     own = user.model_dump(exclude_unset=True) if user else {}
-    chosen = {name: own[name] for name in SharedSettings.model_fields if name in own}
-    preset = {name: request[name] for name in PRESETS if request and request.get(name)}
-    fields = {**admin.model_dump(), **_read_v2(own)}
+    chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
+    preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    fields = admin.model_dump() | _read_v2(own)
     for layer in (chosen, preset):
-        if "participants" in layer and "team" not in layer:
-            layer["team"] = ""
-        fields.update(layer)
+        fields |= ({"team": ""} if "participants" in layer else {}) | layer
     if rounds is not None:
         fields["rounds"] = rounds
     try:
