@@ -325,11 +325,9 @@ class ModelFailure(Exception):
 
     midway = False  # whether it had begun to speak
 
-    def __init__(
-        self, reason: str, status: int | None = None, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, reason: str, status: int = 0, retry_after: float = 0) -> None:
         super().__init__(reason)
-        self.status = status  # the provider's HTTP status, where there is one
+        self.status = status  # of HTTP, where there is one; 408 also if it was silent
         self.retry_after = retry_after  # seconds, where the provider names them
 
     @property
@@ -345,14 +343,8 @@ class ModelFailure(Exception):
     @property
     def may_work_whole(self) -> bool:
         """Whether the same request may work without streaming."""
-        at_fault = self.status in (400, 401, 403, 404, 413)
+        at_fault = self.status in (400, 401, 403, 404, 408, 413)
         return not (self.midway or self.is_busy or at_fault)
-
-
-class ModelSilent(ModelFailure):
-    """A model took longer than it may; asking again would only take as long."""
-
-    may_work_whole = False
 
 
 class HostFailure(Exception):
@@ -480,22 +472,13 @@ class Participant:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everybody of one run, in order, and what could not be seated and why."""
+    """Everybody of one run, and what could not be seated and why."""
 
-    participants: tuple[Participant, ...]
+    participants: Mapping[str, Participant]  # by alias, in the order of the seats
     manager: Voice
     problems: tuple[str, ...] = ()
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """The names, in the order of the seats."""
-        return tuple(participant.alias for participant in self.participants)
-
-    def participant(self, alias: str) -> Participant:
-        """Who sits there under this name; names are unique."""
-        return self.participants[self.aliases.index(alias)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -549,16 +532,8 @@ class Ballot:
 
 
 @dataclass(frozen=True, slots=True)
-class LostBallot:
-    """A ballot that did not come, or was none, and why: "it said nothing for 60 s"."""
-
-    voter: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Judge:
-    """Step: members judge each other. Answer: a ballot of each, maybe lost."""
+    """Step: members judge each other. Answer: of each a ballot, or why it was lost."""
 
     papers: tuple[BallotPaper, ...]
     read: Callable[..., Ballot | str]  # an answer -> the ballot, or what is wrong
@@ -1518,14 +1493,14 @@ def _judge(
     step: Judge, render: Callable[..., str]
 ) -> Generator[Step, Any, tuple[list[Standing], list[Ballot]]]:
     """The members judge each other; under the table stands whose ballot was lost."""
-    judged: list[Ballot | LostBallot] = yield step
+    judged: list[Ballot | str] = yield step
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally([paper.voter for paper in step.papers], ballots)
     text = render(standings, ballots)
-    for lost in judged:
-        if isinstance(lost, LostBallot):
-            reason = plain_line(lost.reason, 120).removeprefix("it ").rstrip(".")
-            text += f"\n\nNo ballot from {lost.voter}: {reason}."
+    for paper, lost in zip(step.papers, judged, strict=True):
+        if isinstance(lost, str):
+            reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
+            text += f"\n\nNo ballot from {paper.voter}: {reason}."
     yield Publish("ranking", text)
     return standings, ballots
 
@@ -2135,18 +2110,19 @@ _DELTA_TYPES: dict[BlockKind, str] = {
 
 
 class GrowingText:
-    """A text that grows by pieces: `append` is O(1), `str()` joins."""
+    """A text that grows by pieces, and what of it was sent; `append` is O(1)."""
 
-    __slots__ = ("_compacted", "length", "parts")
+    __slots__ = ("_parts", "_sent", "_sent_parts", "length")
 
-    def __init__(self, text: str = "") -> None:
-        self.parts = [text] if text else []
-        self.length = len(text)
-        self._compacted = 0
+    def __init__(self) -> None:
+        self.length = 0
+        self._parts: list[str] = []
+        self._sent_parts = self._parts  # others, once the text was replaced
+        self._sent = 0  # so many of these
 
     def append(self, piece: str) -> None:
         """Add a piece at the end."""
-        self.parts.append(piece)
+        self._parts.append(piece)
         self.length += len(piece)
 
     def replace(self, text: str) -> None:
@@ -2155,16 +2131,23 @@ class GrowingText:
         if text.startswith(now):
             self.append(text[len(now) :])
         else:
-            self.parts, self.length, self._compacted = [text], len(text), 0
+            self._parts, self.length = [text], len(text)
 
-    def compact(self) -> None:
-        """Join the pieces that came since the last time: thousands cost memory."""
-        if len(self.parts) - self._compacted > 1:
-            self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
-        self._compacted = len(self.parts)
+    def unsent(self) -> str | None:
+        """What was not sent; None if what was sent is no longer a beginning."""
+        if self._sent_parts is self._parts:
+            return "".join(self._parts[self._sent :])
+        sent, now = "".join(self._sent_parts[: self._sent]), str(self)
+        return now[len(sent) :] if now.startswith(sent) else None
+
+    def mark_sent(self) -> None:
+        """All was sent; the pieces that are new become one: thousands cost memory."""
+        known = self._sent if self._sent_parts is self._parts else 0
+        self._parts[known:] = ["".join(self._parts[known:])]
+        self._sent_parts, self._sent = self._parts, len(self._parts)
 
     def __str__(self) -> str:
-        return "".join(self.parts)
+        return "".join(self._parts)
 
 
 @dataclass(slots=True, eq=False)
@@ -2179,8 +2162,14 @@ class Block:
     speaker: str
     section: int
     index: int  # in the transcript
-    text: GrowingText
     fields: Json
+    sent_fields: Json | None = None  # None: the client does not have the block
+    text: GrowingText = field(default_factory=GrowingText)
+
+    def mark_sent(self) -> None:
+        """The client has all of it."""
+        self.text.mark_sent()
+        self.sent_fields = dict(self.fields)
 
 
 class Transcript:
@@ -2220,7 +2209,7 @@ class Transcript:
         """A new, empty block at the end of a section."""
         index = bisect_right(self.blocks, section, key=lambda block: block.section)
         block_id = f"{self.prefix}_{len(self.blocks)}"
-        block = Block(kind, block_id, speaker, section, index, GrowingText(), fields)
+        block = Block(kind, block_id, speaker, section, index, fields)
         for later in self.blocks[index:]:
             later.index += 1
         self.blocks.insert(index, block)
@@ -2229,11 +2218,9 @@ class Transcript:
 
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
-    text, fields = str(block.text), dict(block.fields)
+    text, fields = str(block.text), {"status": "in_progress", **block.fields}
     content = [{"type": "output_text", "text": text}]
     item: Json = {"type": block.kind, "id": block.id, "speaker": block.speaker}
-    if block.kind != "function_call_output":
-        item["status"] = "in_progress"
     match block.kind:
         case "message":
             item |= {"role": "assistant", "content": content}
@@ -2259,66 +2246,37 @@ def render_markdown(transcript: Transcript) -> str:
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What the client has of a block: so many parts of this text, and these fields."""
-
-    parts: list[str]
-    count: int
-    fields: Json
-
-
-def take_snapshot(block: Block) -> Snapshot:
-    """What the client has once everything of a block was sent."""
-    block.text.compact()
-    return Snapshot(block.text.parts, len(block.text.parts), dict(block.fields))
-
-
-def _new_text(block: Block, shown: Snapshot | None) -> str | None:
-    """The text the client still lacks; None if its text is no longer a beginning."""
-    if shown is None:
-        return str(block.text)
-    if shown.parts is block.text.parts:
-        return "".join(shown.parts[shown.count :])
-    before, now = "".join(shown.parts[: shown.count]), str(block.text)
-    return now[len(before) :] if now.startswith(before) else None
-
-
-def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
+def plan_items(block: Block) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": block.index}
-    suffix = _new_text(block, shown)
-    is_same = shown is not None and shown.fields == block.fields
+    suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
     if is_same and suffix and block.kind in _DELTA_TYPES:
         event |= {"type": _DELTA_TYPES[block.kind], "item_id": block.id}
         event |= {} if block.kind == "function_call" else {"content_index": 0}
         return event | {"delta": suffix}
-    verb = "added" if shown is None else "done"
+    verb = "added" if block.sent_fields is None else "done"
     return event | {"type": f"response.output_item.{verb}", "item": render_item(block)}
 
 
-def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
+def plan_chunk(block: Block) -> Json | None:
     """The same for an API client, which can only append: a Chat-Completions delta.
 
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
     shown, because a client would take them for its own to run.
     """
-    suffix = _new_text(block, shown)
+    suffix = block.text.unsent()
     if not suffix or block.fields.get("passing"):
         return None
-    match block.kind:
-        case "message":
-            gap = "\n\n" if shown is None and block.index else ""
-            return {"content": gap + suffix}
-        case "reasoning":
-            return {"reasoning_content": suffix}
-    return None
+    if block.kind == "message":
+        gap = "\n\n" if block.sent_fields is None and block.index else ""
+        return {"content": gap + suffix}
+    return {"reasoning_content": suffix} if block.kind == "reasoning" else None
 
 
 # ======================================================================================
@@ -2376,7 +2334,7 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         detail = getattr(error, "detail", None) or reason or type(error).__name__
         failed = failure(error_text(detail))
         if isinstance(failed, ModelFailure):
-            failed.status = getattr(error, "status_code", None)
+            failed.status = getattr(error, "status_code", 0)
         raise failed from error
 
 
@@ -2410,19 +2368,19 @@ class Host:
         return await Users.get_user_by_id(user_id)
 
     @staticmethod
-    def model_options(user: Json) -> list[dict[str, str]]:
+    def model_options(__user__: Json) -> list[dict[str, str]]:
         """The models a user may use, for the inputs of the valves (synchronous)."""
         from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
         from open_webui.internal.db import get_db
         from open_webui.main import app
         from open_webui.models.groups import GroupMember
 
-        everything = BYPASS_MODEL_ACCESS_CONTROL or user.get("role") == "admin"
-        me = {("user", "*"), ("user", user.get("id"))}
+        everything = BYPASS_MODEL_ACCESS_CONTROL or __user__.get("role") == "admin"
+        me = {("user", "*"), ("user", __user__.get("id"))}
         if not everything:
             with get_db() as session:
                 groups = session.query(GroupMember.group_id)
-                mine = groups.filter(GroupMember.user_id == user.get("id"))
+                mine = groups.filter(GroupMember.user_id == __user__.get("id"))
                 me |= {("group", group_id) for (group_id,) in mine}
         models = dict(app.state.MODELS.items())
         own = _own_models(models, own_function_id())
@@ -3015,13 +2973,13 @@ def reply_items(response: Any) -> AsyncIterator[Any]:
     return _one_item(value)
 
 
-def read_seconds(text: str | None) -> float | None:
-    """The seconds of a `Retry-After` header; None for a date, nonsense or nothing."""
+def read_seconds(text: str | None) -> float:
+    """The seconds of a `Retry-After` header; 0 for a date, nonsense or nothing."""
     try:
         seconds = float(text or "")
     except ValueError:
-        return None
-    return seconds if 0 <= seconds < float("inf") else None
+        return 0
+    return seconds if 0 <= seconds < float("inf") else 0
 
 
 async def _one_item(value: Any) -> AsyncGenerator[Any, None]:
@@ -3111,14 +3069,14 @@ async def resolve_cast(
             "in the valves of this model, or ask an admin for access to models."
         )
     aliases = [seat.alias for seat in present]
-    participants = []
+    participants = {}
     for colour, seat in zip(COLOURS, present, strict=False):
         voice = usable[seat.model_id]
         system = render_system(settings, seat, aliases, voice, chat_system)
-        participants.append(Participant(seat.alias, colour, system, voice))
+        participants[seat.alias] = Participant(seat.alias, colour, system, voice)
     return Cast(
-        tuple(participants),
-        usable.get(leader, participants[0].voice),
+        participants,
+        usable.get(leader, usable[present[0].model_id]),
         tuple(dict.fromkeys(problems)),
         by_default,
         chat_sampling(body, defaults, params.get(pipe_id, {})),
@@ -3148,7 +3106,7 @@ class Emitter:
 
     def __init__(
         self,
-        plan: Callable[[Block, Snapshot | None], Json | None],
+        plan: Callable[[Block], Json | None],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
         may_send: Callable[[Block], bool] | None = None,
@@ -3158,7 +3116,7 @@ class Emitter:
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
-        self._shown: dict[Block, Snapshot | None] = {}  # None: held back
+        self._shown: set[Block] = set()  # also those that are held back
         self._noted: set[Block] = set()
         self._due = asyncio.Event()
         self._nearly_due = asyncio.Event()
@@ -3200,12 +3158,12 @@ class Emitter:
         self.flushes += 1
         events = []
         for block in sorted(noted, key=lambda block: block.index):
-            shown = self._shown.setdefault(block)
+            self._shown.add(block)
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
                 continue
-            event = self._plan(block, shown)
-            self._shown[block] = take_snapshot(block)
+            event = self._plan(block)
+            block.mark_sent()
             if event is not None:
                 events.append(event)
         self._cost = self._cost_of(noted)
@@ -3402,7 +3360,7 @@ class Ledger:
 
 
 class _Deadline:
-    """A limit in time that moves; who runs into it gets `ModelSilent` with a reason."""
+    """A limit in time that moves; who runs into it gets a `ModelFailure`."""
 
     def __init__(self, seconds: float, reason: str) -> None:
         self.seconds = seconds
@@ -3416,7 +3374,7 @@ class _Deadline:
             async with asyncio.timeout(self.seconds) as self._timeout:
                 yield
         except TimeoutError as error:
-            raise ModelSilent(self._reason) from error
+            raise ModelFailure(self._reason, 408) from error  # Request Timeout
 
     def _move(self, when: float | None) -> None:
         with suppress(RuntimeError):  # it is over
@@ -3666,7 +3624,7 @@ class ModelCalls:
                 if streams and failure.names_options and model_id not in self._plain:
                     self._plain.add(model_id)
                     continue
-                pause = max(failure.retry_after or 0, waited, 1.0)  # s, so few tries
+                pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
                 over = waited + pause > self.settings.busy_patience
                 if failure.midway or not failure.is_busy or over:
                     raise
@@ -4013,7 +3971,7 @@ class Run:
             for problem in self.cast.problems:
                 self.screen.notice(problem)
             if self.cast.by_default:
-                names = ", ".join(self.cast.aliases)
+                names = ", ".join(self.cast.participants)
                 text = f"No participants are chosen, so {names} talk: choose others "
                 text += "with the Valves button beside the input"
                 await host.show_status(text, done=False)
@@ -4101,7 +4059,7 @@ class Run:
         """The small line under a conversation: everybody's speed and tokens, calls."""
         lines = []
         calls, everybody = self.ledger.calls, self.ledger.figures
-        for speaker in dict.fromkeys((*self.cast.aliases, *everybody)):
+        for speaker in dict.fromkeys((*self.cast.participants, *everybody)):
             report = everybody.get(speaker, Figures()).report()
             words = [text for name, text in _FIGURES.items() if name in report]
             if words:
@@ -4122,7 +4080,7 @@ class Run:
         tasks: dict[str, asyncio.Task[Turn]] = {}
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
-            speaker = self.cast.participant(alias)
+            speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role)
             if not step.concludes:
                 section.show_heading()
@@ -4140,9 +4098,7 @@ class Run:
             self.entries.extend(turns)
         return turns
 
-    async def _collect_ballots(
-        self, step: Judge, stage: int
-    ) -> list[Ballot | LostBallot]:
+    async def _collect_ballots(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.publish_progress("judged", "the members judge each other")
@@ -4153,30 +4109,28 @@ class Run:
             for paper in step.papers
         }
         await self._wait_in_view(tasks, "judged", stage)
-        ballots = [
-            task.result() if task.done() else LostBallot(voter, "it was late")
-            for voter, task in tasks.items()
-        ]
+        late = "it was late"
+        ballots = [t.result() if t.done() else late for t in tasks.values()]
         await end_tasks(*tasks.values())
         return ballots
 
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
-    ) -> Ballot | LostBallot:
+    ) -> Ballot | str:
         """A voter's ballot: asked, asked again with what was wrong, read leniently."""
-        voter = self.cast.participant(paper.voter)
+        voter = self.cast.participants[paper.voter]
         messages = messages_for(voter, self.entries, paper.brief)
         for lenient in (False, True):
             try:
                 text = await self._ask(voter.alias, voter.voice, messages, stage)
             except ModelFailure as failure:
-                return LostBallot(voter.alias, str(failure))
+                return str(failure)
             ballot = read(text, paper, lenient)
             if isinstance(ballot, Ballot):
                 return ballot
             answer = {"role": "assistant", "content": text}
             messages = [*messages, answer, {"role": "user", "content": ballot}]
-        return LostBallot(voter.alias, "it could not be read")
+        return "it could not be read"
 
     async def _ask_manager(self, step: AskManager, stage: int) -> str | None:
         """The manager's answer, or None where there is none."""
@@ -4348,23 +4302,18 @@ class Run:
 # ======================================================================================
 
 
-class _ModelChoices:
-    """Fills the model fields of the valves; the host calls it when it draws them."""
-
-    @classmethod
-    def model_options(cls, __user__: Json | None = None) -> list[dict[str, str]]:
-        """The models this user may use, as `{"value": id, "label": name}`."""
-        return Host.model_options(__user__ or {})
-
-
 class Pipe:
     """A model in the picker per row of `MODES`; one object for all users."""
 
-    class Valves(_ModelChoices, Settings):
-        """The admin's valves."""
+    class Valves(Settings):
+        """The admin's valves; the page fills their lists with `model_options`."""
 
-    class UserValves(_ModelChoices, UserSettings):
+        model_options = staticmethod(Host.model_options)
+
+    class UserValves(UserSettings):
         """A user's valves."""
+
+        model_options = staticmethod(Host.model_options)
 
     def __init__(self) -> None:
         self.type = "manifold"
@@ -4411,12 +4360,6 @@ class Pipe:
         return stream_chunks(run, mode, body["model"])
 
 
-def _default_mode(user_settings: UserSettings | None) -> str:
-    """The mode where the model names none: as v2's switch was set, else in turns."""
-    extra = (user_settings.model_extra if user_settings else None) or {}
-    return "manager" if extra.get("UseGroupChatManager") else "round_robin"
-
-
 def _refuse(
     error: ConversationError, stream: bool
 ) -> AsyncGenerator[Json, None] | StreamingResponse:
@@ -4434,7 +4377,9 @@ async def _prepare(
 ) -> tuple[Run, Mode]:
     """A run that is ready to go, with its mode; raises `ConversationError`."""
     own_id, _, mode_id = body["model"].partition(".")
-    mode_id = mode_id or _default_mode(user_settings)
+    if not mode_id:  # then as the switch of v2 was set
+        is_managed = getattr(user_settings, "UseGroupChatManager", False)
+        mode_id = "manager" if is_managed else "round_robin"
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
@@ -4462,11 +4407,10 @@ async def _prepare(
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
     run = _make_run(host, settings, cast, entries, row.drafts)
-    before = entries[-1] if entries else None
-    last = before.alias if isinstance(before, Turn) else None
+    aliases, question = tuple(cast.participants), last_question(entries)
+    last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    question = last_question(entries)
-    return run, row.begin(Agenda(cast.aliases, question, settings, last, seed))
+    return run, row.begin(Agenda(aliases, question, settings, last, seed))
 
 
 def _make_run(
@@ -4477,10 +4421,9 @@ def _make_run(
     transcript = Transcript(uuid4().hex[:8])
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
-    if host.in_chat:
-        emitter = Emitter(plan_items, interval)
-    else:
-        emitter = Emitter(plan_chunk, interval, may_send=transcript.is_next)
+    plan = plan_items if host.in_chat else plan_chunk
+    may_send = None if host.in_chat else transcript.is_next
+    emitter = Emitter(plan, interval, may_send=may_send)
     screen = Screen(transcript, emitter, host.in_chat, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
@@ -4499,8 +4442,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
         clock = TurnClock(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
-        messages = body["messages"]
-        call = ModelCall("task", voice, messages, clock, parameters=sampling)
+        call = ModelCall("task", voice, body["messages"], clock, parameters=sampling)
         models = ModelCalls(host, settings, Ledger(host.add_usage))
         return await models.text(call, streams=False)
     except (HostFailure, ModelFailure) as failure:
@@ -4513,10 +4455,10 @@ async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
     Stop arrives as a cancellation: what is left to send still goes out.
     """
 
-    def rest() -> list[Json]:
-        usage = {"usage": run.ledger.report()}
-        last = {"type": "response.completed", "response": usage}
-        return [*run.screen.emitter.flush(), *([last] if usage["usage"] else [])]
+    def rest() -> Iterator[Json]:
+        yield from run.screen.emitter.flush()
+        if usage := run.ledger.report():
+            yield {"type": "response.completed", "response": {"usage": usage}}
 
     task = asyncio.create_task(run.converse(mode))
     try:

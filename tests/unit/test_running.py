@@ -325,7 +325,9 @@ async def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
 
 
 def section_of(run: mmc.Run, alias: str = "Ann") -> mmc.Section:
-    section = mmc.Section(run.screen, run.cast.participant(alias), mmc.TurnClock(600.0))
+    section = mmc.Section(
+        run.screen, run.cast.participants[alias], mmc.TurnClock(600.0)
+    )
     section.show_heading()
     return section
 
@@ -599,7 +601,7 @@ def test_every_call_is_answered_and_every_turn_is_read_back(
 
 
 def agenda(run: mmc.Run, rounds: int = 1) -> mmc.Agenda:
-    return mmc.Agenda(run.cast.aliases, "", mmc.Settings(rounds=rounds))
+    return mmc.Agenda(tuple(run.cast.participants), "", mmc.Settings(rounds=rounds))
 
 
 async def converse(
