@@ -336,11 +336,6 @@ class ModelFailure(Exception):
         return self.status in (429, 503, 529)
 
     @property
-    def names_options(self) -> bool:
-        """Whether the provider rejects `stream_options`, which not all know."""
-        return self.status in (400, 422) and "stream_options" in str(self)
-
-    @property
     def may_work_whole(self) -> bool:
         """Whether the same request may work without streaming."""
         at_fault = self.status in (400, 401, 403, 404, 408, 413)
@@ -384,13 +379,6 @@ class UsageReport:
     """Token counts of one model call, as the provider reported them."""
 
     usage: Json
-
-
-@dataclass(frozen=True, slots=True)
-class StreamError:
-    """An error object in the stream."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,9 +545,7 @@ class AskManager:
     wrong_answer: str = ""
 
 
-ReplyEvent = (
-    TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | StreamError | SourceFound
-)
+ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
 Step = Speak | AskManager | Judge | Publish
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
@@ -788,7 +774,7 @@ class ReplyDecoder:
 
     Reads Chat-Completions and Responses-API streams, whole completions, Ollama's
     objects, JSON lines, strings, and objects with `.content`. What makes no sense is
-    skipped with a debug line.
+    skipped with a debug line; an error object raises `ModelFailure`.
     """
 
     def __init__(self, think_tags: Sequence[tuple[str, str]] = ()) -> None:
@@ -832,7 +818,7 @@ class ReplyDecoder:
         elif not isinstance(value, dict):
             yield from self._read_text(text_of(getattr(value, "content", None)))
         elif value.get("object") == "error":  # older vLLM
-            yield StreamError(error_text(value))
+            raise ModelFailure(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
             yield from self._read_responses_event(value["type"], value)
         else:
@@ -848,7 +834,7 @@ class ReplyDecoder:
         counts = {name: chunk.get(name) for name in names}
         yield from _read_usage(chunk.get("usage"), chunk.get("timings"), counts)
         if chunk.get("error"):
-            yield StreamError(error_text(chunk["error"]))
+            raise ModelFailure(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
         if choice.get("delta"):
             for event in self._read_message(choice["delta"]):
@@ -892,7 +878,7 @@ class ReplyDecoder:
                 yield from self._read_output_item(kind, event)
             case "failed" | "error":
                 error = event.get("response", event).get("error") or event
-                yield StreamError(error_text(error))
+                raise ModelFailure(error_text(error))
             case "completed" | "incomplete":
                 yield from self._read_response(event["response"])
             case "message" if "content" in event:
@@ -3546,7 +3532,7 @@ class Reply:
         self._parts: list[str] = []
 
     def apply(self, event: ReplyEvent) -> None:
-        """Take one event; raises `ModelFailure` if it is an error."""
+        """Take one event."""
         match event:
             case TextDelta(text):
                 self.spoke = True
@@ -3557,8 +3543,6 @@ class Reply:
                 self.usage |= usage
             case SourceFound(source):
                 self.sources.append(source)
-            case StreamError(reason):
-                raise ModelFailure(reason)
 
     def end(self) -> None:
         """Nothing more comes: `text` and `calls` are there."""
@@ -3621,7 +3605,8 @@ class ModelCalls:
                 return reply
             except ModelFailure as failure:
                 failure.midway = reply.spoke
-                if streams and failure.names_options and model_id not in self._plain:
+                rejected = "stream_options" in str(failure) and not failure.midway
+                if streams and rejected and model_id not in self._plain:
                     self._plain.add(model_id)
                     continue
                 pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
@@ -3853,7 +3838,7 @@ class ShownReply(Reply):
         self._opened_at = 0.0
 
     def apply(self, event: ReplyEvent) -> None:
-        """Show one event; raises `ModelFailure` if it is an error."""
+        """Show one event."""
         match event:
             case TextDelta(text):
                 self._add_text(self._guard.feed(text))
