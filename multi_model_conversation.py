@@ -2169,25 +2169,21 @@ class Transcript:
         self.blocks: list[Block] = []
         self.prefix = prefix
         self._sections = 0
-        self._growing: set[int] = set()
+        self.growing: set[int] = set()  # the sections that are not closed
 
     def open_section(self) -> int:
         """A new section at the end, which grows until it is closed."""
         self._sections += 1
-        self._growing.add(self._sections)
+        self.growing.add(self._sections)
         return self._sections
 
     def close_section(self, section: int) -> None:
         """Nothing more comes into a section."""
-        self._growing.discard(section)
-
-    def is_closed(self, section: int) -> bool:
-        """Whether nothing more comes into a section."""
-        return section not in self._growing
+        self.growing.discard(section)
 
     def is_next(self, block: Block) -> bool:
         """Whether all sections before this block's are closed."""
-        return block.section <= min(self._growing, default=block.section)
+        return block.section <= min(self.growing, default=block.section)
 
     def add(
         self, kind: BlockKind, speaker: str, section: int = 0, **fields: Any
@@ -2219,11 +2215,6 @@ def render_item(block: Block) -> Json:
             images = [{"type": "input_image", "image_url": url} for url in urls]
             item["output"] = [{"type": "input_text", "text": text}, *images]
     return item | fields
-
-
-def render_items(transcript: Transcript) -> list[Json]:
-    """The whole transcript as output items."""
-    return [render_item(block) for block in transcript.blocks]
 
 
 def render_markdown(transcript: Transcript) -> str:
@@ -3247,7 +3238,7 @@ class Screen:
     def publish(self, key: str, text: str, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
         block = self.ours.get(key)
-        if block and (self.in_chat or not self.transcript.is_closed(block.section)):
+        if block and (self.in_chat or block.section in self.transcript.growing):
             self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
@@ -4300,10 +4291,8 @@ class Pipe:
 
         model_options = staticmethod(Host.model_options)
 
-    def __init__(self) -> None:
-        self.type = "manifold"
-        self.name = "Conversation · "
-        self.valves = self.Valves()
+    name = "Conversation · "  # stands before the names of `pipes`
+    valves = Valves()
 
     def pipes(self) -> list[dict[str, str]]:
         """The models this function offers."""
@@ -4375,8 +4364,7 @@ async def _prepare(
         replied = any(m.get("role") == "assistant" for m in body["messages"])
         stored = await host.stored_replies() if replied and host.in_chat else []
         own = {card.id for card in cards.values() if card.is_self}
-        authors = reply_authors(stored, own)
-        system, entries = read_history(body["messages"], authors)
+        system, entries = read_history(body["messages"], reply_authors(stored, own))
         entries, asked = read_rounds(entries)
         settings = merge_settings(valves, user_settings, body, asked)
         cast = await resolve_cast(host, settings, cards, body, system)
@@ -4483,7 +4471,7 @@ async def reply_whole(run: Run, mode: Mode, model: str) -> Json:
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     completion = _completion_head("chat.completion", model) | {"choices": [choice]}
     if run.host.in_chat:
-        completion["output"] = render_items(transcript)
+        completion["output"] = list(map(render_item, transcript.blocks))
     if usage := run.ledger.report():
         completion["usage"] = _openai_usage(usage)
     return completion

@@ -1184,7 +1184,7 @@ def test_a_page_has_every_growing_section_exactly_at_every_flush(
             for event in table.emitter.flush():
                 page = apply_response_event(page, event)
                 server = reduce_by_index(server, event)
-            assert page == server == mmc.render_items(table.transcript)
+            assert page == server == list(map(mmc.render_item, table.transcript.blocks))
     speakers = [item["speaker"] for item in page]
     assert speakers == sorted(speakers, key=lambda one: int(one[1:]))
 

@@ -335,7 +335,7 @@ async def test_a_shown_reply_that_breaks_off_leaves_nothing_open() -> None:
     failure = await complete(door, section)
     assert failure.midway
     section.fail(str(failure))
-    *items, notice = mmc.render_items(door.run.screen.transcript)
+    *items, notice = list(map(mmc.render_item, door.run.screen.transcript.blocks))
     assert [item["type"] for item in items] == [
         "message",
         "reasoning",
