@@ -38,7 +38,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Container,
     Generator,
     Iterable,
     Iterator,
@@ -209,12 +208,8 @@ class Settings(UserSettings):
     calls_per_ollama: Count = _setting(
         1, "How many models of one Ollama server may answer at the same time."
     )
-    skip_after: float = _setting(
-        45, "Seconds of silence after which you are asked whether to skip. 0: never."
-    )
-    answer_deadline: Seconds = _setting(
-        180, "Seconds after which a council goes on without a member's answer."
-    )
+    skip_after: float = _setting(45, "Seconds of silence until you may skip. 0: never.")
+    answer_deadline: Seconds = _setting(180, "Seconds a council waits for a member.")
     first_token_timeout: Seconds = _setting(120, "Seconds a model may take to begin.")
     silence_timeout: Seconds = _setting(60, "Seconds a model may pause in its answer.")
     turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
@@ -1804,9 +1799,7 @@ def read_history(
     return "\n\n".join(filter(None, prompts)), entries
 
 
-def reply_authors(
-    chain: Iterable[Json], own_models: Container[str]
-) -> list[str | None]:
+def reply_authors(chain: Iterable[Json], own_models: set[str]) -> list[str | None]:
     """Who wrote each reply in a stored chat: None is us, else a name fit for a label.
 
     Ours are the replies whose items have our `speaker`, and those of our own models.
@@ -1824,7 +1817,7 @@ def reply_authors(
     return [_author(reply, own_models) for reply in replies]
 
 
-def _author(reply: Sequence[Json], own_models: Container[str]) -> str | None:
+def _author(reply: Sequence[Json], own_models: set[str]) -> str | None:
     name: Any = None
     for message in reply:
         items, model = _part_of(message, "output", list), message.get("model")
