@@ -205,8 +205,15 @@ class Door:
         return [payload["stream"] for payload in self.host.payloads]
 
 
-async def test_stream_options_that_are_rejected_are_not_sent_again() -> None:
-    rejected = mmc.ModelFailure("Unrecognized argument: stream_options", 400)
+UNKNOWN = "Unrecognized argument: stream_options"
+
+
+@pytest.mark.parametrize(
+    "rejected", [mmc.ModelFailure(UNKNOWN, 400), {"error": {"message": UNKNOWN}}]
+)
+async def test_stream_options_that_are_rejected_are_not_sent_again(
+    rejected: Exception | Json,
+) -> None:
     door = Door([rejected], text("Oaks."), text("Elms."))
     assert [await door.text(), await door.text()] == ["Oaks.", "Elms."]
     assert door.streamed == [True, True, True]
@@ -214,7 +221,7 @@ async def test_stream_options_that_are_rejected_are_not_sent_again() -> None:
     assert sent == [True, False, False]
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 413])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 413])
 async def test_a_request_that_is_at_fault_is_made_once(status: int) -> None:
     door = Door([mmc.ModelFailure("no", status)])
     with pytest.raises(mmc.ModelFailure, match="no"):
