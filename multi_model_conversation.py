@@ -39,7 +39,6 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Container,
     Generator,
     Iterable,
     Iterator,
@@ -55,14 +54,7 @@ from statistics import fmean
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -131,10 +123,9 @@ The debate is over. Who argued best, yourself excluded? Choose one of: {candidat
 Answer with one JSON object and nothing else:
 {"vote": "<one of these names>", "reason": "<one short sentence>"}"""
 
-MOST_SEATS = 8  # there is a colour for each
-
 Seconds = Annotated[float, AfterValidator(lambda value: max(value, 0.1))]
 Count = Annotated[int, AfterValidator(lambda value: max(value, 1))]
+Seats = Annotated[Count, AfterValidator(lambda value: min(value, 8))]  # as colours
 
 
 class ConversationError(Exception):
@@ -143,12 +134,15 @@ class ConversationError(Exception):
 
 def _setting(default: Any, description: str, **schema: Any) -> Any:
     """A field of the valves; the page makes its title of its name."""
-    extra = schema or None
-    return Field(default=default, description=description, json_schema_extra=extra)
+    return Field(default=default, description=description, json_schema_extra=schema)
 
 
-class SharedSettings(BaseModel):
-    """What the administrator sets for all, and everybody may set for themselves."""
+class UserSettings(BaseModel, extra="allow"):
+    """What everybody may set for themselves; what is not set is as the admin set it.
+
+    Fields of the plugin "Multi Model Conversations v2" that are still stored for a
+    user are kept as extras, for `_read_v2`.
+    """
 
     participants: list[str] = _setting(
         [],
@@ -157,12 +151,10 @@ class SharedSettings(BaseModel):
     )
     team: str = _setting(
         "",
-        "Lines `Alias | model id | persona`, in place of the list above; a model may "
-        "take several seats.",
+        "In place of the list: lines `Alias | model id | persona`; models may repeat.",
     )
     rounds: Count = _setting(
-        2,
-        "How often each speaks. Manager: at most this, times the participants, turns.",
+        2, "How often each speaks. Manager: at most as many turns in all."
     )
     manager_model: str = _setting(
         "",
@@ -170,10 +162,9 @@ class SharedSettings(BaseModel):
         input={"type": "select", "options": "model_options"},
     )
     instructions: str = _setting("", "Added to the system prompt of every participant.")
+    # with a type of its own: the page draws a text box only for a plain one
     temperature: float | None = _setting(
-        None,
-        "Sampling temperature of every participant. Unset: each model keeps its own.",
-        type="number",  # the page draws a text box only for a plain type
+        None, "Sampling temperature of all. Unset: each model's own.", type="number"
     )
     # Not in the panels: the chat's own controls set these; what is stored still counts.
     top_p: SkipJsonSchema[float | None] = None
@@ -181,24 +172,12 @@ class SharedSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_blanks(cls, values: Any) -> Any:
+    def drop_blanks(cls, values: Json) -> Json:
         """The page stores null, "" or [] for a field that is put back to default."""
-        if not isinstance(values, dict):
-            return values
         return {k: v for k, v in values.items() if v not in (None, "", [])}
 
 
-class UserSettings(SharedSettings):
-    """A user's own settings; what is not set here is as the admin set it.
-
-    Fields of the plugin "Multi Model Conversations v2" that are still stored for a
-    user are kept as extras, for `_read_v2`.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-
-class Settings(SharedSettings):
+class Settings(UserSettings):
     """The admin's settings: defaults for everybody, ceilings and limits, prompts.
 
     Merged with a user's own (`merge_settings`) they are the settings of a run.
@@ -217,12 +196,9 @@ class Settings(SharedSettings):
         "council and debate", "When a last line shows everybody's speed and tokens."
     )
     builtin_tools: Literal["features", "all", "none"] = _setting(
-        "features",
-        "Open WebUI's own tools: of features switched on and knowledge, all, or none.",
+        "features", "Open WebUI's tools: of active features and knowledge, all or none."
     )
-    max_participants: Annotated[Count, AfterValidator(lambda n: min(n, MOST_SEATS))] = (
-        _setting(8, "The most participants of a conversation (1 to 8).")
-    )
+    max_participants: Seats = _setting(8, "The most participants (1 to 8).")
     max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
     max_tool_rounds: Annotated[int, AfterValidator(lambda n: max(n, 0))] = _setting(
         8, "How often a participant may call tools in one turn."
@@ -233,22 +209,12 @@ class Settings(SharedSettings):
     calls_per_ollama: Count = _setting(
         1, "How many models of one Ollama server may answer at the same time."
     )
-    skip_after: float = _setting(
-        45, "Seconds of silence after which you are asked whether to skip. 0: never."
-    )
-    answer_deadline: Seconds = _setting(
-        180, "Seconds after which a council goes on without a member's answer."
-    )
-    first_token_timeout: Seconds = _setting(
-        120, "Seconds a model may take until it says something."
-    )
-    silence_timeout: Seconds = _setting(
-        60, "Seconds a model may pause in the middle of its answer."
-    )
+    skip_after: float = _setting(45, "Seconds of silence until you may skip. 0: never.")
+    answer_deadline: Seconds = _setting(180, "Seconds a council waits for a member.")
+    first_token_timeout: Seconds = _setting(120, "Seconds a model may take to begin.")
+    silence_timeout: Seconds = _setting(60, "Seconds a model may pause in its answer.")
     turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
-    tool_timeout: Seconds = _setting(
-        120, "Seconds of one tool call, or of the shared web search."
-    )
+    tool_timeout: Seconds = _setting(120, "Seconds of one tool call or web search.")
     rules_prompt: str = _setting(
         RULES_PROMPT, "What everybody is told. Knows {name} and {participants}."
     )
@@ -257,12 +223,10 @@ class Settings(SharedSettings):
         "Asks who is next. Knows {history}, {last_speaker} and {participant_list}.",
     )
     review_prompt: str = _setting(
-        REVIEW_PROMPT,
-        "Asks a council's members for a ranking. Knows {question} and {answers}.",
+        REVIEW_PROMPT, "Asks a council for a ranking. Knows {question} and {answers}."
     )
     conclusion_prompt: str = _setting(
-        CONCLUSION_PROMPT,
-        "Asks the chair to conclude. Knows {question}, {answers} and {result}.",
+        CONCLUSION_PROMPT, "Asks the chair. Knows {question}, {answers} and {result}."
     )
     debate_prompt: str = _setting(
         DEBATE_PROMPT, "What is said at each turn of a debate. Knows {question}."
@@ -283,28 +247,23 @@ _V2_NAMES = {
     "Top_k": "top_k",
     "Top_p": "top_p",
 }
+# what a workspace model's custom parameters, or an API client, may set
+_PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
 
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
     """Valves of "Multi Model Conversations v2" -> our names, as far as they are set."""
-    set_there = {name for name, value in stored.items() if value not in (None, "")}
-    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in set_there}
+    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in stored}
     lines = []
     for number in range(1, 6):
-        model = stored.get(f"Participant{number}Model")
-        if model:
+        if model := stored.get(f"Participant{number}Model"):
             alias = stored.get(f"Participant{number}Alias") or f"Participant {number}"
-            persona = str(stored.get(f"Participant{number}SystemMessage") or "")
+            persona = str(stored.get(f"Participant{number}SystemMessage", ""))
             persona = "\\n".join(persona.splitlines())
             lines.append(f"{alias} | {model} | {persona}")
-    with suppress(TypeError, ValueError):  # without a number that can be read: all
-        lines = lines[: int(stored.get("NUM_PARTICIPANTS") or 5)] if lines else lines
-    if lines:
-        found["team"] = "\n".join(lines)
-    return found
-
-
-PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
+    most = stored.get("NUM_PARTICIPANTS")
+    team = "\n".join(lines[:most] if isinstance(most, int) else lines)
+    return found | ({"team": team} if team else {})
 
 
 def merge_settings(
@@ -315,20 +274,17 @@ def merge_settings(
 ) -> Settings:
     """The settings of one run, under the admin's ceilings.
 
-    The `rounds` named in a question win, then what the `request` presets (custom
-    parameters of a workspace model, or an API client's), then the user's fields, then
-    stored v2 fields, then the admin's. Choosing participants is one decision in two
-    fields: who fills only the list does not want the team text below it. Raises
-    `ConversationError` where a stored or preset value cannot be read.
+    The `rounds` named in a question win, then the presets of the `request`, then the
+    user's fields, then stored v2 fields, then the admin's. Choosing participants is one
+    decision in two fields: who fills only the list does not want the team text below
+    it. Raises `ConversationError` where a stored or preset value cannot be read.
     """
     own = user.model_dump(exclude_unset=True) if user else {}
-    chosen = {name: own[name] for name in SharedSettings.model_fields if name in own}
-    preset = {name: request[name] for name in PRESETS if request and request.get(name)}
-    fields = {**admin.model_dump(), **_read_v2(own)}
+    chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
+    preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    fields = admin.model_dump() | _read_v2(own)
     for layer in (chosen, preset):
-        if "participants" in layer and "team" not in layer:
-            layer["team"] = ""
-        fields.update(layer)
+        fields |= ({"team": ""} if "participants" in layer else {}) | layer
     if rounds is not None:
         fields["rounds"] = rounds
     try:
@@ -365,11 +321,9 @@ class ModelFailure(Exception):
 
     midway = False  # whether it had begun to speak
 
-    def __init__(
-        self, reason: str, status: int | None = None, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, reason: str, status: int = 0, retry_after: float = 0) -> None:
         super().__init__(reason)
-        self.status = status  # the provider's HTTP status, where there is one
+        self.status = status  # of HTTP, where there is one; 408 also if it was silent
         self.retry_after = retry_after  # seconds, where the provider names them
 
     @property
@@ -378,21 +332,10 @@ class ModelFailure(Exception):
         return self.status in (429, 503, 529)
 
     @property
-    def names_options(self) -> bool:
-        """Whether the provider rejects `stream_options`, which not all know."""
-        return self.status in (400, 422) and "stream_options" in str(self)
-
-    @property
     def may_work_whole(self) -> bool:
         """Whether the same request may work without streaming."""
-        at_fault = self.status in (400, 401, 403, 404, 413)
+        at_fault = self.status in (400, 401, 403, 404, 408, 413)
         return not (self.midway or self.is_busy or at_fault)
-
-
-class ModelSilent(ModelFailure):
-    """A model took longer than it may; asking again would only take as long."""
-
-    may_work_whole = False
 
 
 class HostFailure(Exception):
@@ -432,13 +375,6 @@ class UsageReport:
     """Token counts of one model call, as the provider reported them."""
 
     usage: Json
-
-
-@dataclass(frozen=True, slots=True)
-class StreamError:
-    """An error object in the stream."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -520,22 +456,13 @@ class Participant:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everybody of one run, in order, and what could not be seated and why."""
+    """Everybody of one run, and what could not be seated and why."""
 
-    participants: tuple[Participant, ...]
+    participants: Mapping[str, Participant]  # by alias, in the order of the seats
     manager: Voice
     problems: tuple[str, ...] = ()
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """The names, in the order of the seats."""
-        return tuple(participant.alias for participant in self.participants)
-
-    def participant(self, alias: str) -> Participant:
-        """Who sits there under this name; names are unique."""
-        return self.participants[self.aliases.index(alias)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -589,16 +516,8 @@ class Ballot:
 
 
 @dataclass(frozen=True, slots=True)
-class LostBallot:
-    """A ballot that did not come, or was none, and why: "it said nothing for 60 s"."""
-
-    voter: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Judge:
-    """Step: members judge each other. Answer: a ballot of each, maybe lost."""
+    """Step: members judge each other. Answer: of each a ballot, or why it was lost."""
 
     papers: tuple[BallotPaper, ...]
     read: Callable[..., Ballot | str]  # an answer -> the ballot, or what is wrong
@@ -622,9 +541,7 @@ class AskManager:
     wrong_answer: str = ""
 
 
-ReplyEvent = (
-    TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | StreamError | SourceFound
-)
+ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
 Step = Speak | AskManager | Judge | Publish
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
@@ -853,7 +770,7 @@ class ReplyDecoder:
 
     Reads Chat-Completions and Responses-API streams, whole completions, Ollama's
     objects, JSON lines, strings, and objects with `.content`. What makes no sense is
-    skipped with a debug line.
+    skipped with a debug line; an error object raises `ModelFailure`.
     """
 
     def __init__(self, think_tags: Sequence[tuple[str, str]] = ()) -> None:
@@ -897,7 +814,7 @@ class ReplyDecoder:
         elif not isinstance(value, dict):
             yield from self._read_text(text_of(getattr(value, "content", None)))
         elif value.get("object") == "error":  # older vLLM
-            yield StreamError(error_text(value))
+            raise ModelFailure(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
             yield from self._read_responses_event(value["type"], value)
         else:
@@ -913,7 +830,7 @@ class ReplyDecoder:
         counts = {name: chunk.get(name) for name in names}
         yield from _read_usage(chunk.get("usage"), chunk.get("timings"), counts)
         if chunk.get("error"):
-            yield StreamError(error_text(chunk["error"]))
+            raise ModelFailure(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
         if choice.get("delta"):
             for event in self._read_message(choice["delta"]):
@@ -957,7 +874,7 @@ class ReplyDecoder:
                 yield from self._read_output_item(kind, event)
             case "failed" | "error":
                 error = event.get("response", event).get("error") or event
-                yield StreamError(error_text(error))
+                raise ModelFailure(error_text(error))
             case "completed" | "incomplete":
                 yield from self._read_response(event["response"])
             case "message" if "content" in event:
@@ -1558,14 +1475,14 @@ def _judge(
     step: Judge, render: Callable[..., str]
 ) -> Generator[Step, Any, tuple[list[Standing], list[Ballot]]]:
     """The members judge each other; under the table stands whose ballot was lost."""
-    judged: list[Ballot | LostBallot] = yield step
+    judged: list[Ballot | str] = yield step
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally([paper.voter for paper in step.papers], ballots)
     text = render(standings, ballots)
-    for lost in judged:
-        if isinstance(lost, LostBallot):
-            reason = plain_line(lost.reason, 120).removeprefix("it ").rstrip(".")
-            text += f"\n\nNo ballot from {lost.voter}: {reason}."
+    for paper, lost in zip(step.papers, judged, strict=True):
+        if isinstance(lost, str):
+            reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
+            text += f"\n\nNo ballot from {paper.voter}: {reason}."
     yield Publish("ranking", text)
     return standings, ballots
 
@@ -1883,9 +1800,7 @@ def read_history(
     return "\n\n".join(filter(None, prompts)), entries
 
 
-def reply_authors(
-    chain: Iterable[Json], own_models: Container[str]
-) -> list[str | None]:
+def reply_authors(chain: Iterable[Json], own_models: set[str]) -> list[str | None]:
     """Who wrote each reply in a stored chat: None is us, else a name fit for a label.
 
     Ours are the replies whose items have our `speaker`, and those of our own models.
@@ -1903,7 +1818,7 @@ def reply_authors(
     return [_author(reply, own_models) for reply in replies]
 
 
-def _author(reply: Sequence[Json], own_models: Container[str]) -> str | None:
+def _author(reply: Sequence[Json], own_models: set[str]) -> str | None:
     name: Any = None
     for message in reply:
         items, model = _part_of(message, "output", list), message.get("model")
@@ -2175,18 +2090,19 @@ _DELTA_TYPES: dict[BlockKind, str] = {
 
 
 class GrowingText:
-    """A text that grows by pieces: `append` is O(1), `str()` joins."""
+    """A text that grows by pieces, and what of it was sent; `append` is O(1)."""
 
-    __slots__ = ("_compacted", "length", "parts")
+    __slots__ = ("_parts", "_sent", "_sent_parts", "length")
 
-    def __init__(self, text: str = "") -> None:
-        self.parts = [text] if text else []
-        self.length = len(text)
-        self._compacted = 0
+    def __init__(self) -> None:
+        self.length = 0
+        self._parts: list[str] = []
+        self._sent_parts = self._parts  # others, once the text was replaced
+        self._sent = 0  # so many of these
 
     def append(self, piece: str) -> None:
         """Add a piece at the end."""
-        self.parts.append(piece)
+        self._parts.append(piece)
         self.length += len(piece)
 
     def replace(self, text: str) -> None:
@@ -2195,16 +2111,23 @@ class GrowingText:
         if text.startswith(now):
             self.append(text[len(now) :])
         else:
-            self.parts, self.length, self._compacted = [text], len(text), 0
+            self._parts, self.length = [text], len(text)
 
-    def compact(self) -> None:
-        """Join the pieces that came since the last time: thousands cost memory."""
-        if len(self.parts) - self._compacted > 1:
-            self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
-        self._compacted = len(self.parts)
+    def unsent(self) -> str | None:
+        """What was not sent; None if what was sent is no longer a beginning."""
+        if self._sent_parts is self._parts:
+            return "".join(self._parts[self._sent :])
+        sent, now = "".join(self._sent_parts[: self._sent]), str(self)
+        return now[len(sent) :] if now.startswith(sent) else None
+
+    def mark_sent(self) -> None:
+        """All was sent; the pieces that are new become one: thousands cost memory."""
+        known = self._sent if self._sent_parts is self._parts else 0
+        self._parts[known:] = ["".join(self._parts[known:])]
+        self._sent_parts, self._sent = self._parts, len(self._parts)
 
     def __str__(self) -> str:
-        return "".join(self.parts)
+        return "".join(self._parts)
 
 
 @dataclass(slots=True, eq=False)
@@ -2219,8 +2142,14 @@ class Block:
     speaker: str
     section: int
     index: int  # in the transcript
-    text: GrowingText
     fields: Json
+    sent_fields: Json | None = None  # None: the client does not have the block
+    text: GrowingText = field(default_factory=GrowingText)
+
+    def mark_sent(self) -> None:
+        """The client has all of it."""
+        self.text.mark_sent()
+        self.sent_fields = dict(self.fields)
 
 
 class Transcript:
@@ -2234,25 +2163,21 @@ class Transcript:
         self.blocks: list[Block] = []
         self.prefix = prefix
         self._sections = 0
-        self._growing: set[int] = set()
+        self.growing: set[int] = set()  # the sections that are not closed
 
     def open_section(self) -> int:
         """A new section at the end, which grows until it is closed."""
         self._sections += 1
-        self._growing.add(self._sections)
+        self.growing.add(self._sections)
         return self._sections
 
     def close_section(self, section: int) -> None:
         """Nothing more comes into a section."""
-        self._growing.discard(section)
-
-    def is_closed(self, section: int) -> bool:
-        """Whether nothing more comes into a section."""
-        return section not in self._growing
+        self.growing.discard(section)
 
     def is_next(self, block: Block) -> bool:
         """Whether all sections before this block's are closed."""
-        return block.section <= min(self._growing, default=block.section)
+        return block.section <= min(self.growing, default=block.section)
 
     def add(
         self, kind: BlockKind, speaker: str, section: int = 0, **fields: Any
@@ -2260,7 +2185,7 @@ class Transcript:
         """A new, empty block at the end of a section."""
         index = bisect_right(self.blocks, section, key=lambda block: block.section)
         block_id = f"{self.prefix}_{len(self.blocks)}"
-        block = Block(kind, block_id, speaker, section, index, GrowingText(), fields)
+        block = Block(kind, block_id, speaker, section, index, fields)
         for later in self.blocks[index:]:
             later.index += 1
         self.blocks.insert(index, block)
@@ -2269,11 +2194,9 @@ class Transcript:
 
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
-    text, fields = str(block.text), dict(block.fields)
+    text, fields = str(block.text), {"status": "in_progress", **block.fields}
     content = [{"type": "output_text", "text": text}]
     item: Json = {"type": block.kind, "id": block.id, "speaker": block.speaker}
-    if block.kind != "function_call_output":
-        item["status"] = "in_progress"
     match block.kind:
         case "message":
             item |= {"role": "assistant", "content": content}
@@ -2288,77 +2211,43 @@ def render_item(block: Block) -> Json:
     return item | fields
 
 
-def render_items(transcript: Transcript) -> list[Json]:
-    """The whole transcript as output items."""
-    return [render_item(block) for block in transcript.blocks]
-
-
 def render_markdown(transcript: Transcript) -> str:
     """The transcript's headings and texts, as a client without a page reads them."""
     texts = (str(block.text) for block in transcript.blocks if block.kind == "message")
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What the client has of a block: so many parts of this text, and these fields."""
-
-    parts: list[str]
-    count: int
-    fields: Json
-
-
-def take_snapshot(block: Block) -> Snapshot:
-    """What the client has once everything of a block was sent."""
-    block.text.compact()
-    return Snapshot(block.text.parts, len(block.text.parts), dict(block.fields))
-
-
-def _new_text(block: Block, shown: Snapshot | None) -> str | None:
-    """The text the client still lacks; None if its text is no longer a beginning."""
-    if shown is None:
-        return str(block.text)
-    if shown.parts is block.text.parts:
-        return "".join(shown.parts[shown.count :])
-    before, now = "".join(shown.parts[: shown.count]), str(block.text)
-    return now[len(before) :] if now.startswith(before) else None
-
-
-def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
+def plan_items(block: Block) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": block.index}
-    suffix = _new_text(block, shown)
-    is_same = shown is not None and shown.fields == block.fields
+    suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
     if is_same and suffix and block.kind in _DELTA_TYPES:
         event |= {"type": _DELTA_TYPES[block.kind], "item_id": block.id}
         event |= {} if block.kind == "function_call" else {"content_index": 0}
         return event | {"delta": suffix}
-    verb = "added" if shown is None else "done"
+    verb = "added" if block.sent_fields is None else "done"
     return event | {"type": f"response.output_item.{verb}", "item": render_item(block)}
 
 
-def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
+def plan_chunk(block: Block) -> Json | None:
     """The same for an API client, which can only append: a Chat-Completions delta.
 
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
     shown, because a client would take them for its own to run.
     """
-    suffix = _new_text(block, shown)
+    suffix = block.text.unsent()
     if not suffix or block.fields.get("passing"):
         return None
-    match block.kind:
-        case "message":
-            gap = "\n\n" if shown is None and block.index else ""
-            return {"content": gap + suffix}
-        case "reasoning":
-            return {"reasoning_content": suffix}
-    return None
+    if block.kind == "message":
+        gap = "\n\n" if block.sent_fields is None and block.index else ""
+        return {"content": gap + suffix}
+    return {"reasoning_content": suffix} if block.kind == "reasoning" else None
 
 
 # ======================================================================================
@@ -2440,7 +2329,7 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         detail = getattr(error, "detail", None) or reason or type(error).__name__
         failed = failure(error_text(detail))
         if isinstance(failed, ModelFailure):
-            failed.status = getattr(error, "status_code", None)
+            failed.status = getattr(error, "status_code", 0)
         raise failed from error
 
 
@@ -2472,14 +2361,14 @@ class Host:
         return await Users.get_user_by_id(user_id)
 
     @staticmethod
-    def model_options(user: Json) -> list[dict[str, str]]:
+    def model_options(__user__: Json) -> list[dict[str, str]]:
         """The models a user may use, for the inputs of the valves (synchronous)."""
-        everything = BYPASS_MODEL_ACCESS_CONTROL or user.get("role") == "admin"
-        me = {("user", "*"), ("user", user.get("id"))}
+        everything = BYPASS_MODEL_ACCESS_CONTROL or __user__.get("role") == "admin"
+        me = {("user", "*"), ("user", __user__.get("id"))}
         if not everything:
             with get_db() as session:
                 groups = session.query(GroupMember.group_id)
-                mine = groups.filter(GroupMember.user_id == user.get("id"))
+                mine = groups.filter(GroupMember.user_id == __user__.get("id"))
                 me |= {("group", group_id) for (group_id,) in mine}
         models = dict(app.state.MODELS.items())
         cards = _cards_of(models.values(), models, own_function_id())
@@ -2973,13 +2862,13 @@ def _read_whole(response: Any) -> Any:
     return value
 
 
-def read_seconds(text: str | None) -> float | None:
-    """The seconds of a `Retry-After` header; None for a date, nonsense or nothing."""
+def read_seconds(text: str | None) -> float:
+    """The seconds of a `Retry-After` header; 0 for a date, nonsense or nothing."""
     try:
         seconds = float(text or "")
     except ValueError:
-        return None
-    return seconds if 0 <= seconds < float("inf") else None
+        return 0
+    return seconds if 0 <= seconds < float("inf") else 0
 
 
 async def _close_reply(response: Any) -> None:
@@ -3049,14 +2938,14 @@ async def resolve_cast(
             "in the valves of this model, or ask an admin for access to models."
         )
     aliases = [seat.alias for seat in present]
-    participants = []
+    participants = {}
     for colour, seat in zip(COLOURS, present, strict=False):
         voice = usable[seat.model_id]
         told = render_system(settings, seat, aliases, voice, system)
-        participants.append(Participant(seat.alias, colour, told, voice))
+        participants[seat.alias] = Participant(seat.alias, colour, told, voice)
     return Cast(
-        tuple(participants),
-        usable.get(leader, participants[0].voice),
+        participants,
+        usable.get(leader, usable[present[0].model_id]),
         tuple(dict.fromkeys(problems)),
         by_default,
         chat_sampling(body, defaults, params.get(pipe_id, {})),
@@ -3086,7 +2975,7 @@ class Emitter:
 
     def __init__(
         self,
-        plan: Callable[[Block, Snapshot | None], Json | None],
+        plan: Callable[[Block], Json | None],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
         may_send: Callable[[Block], bool] | None = None,
@@ -3096,7 +2985,7 @@ class Emitter:
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
-        self._shown: dict[Block, Snapshot | None] = {}  # None: held back
+        self._shown: set[Block] = set()  # also those that are held back
         self._noted: set[Block] = set()
         self._due = asyncio.Event()
         self._nearly_due = asyncio.Event()
@@ -3138,12 +3027,12 @@ class Emitter:
         self.flushes += 1
         events = []
         for block in sorted(noted, key=lambda block: block.index):
-            shown = self._shown.setdefault(block)
+            self._shown.add(block)
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
                 continue
-            event = self._plan(block, shown)
-            self._shown[block] = take_snapshot(block)
+            event = self._plan(block)
+            block.mark_sent()
             if event is not None:
                 events.append(event)
         self._cost = self._cost_of(noted)
@@ -3241,7 +3130,7 @@ class Screen:
     def publish(self, key: str, text: str, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
         block = self.ours.get(key)
-        if block and (self.in_chat or not self.transcript.is_closed(block.section)):
+        if block and (self.in_chat or block.section in self.transcript.growing):
             self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
@@ -3340,7 +3229,7 @@ class Ledger:
 
 
 class _Deadline:
-    """A limit in time that moves; who runs into it gets `ModelSilent` with a reason."""
+    """A limit in time that moves; who runs into it gets a `ModelFailure`."""
 
     def __init__(self, seconds: float, reason: str) -> None:
         self.seconds = seconds
@@ -3354,7 +3243,7 @@ class _Deadline:
             async with asyncio.timeout(self.seconds) as self._timeout:
                 yield
         except TimeoutError as error:
-            raise ModelSilent(self._reason) from error
+            raise ModelFailure(self._reason, 408) from error  # Request Timeout
 
     def _move(self, when: float | None) -> None:
         with suppress(RuntimeError):  # it is over
@@ -3526,7 +3415,7 @@ class Reply:
         self._parts: list[str] = []
 
     def apply(self, event: ReplyEvent) -> None:
-        """Take one event; raises `ModelFailure` if it is an error."""
+        """Take one event."""
         match event:
             case TextDelta(text):
                 self.spoke = True
@@ -3537,8 +3426,6 @@ class Reply:
                 self.usage |= usage
             case SourceFound(source):
                 self.sources.append(source)
-            case StreamError(reason):
-                raise ModelFailure(reason)
 
     def end(self) -> None:
         """Nothing more comes: `text` and `calls` are there."""
@@ -3601,10 +3488,11 @@ class ModelCalls:
                 return reply
             except ModelFailure as failure:
                 failure.midway = reply.spoke
-                if streams and failure.names_options and model_id not in self._plain:
+                rejected = "stream_options" in str(failure) and not failure.midway
+                if streams and rejected and model_id not in self._plain:
                     self._plain.add(model_id)
                     continue
-                pause = max(failure.retry_after or 0, waited, 1.0)  # s, so few tries
+                pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
                 over = waited + pause > self.settings.busy_patience
                 if failure.midway or not failure.is_busy or over:
                     raise
@@ -3833,7 +3721,7 @@ class ShownReply(Reply):
         self._opened_at = 0.0
 
     def apply(self, event: ReplyEvent) -> None:
-        """Show one event; raises `ModelFailure` if it is an error."""
+        """Show one event."""
         match event:
             case TextDelta(text):
                 self._add_text(self._guard.feed(text))
@@ -3951,7 +3839,7 @@ class Run:
             for problem in self.cast.problems:
                 self.screen.notice(problem)
             if self.cast.by_default:
-                names = ", ".join(self.cast.aliases)
+                names = ", ".join(self.cast.participants)
                 text = f"No participants are chosen, so {names} talk: choose others "
                 text += "with the Valves button beside the input"
                 await host.show_status(text, done=False)
@@ -4039,7 +3927,7 @@ class Run:
         """The small line under a conversation: everybody's speed and tokens, calls."""
         lines = []
         calls, everybody = self.ledger.calls, self.ledger.figures
-        for speaker in dict.fromkeys((*self.cast.aliases, *everybody)):
+        for speaker in dict.fromkeys((*self.cast.participants, *everybody)):
             report = everybody.get(speaker, Figures()).report()
             words = [text for name, text in _FIGURES.items() if name in report]
             if words:
@@ -4060,7 +3948,7 @@ class Run:
         tasks: dict[str, asyncio.Task[Turn]] = {}
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
-            speaker = self.cast.participant(alias)
+            speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role)
             if not step.concludes:
                 section.show_heading()
@@ -4078,9 +3966,7 @@ class Run:
             self.entries.extend(turns)
         return turns
 
-    async def _collect_ballots(
-        self, step: Judge, stage: int
-    ) -> list[Ballot | LostBallot]:
+    async def _collect_ballots(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.publish_progress("judged", "the members judge each other")
@@ -4091,30 +3977,28 @@ class Run:
             for paper in step.papers
         }
         await self._wait_in_view(tasks, "judged", stage)
-        ballots = [
-            task.result() if task.done() else LostBallot(voter, "it was late")
-            for voter, task in tasks.items()
-        ]
+        late = "it was late"
+        ballots = [t.result() if t.done() else late for t in tasks.values()]
         await end_tasks(*tasks.values())
         return ballots
 
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
-    ) -> Ballot | LostBallot:
+    ) -> Ballot | str:
         """A voter's ballot: asked, asked again with what was wrong, read leniently."""
-        voter = self.cast.participant(paper.voter)
+        voter = self.cast.participants[paper.voter]
         messages = messages_for(voter, self.entries, paper.brief)
         for lenient in (False, True):
             try:
                 text = await self._ask(voter.alias, voter.voice, messages, stage)
             except ModelFailure as failure:
-                return LostBallot(voter.alias, str(failure))
+                return str(failure)
             ballot = read(text, paper, lenient)
             if isinstance(ballot, Ballot):
                 return ballot
             answer = {"role": "assistant", "content": text}
             messages = [*messages, answer, {"role": "user", "content": ballot}]
-        return LostBallot(voter.alias, "it could not be read")
+        return "it could not be read"
 
     async def _ask_manager(self, step: AskManager, stage: int) -> str | None:
         """The manager's answer, or None where there is none."""
@@ -4286,28 +4170,21 @@ class Run:
 # ======================================================================================
 
 
-class _ModelChoices:
-    """Fills the model fields of the valves; the host calls it when it draws them."""
-
-    @classmethod
-    def model_options(cls, __user__: Json | None = None) -> list[dict[str, str]]:
-        """The models this user may use, as `{"value": id, "label": name}`."""
-        return Host.model_options(__user__ or {})
-
-
 class Pipe:
     """A model in the picker per row of `MODES`; one object for all users."""
 
-    class Valves(_ModelChoices, Settings):
-        """The admin's valves."""
+    class Valves(Settings):
+        """The admin's valves; the page fills their lists with `model_options`."""
 
-    class UserValves(_ModelChoices, UserSettings):
+        model_options = staticmethod(Host.model_options)
+
+    class UserValves(UserSettings):
         """A user's valves."""
 
-    def __init__(self) -> None:
-        self.type = "manifold"
-        self.name = "Conversation · "
-        self.valves = self.Valves()
+        model_options = staticmethod(Host.model_options)
+
+    name = "Conversation · "  # stands before the names of `pipes`
+    valves = Valves()
 
     def pipes(self) -> list[dict[str, str]]:
         """The models this function offers."""
@@ -4349,12 +4226,6 @@ class Pipe:
         return stream_chunks(run, mode, body["model"])
 
 
-def _default_mode(user_settings: UserSettings | None) -> str:
-    """The mode where the model names none: as v2's switch was set, else in turns."""
-    extra = (user_settings.model_extra if user_settings else None) or {}
-    return "manager" if extra.get("UseGroupChatManager") else "round_robin"
-
-
 def _refuse(
     error: ConversationError, stream: bool
 ) -> AsyncGenerator[Json, None] | StreamingResponse:
@@ -4372,7 +4243,9 @@ async def _prepare(
 ) -> tuple[Run, Mode]:
     """A run that is ready to go, with its mode; raises `ConversationError`."""
     own_id, _, mode_id = body["model"].partition(".")
-    mode_id = mode_id or _default_mode(user_settings)
+    if not mode_id:  # then as the switch of v2 was set
+        is_managed = getattr(user_settings, "UseGroupChatManager", False)
+        mode_id = "manager" if is_managed else "round_robin"
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
@@ -4383,8 +4256,7 @@ async def _prepare(
         replied = any(m.get("role") == "assistant" for m in body["messages"])
         stored = await host.stored_replies() if replied and host.in_chat else []
         own = {card.id for card in cards.values() if card.is_self}
-        authors = reply_authors(stored, own)
-        system, entries = read_history(body["messages"], authors)
+        system, entries = read_history(body["messages"], reply_authors(stored, own))
         entries, asked = read_rounds(entries)
         settings = merge_settings(valves, user_settings, body, asked)
         cast = await resolve_cast(host, settings, cards, body, system)
@@ -4400,11 +4272,10 @@ async def _prepare(
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
     run = _make_run(host, settings, cast, entries, row.drafts)
-    before = entries[-1] if entries else None
-    last = before.alias if isinstance(before, Turn) else None
+    aliases, question = tuple(cast.participants), last_question(entries)
+    last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    question = last_question(entries)
-    return run, row.begin(Agenda(cast.aliases, question, settings, last, seed))
+    return run, row.begin(Agenda(aliases, question, settings, last, seed))
 
 
 def _make_run(
@@ -4415,10 +4286,9 @@ def _make_run(
     transcript = Transcript(uuid4().hex[:8])
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
-    if host.in_chat:
-        emitter = Emitter(plan_items, interval)
-    else:
-        emitter = Emitter(plan_chunk, interval, may_send=transcript.is_next)
+    plan = plan_items if host.in_chat else plan_chunk
+    may_send = None if host.in_chat else transcript.is_next
+    emitter = Emitter(plan, interval, may_send=may_send)
     screen = Screen(transcript, emitter, host.in_chat, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
@@ -4437,8 +4307,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
         clock = TurnClock(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
-        messages = body["messages"]
-        call = ModelCall("task", voice, messages, clock, parameters=sampling)
+        call = ModelCall("task", voice, body["messages"], clock, parameters=sampling)
         models = ModelCalls(host, settings, Ledger(host.add_usage))
         return await models.text(call, streams=False)
     except (HostFailure, ModelFailure) as failure:
@@ -4451,10 +4320,10 @@ async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
     Stop arrives as a cancellation: what is left to send still goes out.
     """
 
-    def rest() -> list[Json]:
-        usage = {"usage": run.ledger.report()}
-        last = {"type": "response.completed", "response": usage}
-        return [*run.screen.emitter.flush(), *([last] if usage["usage"] else [])]
+    def rest() -> Iterator[Json]:
+        yield from run.screen.emitter.flush()
+        if usage := run.ledger.report():
+            yield {"type": "response.completed", "response": {"usage": usage}}
 
     task = asyncio.create_task(run.converse(mode))
     try:
@@ -4494,7 +4363,7 @@ async def reply_whole(run: Run, mode: Mode, model: str) -> Json:
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     completion = _completion_head("chat.completion", model) | {"choices": [choice]}
     if run.host.in_chat:
-        completion["output"] = render_items(transcript)
+        completion["output"] = list(map(render_item, transcript.blocks))
     if usage := run.ledger.report():
         completion["usage"] = _openai_usage(usage)
     return completion
