@@ -30,6 +30,7 @@ import asyncio
 import json
 import logging
 import re
+import sys
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -38,14 +39,13 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Container,
     Generator,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -54,14 +54,7 @@ from statistics import fmean, pvariance
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -135,10 +128,9 @@ The debate is over. Who argued best, yourself excluded? Choose one of: {candidat
 Answer with one JSON object and nothing else:
 {"vote": "<one of these names>", "reason": "<one short sentence>"}"""
 
-MOST_SEATS = 8  # there is a colour for each
-
 Seconds = Annotated[float, AfterValidator(lambda value: max(value, 0.1))]
 Count = Annotated[int, AfterValidator(lambda value: max(value, 1))]
+Seats = Annotated[Count, AfterValidator(lambda value: min(value, 8))]  # as colours
 
 
 class ConversationError(Exception):
@@ -147,12 +139,15 @@ class ConversationError(Exception):
 
 def _setting(default: Any, description: str, **schema: Any) -> Any:
     """A field of the valves; the page makes its title of its name."""
-    extra = schema or None
-    return Field(default=default, description=description, json_schema_extra=extra)
+    return Field(default=default, description=description, json_schema_extra=schema)
 
 
-class SharedSettings(BaseModel):
-    """What the administrator sets for all, and everybody may set for themselves."""
+class UserSettings(BaseModel, extra="allow"):
+    """What everybody may set for themselves; what is not set is as the admin set it.
+
+    Fields of the plugin "Multi Model Conversations v2" that are still stored for a
+    user are kept as extras, for `_read_v2`.
+    """
 
     participants: list[str] = _setting(
         [],
@@ -161,12 +156,10 @@ class SharedSettings(BaseModel):
     )
     team: str = _setting(
         "",
-        "Lines `Alias | model id | persona`, in place of the list above; a model may "
-        "take several seats.",
+        "In place of the list: lines `Alias | model id | persona`; models may repeat.",
     )
     rounds: Count = _setting(
-        2,
-        "How often each speaks. Manager: at most this, times the participants, turns.",
+        2, "How often each speaks. Manager: at most as many turns in all."
     )
     manager_model: str = _setting(
         "",
@@ -174,10 +167,9 @@ class SharedSettings(BaseModel):
         input={"type": "select", "options": "model_options"},
     )
     instructions: str = _setting("", "Added to the system prompt of every participant.")
+    # with a type of its own: the page draws a text box only for a plain one
     temperature: float | None = _setting(
-        None,
-        "Sampling temperature of every participant. Unset: each model keeps its own.",
-        type="number",  # the page draws a text box only for a plain type
+        None, "Sampling temperature of all. Unset: each model's own.", type="number"
     )
     # Not in the panels: the chat's own controls set these; what is stored still counts.
     top_p: SkipJsonSchema[float | None] = None
@@ -185,24 +177,12 @@ class SharedSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_blanks(cls, values: Any) -> Any:
+    def drop_blanks(cls, values: Json) -> Json:
         """The page stores null, "" or [] for a field that is put back to default."""
-        if not isinstance(values, dict):
-            return values
         return {k: v for k, v in values.items() if v not in (None, "", [])}
 
 
-class UserSettings(SharedSettings):
-    """A user's own settings; what is not set here is as the admin set it.
-
-    Fields of the plugin "Multi Model Conversations v2" that are still stored for a
-    user are kept as extras, for `_read_v2`.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-
-class Settings(SharedSettings):
+class Settings(UserSettings):
     """The admin's settings: defaults for everybody, ceilings and limits, prompts.
 
     Merged with a user's own (`merge_settings`) they are the settings of a run.
@@ -225,12 +205,9 @@ class Settings(SharedSettings):
         "council and debate", "When a last line shows everybody's speed and tokens."
     )
     builtin_tools: Literal["features", "all", "none"] = _setting(
-        "features",
-        "Open WebUI's own tools: of features switched on and knowledge, all, or none.",
+        "features", "Open WebUI's tools: of active features and knowledge, all or none."
     )
-    max_participants: Annotated[Count, AfterValidator(lambda n: min(n, MOST_SEATS))] = (
-        _setting(8, "The most participants of a conversation (1 to 8).")
-    )
+    max_participants: Seats = _setting(8, "The most participants (1 to 8).")
     max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
     max_tokens: int = _setting(
         0, "Tokens after which no further round begins, as providers report. 0: any."
@@ -244,22 +221,12 @@ class Settings(SharedSettings):
     calls_per_ollama: Count = _setting(
         1, "How many models of one Ollama server may answer at the same time."
     )
-    skip_after: float = _setting(
-        45, "Seconds of silence after which you are asked whether to skip. 0: never."
-    )
-    answer_deadline: Seconds = _setting(
-        180, "Seconds after which a council goes on without a member's answer."
-    )
-    first_token_timeout: Seconds = _setting(
-        120, "Seconds a model may take until it says something."
-    )
-    silence_timeout: Seconds = _setting(
-        60, "Seconds a model may pause in the middle of its answer."
-    )
+    skip_after: float = _setting(45, "Seconds of silence until you may skip. 0: never.")
+    answer_deadline: Seconds = _setting(180, "Seconds a council waits for a member.")
+    first_token_timeout: Seconds = _setting(120, "Seconds a model may take to begin.")
+    silence_timeout: Seconds = _setting(60, "Seconds a model may pause in its answer.")
     turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
-    tool_timeout: Seconds = _setting(
-        120, "Seconds of one tool call, or of the shared web search."
-    )
+    tool_timeout: Seconds = _setting(120, "Seconds of one tool call or web search.")
     rules_prompt: str = _setting(
         RULES_PROMPT, "What everybody is told. Knows {name} and {participants}."
     )
@@ -268,12 +235,10 @@ class Settings(SharedSettings):
         "Asks who is next. Knows {history}, {last_speaker} and {participant_list}.",
     )
     review_prompt: str = _setting(
-        REVIEW_PROMPT,
-        "Asks a council's members for a ranking. Knows {question} and {answers}.",
+        REVIEW_PROMPT, "Asks a council for a ranking. Knows {question} and {answers}."
     )
     conclusion_prompt: str = _setting(
-        CONCLUSION_PROMPT,
-        "Asks the chair to conclude. Knows {question}, {answers} and {result}.",
+        CONCLUSION_PROMPT, "Asks the chair. Knows {question}, {answers} and {result}."
     )
     debate_prompt: str = _setting(
         DEBATE_PROMPT, "What is said at each turn of a debate. Knows {question}."
@@ -294,28 +259,23 @@ _V2_NAMES = {
     "Top_k": "top_k",
     "Top_p": "top_p",
 }
+# what a workspace model's custom parameters, or an API client, may set
+_PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
 
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
     """Valves of "Multi Model Conversations v2" -> our names, as far as they are set."""
-    set_there = {name for name, value in stored.items() if value not in (None, "")}
-    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in set_there}
+    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in stored}
     lines = []
     for number in range(1, 6):
-        model = stored.get(f"Participant{number}Model")
-        if model:
+        if model := stored.get(f"Participant{number}Model"):
             alias = stored.get(f"Participant{number}Alias") or f"Participant {number}"
-            persona = str(stored.get(f"Participant{number}SystemMessage") or "")
+            persona = str(stored.get(f"Participant{number}SystemMessage", ""))
             persona = "\\n".join(persona.splitlines())
             lines.append(f"{alias} | {model} | {persona}")
-    with suppress(TypeError, ValueError):  # without a number that can be read: all
-        lines = lines[: int(stored.get("NUM_PARTICIPANTS") or 5)] if lines else lines
-    if lines:
-        found["team"] = "\n".join(lines)
-    return found
-
-
-PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
+    most = stored.get("NUM_PARTICIPANTS")
+    team = "\n".join(lines[:most] if isinstance(most, int) else lines)
+    return found | ({"team": team} if team else {})
 
 
 def merge_settings(
@@ -326,20 +286,17 @@ def merge_settings(
 ) -> Settings:
     """The settings of one run, under the admin's ceilings.
 
-    The `rounds` named in a question win, then what the `request` presets (custom
-    parameters of a workspace model, or an API client's), then the user's fields, then
-    stored v2 fields, then the admin's. Choosing participants is one decision in two
-    fields: who fills only the list does not want the team text below it. Raises
-    `ConversationError` where a stored or preset value cannot be read.
+    The `rounds` named in a question win, then the presets of the `request`, then the
+    user's fields, then stored v2 fields, then the admin's. Choosing participants is one
+    decision in two fields: who fills only the list does not want the team text below
+    it. Raises `ConversationError` where a stored or preset value cannot be read.
     """
     own = user.model_dump(exclude_unset=True) if user else {}
-    chosen = {name: own[name] for name in SharedSettings.model_fields if name in own}
-    preset = {name: request[name] for name in PRESETS if request and request.get(name)}
-    fields = {**admin.model_dump(), **_read_v2(own)}
+    chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
+    preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    fields = admin.model_dump() | _read_v2(own)
     for layer in (chosen, preset):
-        if "participants" in layer and "team" not in layer:
-            layer["team"] = ""
-        fields.update(layer)
+        fields |= ({"team": ""} if "participants" in layer else {}) | layer
     if rounds is not None:
         fields["rounds"] = rounds
     try:
@@ -377,11 +334,9 @@ class ModelFailure(Exception):
 
     midway = False  # whether it had begun to speak
 
-    def __init__(
-        self, reason: str, status: int | None = None, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, reason: str, status: int = 0, retry_after: float = 0) -> None:
         super().__init__(reason)
-        self.status = status  # the provider's HTTP status, where there is one
+        self.status = status  # of HTTP, where there is one; 408 also if it was silent
         self.retry_after = retry_after  # seconds, where the provider names them
 
     @property
@@ -390,21 +345,10 @@ class ModelFailure(Exception):
         return self.status in (429, 503, 529)
 
     @property
-    def names_options(self) -> bool:
-        """Whether the provider rejects `stream_options`, which not all know."""
-        return self.status in (400, 422) and "stream_options" in str(self)
-
-    @property
     def may_work_whole(self) -> bool:
         """Whether the same request may work without streaming."""
-        at_fault = self.status in (400, 401, 403, 404, 413)
+        at_fault = self.status in (400, 401, 403, 404, 408, 413)
         return not (self.midway or self.is_busy or at_fault)
-
-
-class ModelSilent(ModelFailure):
-    """A model took longer than it may; asking again would only take as long."""
-
-    may_work_whole = False
 
 
 class HostFailure(Exception):
@@ -444,13 +388,6 @@ class UsageReport:
     """Token counts of one model call, as the provider reported them."""
 
     usage: Json
-
-
-@dataclass(frozen=True, slots=True)
-class StreamError:
-    """An error object in the stream."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -532,25 +469,14 @@ class Participant:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everybody of one run, in order, and what could not be seated and why."""
+    """Everybody of one run, and what could not be seated and why."""
 
-    participants: tuple[Participant, ...]
+    participants: Mapping[str, Participant]  # by alias, in the order of the seats
     manager: Voice
     problems: tuple[str, ...] = ()
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
     chair: Participant | None = None  # who concludes, if it is none of them
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """The names, in the order of the seats."""
-        return tuple(participant.alias for participant in self.participants)
-
-    def participant(self, alias: str) -> Participant:
-        """Who sits there under this name; names are unique."""
-        if self.chair and alias == self.chair.alias:
-            return self.chair
-        return self.participants[self.aliases.index(alias)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -607,16 +533,8 @@ class Ballot:
 
 
 @dataclass(frozen=True, slots=True)
-class LostBallot:
-    """A ballot that did not come, or was none, and why: "it said nothing for 60 s"."""
-
-    voter: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Judge:
-    """Step: members judge each other. Answer: a ballot of each, maybe lost."""
+    """Step: members judge each other. Answer: of each a ballot, or why it was lost."""
 
     papers: tuple[BallotPaper, ...]
     read: Callable[..., Ballot | str]  # an answer -> the ballot, or what is wrong
@@ -647,9 +565,7 @@ class AskManager:
     wrong_answer: str = ""
 
 
-ReplyEvent = (
-    TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | StreamError | SourceFound
-)
+ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
 Step = Speak | AskManager | Judge | Publish | Fold
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
@@ -878,7 +794,7 @@ class ReplyDecoder:
 
     Reads Chat-Completions and Responses-API streams, whole completions, Ollama's
     objects, JSON lines, strings, and objects with `.content`. What makes no sense is
-    skipped with a debug line.
+    skipped with a debug line; an error object raises `ModelFailure`.
     """
 
     def __init__(self, think_tags: Sequence[tuple[str, str]] = ()) -> None:
@@ -922,7 +838,7 @@ class ReplyDecoder:
         elif not isinstance(value, dict):
             yield from self._read_text(text_of(getattr(value, "content", None)))
         elif value.get("object") == "error":  # older vLLM
-            yield StreamError(error_text(value))
+            raise ModelFailure(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
             yield from self._read_responses_event(value["type"], value)
         else:
@@ -938,7 +854,7 @@ class ReplyDecoder:
         counts = {name: chunk.get(name) for name in names}
         yield from _read_usage(chunk.get("usage"), chunk.get("timings"), counts)
         if chunk.get("error"):
-            yield StreamError(error_text(chunk["error"]))
+            raise ModelFailure(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
         if choice.get("delta"):
             for event in self._read_message(choice["delta"]):
@@ -982,7 +898,7 @@ class ReplyDecoder:
                 yield from self._read_output_item(kind, event)
             case "failed" | "error":
                 error = event.get("response", event).get("error") or event
-                yield StreamError(error_text(error))
+                raise ModelFailure(error_text(error))
             case "completed" | "incomplete":
                 yield from self._read_response(event["response"])
             case "message" if "content" in event:
@@ -1591,10 +1507,10 @@ def _decide(
         kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
         if len(kin) > 1:
             parts.append(f"{' and '.join(kin)} are one model, which may favour itself.")
-    for lost in judged:
-        if isinstance(lost, LostBallot):
-            reason = plain_line(lost.reason, 120).removeprefix("it ").rstrip(".")
-            parts.append(f"No ballot from {lost.voter}: {reason}.")
+    for voter, lost in zip(members, judged, strict=True):
+        if isinstance(lost, str):
+            reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
+            parts.append(f"No ballot from {voter}: {reason}.")
     result = "\n\n".join(filter(None, parts))
     title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
     yield Publish("ranking", f"{RULE}{title}\n\n{result}")
@@ -1908,9 +1824,7 @@ def read_history(
     return "\n\n".join(filter(None, prompts)), entries
 
 
-def reply_authors(
-    chain: Iterable[Json], own_models: Container[str]
-) -> list[str | None]:
+def reply_authors(chain: Iterable[Json], own_models: set[str]) -> list[str | None]:
     """Who wrote each reply in a stored chat: None is us, else a name fit for a label.
 
     Ours are the replies whose items have our `speaker`, and those of our own models.
@@ -1928,7 +1842,7 @@ def reply_authors(
     return [_author(reply, own_models) for reply in replies]
 
 
-def _author(reply: Sequence[Json], own_models: Container[str]) -> str | None:
+def _author(reply: Sequence[Json], own_models: set[str]) -> str | None:
     name: Any = None
     for message in reply:
         items, model = _part_of(message, "output", list), message.get("model")
@@ -2248,18 +2162,19 @@ _DELTA_TYPES: dict[BlockKind, str] = {
 
 
 class GrowingText:
-    """A text that grows by pieces: `append` is O(1), `str()` joins."""
+    """A text that grows by pieces, and what of it was sent; `append` is O(1)."""
 
-    __slots__ = ("_compacted", "length", "parts")
+    __slots__ = ("_parts", "_sent", "_sent_parts", "length")
 
-    def __init__(self, text: str = "") -> None:
-        self.parts = [text] if text else []
-        self.length = len(text)
-        self._compacted = 0
+    def __init__(self) -> None:
+        self.length = 0
+        self._parts: list[str] = []
+        self._sent_parts = self._parts  # others, once the text was replaced
+        self._sent = 0  # so many of these
 
     def append(self, piece: str) -> None:
         """Add a piece at the end."""
-        self.parts.append(piece)
+        self._parts.append(piece)
         self.length += len(piece)
 
     def replace(self, text: str) -> None:
@@ -2268,16 +2183,23 @@ class GrowingText:
         if text.startswith(now):
             self.append(text[len(now) :])
         else:
-            self.parts, self.length, self._compacted = [text], len(text), 0
+            self._parts, self.length = [text], len(text)
 
-    def compact(self) -> None:
-        """Join the pieces that came since the last time: thousands cost memory."""
-        if len(self.parts) - self._compacted > 1:
-            self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
-        self._compacted = len(self.parts)
+    def unsent(self) -> str | None:
+        """What was not sent; None if what was sent is no longer a beginning."""
+        if self._sent_parts is self._parts:
+            return "".join(self._parts[self._sent :])
+        sent, now = "".join(self._sent_parts[: self._sent]), str(self)
+        return now[len(sent) :] if now.startswith(sent) else None
+
+    def mark_sent(self) -> None:
+        """All was sent; the pieces that are new become one: thousands cost memory."""
+        known = self._sent if self._sent_parts is self._parts else 0
+        self._parts[known:] = ["".join(self._parts[known:])]
+        self._sent_parts, self._sent = self._parts, len(self._parts)
 
     def __str__(self) -> str:
-        return "".join(self.parts)
+        return "".join(self._parts)
 
 
 @dataclass(slots=True, eq=False)
@@ -2292,8 +2214,14 @@ class Block:
     speaker: str
     section: int
     index: int  # in the transcript
-    text: GrowingText
     fields: Json
+    sent_fields: Json | None = None  # None: the client does not have the block
+    text: GrowingText = field(default_factory=GrowingText)
+
+    def mark_sent(self) -> None:
+        """The client has all of it."""
+        self.text.mark_sent()
+        self.sent_fields = dict(self.fields)
 
 
 class Transcript:
@@ -2307,25 +2235,21 @@ class Transcript:
         self.blocks: list[Block] = []
         self.prefix = prefix
         self._sections = 0
-        self._growing: set[int] = set()
+        self.growing: set[int] = set()  # the sections that are not closed
 
     def open_section(self) -> int:
         """A new section at the end, which grows until it is closed."""
         self._sections += 1
-        self._growing.add(self._sections)
+        self.growing.add(self._sections)
         return self._sections
 
     def close_section(self, section: int) -> None:
         """Nothing more comes into a section."""
-        self._growing.discard(section)
-
-    def is_closed(self, section: int) -> bool:
-        """Whether nothing more comes into a section."""
-        return section not in self._growing
+        self.growing.discard(section)
 
     def is_next(self, block: Block) -> bool:
         """Whether all sections before this block's are closed."""
-        return block.section <= min(self._growing, default=block.section)
+        return block.section <= min(self.growing, default=block.section)
 
     def add(
         self, kind: BlockKind, speaker: str, section: int = 0, **fields: Any
@@ -2333,7 +2257,7 @@ class Transcript:
         """A new, empty block at the end of a section."""
         index = bisect_right(self.blocks, section, key=lambda block: block.section)
         block_id = f"{self.prefix}_{len(self.blocks)}"
-        block = Block(kind, block_id, speaker, section, index, GrowingText(), fields)
+        block = Block(kind, block_id, speaker, section, index, fields)
         for later in self.blocks[index:]:
             later.index += 1
         self.blocks.insert(index, block)
@@ -2342,11 +2266,9 @@ class Transcript:
 
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
-    text, fields = str(block.text), dict(block.fields)
+    text, fields = str(block.text), {"status": "in_progress", **block.fields}
     content = [{"type": "output_text", "text": text}]
     item: Json = {"type": block.kind, "id": block.id, "speaker": block.speaker}
-    if block.kind != "function_call_output":
-        item["status"] = "in_progress"
     match block.kind:
         case "message":
             item |= {"role": "assistant", "content": content}
@@ -2361,87 +2283,79 @@ def render_item(block: Block) -> Json:
     return item | fields
 
 
-def render_items(transcript: Transcript) -> list[Json]:
-    """The whole transcript as output items."""
-    return [render_item(block) for block in transcript.blocks]
-
-
 def render_markdown(transcript: Transcript) -> str:
     """The transcript's headings and texts, as a client without a page reads them."""
     texts = (str(block.text) for block in transcript.blocks if block.kind == "message")
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What the client has of a block: so many parts of this text, and these fields."""
-
-    parts: list[str]
-    count: int
-    fields: Json
-
-
-def take_snapshot(block: Block) -> Snapshot:
-    """What the client has once everything of a block was sent."""
-    block.text.compact()
-    return Snapshot(block.text.parts, len(block.text.parts), dict(block.fields))
-
-
-def _new_text(block: Block, shown: Snapshot | None) -> str | None:
-    """The text the client still lacks; None if its text is no longer a beginning."""
-    if shown is None:
-        return str(block.text)
-    if shown.parts is block.text.parts:
-        return "".join(shown.parts[shown.count :])
-    before, now = "".join(shown.parts[: shown.count]), str(block.text)
-    return now[len(before) :] if now.startswith(before) else None
-
-
-def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
+def plan_items(block: Block) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": block.index}
-    suffix = _new_text(block, shown)
-    is_same = shown is not None and shown.fields == block.fields
+    suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
     if is_same and suffix and block.kind in _DELTA_TYPES:
         event |= {"type": _DELTA_TYPES[block.kind], "item_id": block.id}
         event |= {} if block.kind == "function_call" else {"content_index": 0}
         return event | {"delta": suffix}
-    verb = "added" if shown is None else "done"
+    verb = "added" if block.sent_fields is None else "done"
     return event | {"type": f"response.output_item.{verb}", "item": render_item(block)}
 
 
-def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
+def plan_chunk(block: Block) -> Json | None:
     """The same for an API client, which can only append: a Chat-Completions delta.
 
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
     shown, because a client would take them for its own to run.
     """
-    suffix = _new_text(block, shown)
+    suffix = block.text.unsent()
     if not suffix or block.fields.get("passing"):
         return None
-    match block.kind:
-        case "message":
-            gap = "\n\n" if shown is None and block.index else ""
-            return {"content": gap + suffix}
-        case "reasoning":
-            return {"reasoning_content": suffix}
-    return None
+    if block.kind == "message":
+        gap = "\n\n" if block.sent_fields is None and block.index else ""
+        return {"content": gap + suffix}
+    return {"reasoning_content": suffix} if block.kind == "reasoning" else None
 
 
 # ======================================================================================
 # ==== 6 Open WebUI
 # ======================================================================================
 
+if sys.modules.get("open_webui"):  # there is none where the unit tests run
+    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
+    from open_webui.internal.db import get_db
+    from open_webui.main import app
+    from open_webui.models.chats import Chats
+    from open_webui.models.config import Config
+    from open_webui.models.groups import GroupMember
+    from open_webui.models.models import Models
+    from open_webui.models.users import Users
+    from open_webui.utils import middleware
+    from open_webui.utils.access_control import has_permission
+    from open_webui.utils.chat import generate_chat_completion
+    from open_webui.utils.files import get_image_base64_from_url
+    from open_webui.utils.misc import get_message_list
+    from open_webui.utils.models import get_filtered_models
+    from open_webui.utils.payload import (
+        apply_model_params_to_body_openai,
+        resolve_system_prompt,
+    )
+    from open_webui.utils.response import merge_usage
+    from open_webui.utils.tools import (
+        get_builtin_tools,
+        get_tools,
+        get_updated_tool_function,
+    )
+
 _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
 )
-_BUILTINS_OF_FEATURES = ("web_search", "image_generation", "code_interpreter")
+_BUILTINS = ("web_search", "image_generation", "code_interpreter", "knowledge")
 _CITING_TOOLS = (  # where the host does not name them (0.11)
     "search_web fetch_url view_file view_knowledge_file query_knowledge_files "
     "query_chat_files"
@@ -2454,8 +2368,6 @@ _SAMPLING_NAMES = (  # the host's
     "num_predict num_keep num_batch num_thread num_gpu think keep_alive"
 )
 SAMPLING = tuple(_SAMPLING_NAMES.split())  # what a chat's controls set for the models
-APPROVAL_TIMEOUT = 250  # s; the host itself gives a person 60 to 240
-CLOSE_TIMEOUT = 5  # s for a foreign reply to let go of its connection
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
 
 
@@ -2489,7 +2401,7 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         detail = getattr(error, "detail", None) or reason or type(error).__name__
         failed = failure(error_text(detail))
         if isinstance(failed, ModelFailure):
-            failed.status = getattr(error, "status_code", None)
+            failed.status = getattr(error, "status_code", 0)
         raise failed from error
 
 
@@ -2518,120 +2430,68 @@ class Host:
     @staticmethod
     async def load_user(user_id: str) -> Any:
         """The user, with the variables that prompts may name."""
-        from open_webui.models.users import Users
-
         return await Users.get_user_by_id(user_id)
 
     @staticmethod
-    def model_options(user: Json) -> list[dict[str, str]]:
+    def model_options(__user__: Json) -> list[dict[str, str]]:
         """The models a user may use, for the inputs of the valves (synchronous)."""
-        from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
-        from open_webui.internal.db import get_db
-        from open_webui.main import app
-        from open_webui.models.groups import GroupMember
-
-        everything = BYPASS_MODEL_ACCESS_CONTROL or user.get("role") == "admin"
-        me = {("user", "*"), ("user", user.get("id"))}
+        everything = BYPASS_MODEL_ACCESS_CONTROL or __user__.get("role") == "admin"
+        me = {("user", "*"), ("user", __user__.get("id"))}
         if not everything:
             with get_db() as session:
                 groups = session.query(GroupMember.group_id)
-                mine = groups.filter(GroupMember.user_id == user.get("id"))
+                mine = groups.filter(GroupMember.user_id == __user__.get("id"))
                 me |= {("group", group_id) for (group_id,) in mine}
         models = dict(app.state.MODELS.items())
-        own = _own_models(models, own_function_id())
+        cards = _cards_of(models.values(), models, own_function_id())
         return [
-            {"value": model_id, "label": model.get("name") or model_id}
-            for model_id, model in models.items()
-            if model_id not in own
-            and (everything or _may_read(model.get("info") or {}, me))
+            {"value": card.id, "label": card.name}
+            for card in cards.values()
+            if not card.is_self
+            and (everything or _may_read(card.entry.get("info") or {}, me))
         ]
 
     async def model_cards(self, own_id: str) -> dict[str, ModelCard]:
         """All models this user may use, by id, in one look-up."""
-        from open_webui.utils.models import get_filtered_models
-
         models = dict(self.request.app.state.MODELS.items())
-        own = _own_models(models, own_id)
-        cards = {}
         with foreign_errors(HostFailure):
             readable = await get_filtered_models(list(models.values()), self.user)
-        for model in readable:
-            model_id = model["id"]
-            meta = (model.get("info") or {}).get("meta") or {}
-            unusual = model.get("arena") or meta.get("hidden")
-            cards[model_id] = ModelCard(
-                model_id,
-                model.get("name") or model_id,
-                is_self=model_id in own,
-                by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
-                connection=_connection_of(models, model),
-                entry=model,
-            )
-        return cards
+        return _cards_of(readable, models, own_id)
 
     async def model_params(self, ids: Iterable[str]) -> tuple[dict[str, Json], Json]:
         """The parameters each of these models sets itself, and the host's for all."""
-        from open_webui.models.config import Config
-        from open_webui.models.models import Models
-
         with foreign_errors(HostFailure):
-            records, defaults = await asyncio.gather(
-                Models.get_models_by_ids(list(ids)),
-                Config.get("models.default_params", {}),
-            )
+            records = await Models.get_models_by_ids(list(ids))
             own = {record.id: record.params.model_dump() for record in records}
-        return own, defaults or {}
+            return own, await Config.get("models.default_params", {}) or {}
 
-    async def voices(
-        self,
-        cards: Sequence[ModelCard],
-        params: Mapping[str, Json],
-        defaults: Json,
-        settings: Settings,
-    ) -> dict[str, Voice | str]:
-        """What each of these models brings, or why it cannot be prepared.
-
-        `params` are those a model sets itself, over the `defaults` for all.
-        """
-
-        async def prepare(card: ModelCard) -> Voice | str:
-            try:
-                own = params.get(card.id, {})
-                return await self._voice(card, own, defaults, settings)
-            except HostFailure as failure:
-                return str(failure)
-
-        found = await asyncio.gather(*map(prepare, cards))
-        return dict(zip((card.id for card in cards), found, strict=True))
-
-    async def _voice(
+    async def voice(
         self, card: ModelCard, own: Json, defaults: Json, settings: Settings
-    ) -> Voice:
-        from open_webui.utils.payload import (
-            apply_model_params_to_body_openai,
-            resolve_system_prompt,
-        )
+    ) -> Voice | str:
+        """What a model brings, or why it cannot be prepared.
 
-        meta = (card.entry.get("info") or {}).get("meta") or {}
+        `own` are the parameters it sets itself, over the `defaults` for all.
+        """
+        meta = _meta_of(card.entry)
         capabilities = meta.get("capabilities") or {}
         params = {**defaults, **own}
         legacy = params.get("function_calling") == "legacy"
         missing = {name: value for name, value in defaults.items() if name not in own}
-        with foreign_errors(HostFailure):
-            system, (tools, problems) = await asyncio.gather(
-                resolve_system_prompt(params.get("system"), self.metadata, self.user),
-                self._tools(card.entry, meta, settings),
-            )
-            taken = apply_model_params_to_body_openai(missing, {})
+        try:
+            with foreign_errors(HostFailure):
+                prompt = params.get("system")
+                system = await resolve_system_prompt(prompt, self.metadata, self.user)
+                taken = apply_model_params_to_body_openai(missing, {})
+                tools, problems = await self._tools(card.entry, settings)
+        except HostFailure as failure:
+            return str(failure)
         knowledge = "" if legacy else _knowledge_prompt(meta)
+        specs = [tool.get("spec", {}) for tool in tools.values()]
         return Voice(
             model_id=card.id,
             system="\n\n".join(filter(None, (system, knowledge))),
             tools=tools,
-            specs=tuple(
-                {"type": "function", "function": tool.get("spec", {})}
-                for tool in tools.values()
-            ),
+            specs=tuple({"type": "function", "function": spec} for spec in specs),
             defaults=taken,
             legacy=legacy,
             connection=card.connection,
@@ -2645,17 +2505,15 @@ class Host:
     @staticmethod
     def think_tags(own: Any = None) -> tuple[tuple[str, str], ...]:
         """A model's `reasoning_tags`: its own pair, False for none, else the usual."""
-        from open_webui.utils.middleware import DEFAULT_REASONING_TAGS
-
-        return _read_think_tags(own, DEFAULT_REASONING_TAGS)
+        if isinstance(own, list) and len(own) == 2 and all(own):
+            return ((str(own[0]), str(own[1])),)
+        return () if own is False else tuple(middleware.DEFAULT_REASONING_TAGS)
 
     async def _tools(
-        self, model: Json, meta: Json, settings: Settings
+        self, model: Json, settings: Settings
     ) -> tuple[dict[str, Json], list[str]]:
-        """The chat's tools, the model's own, and the built-in ones that are allowed;
-        and a sentence for each that could not be loaded."""
-        chosen: Mapping[str, Json] = self.metadata.get("tools") or {}
-        tools = {n: tool for n, tool in chosen.items() if tool.get("type") != "builtin"}
+        """The built-in tools that are allowed, the model's own, and the chat's; and a
+        sentence for each that could not be loaded."""
         extra: Json = {
             "__user__": self.user.model_dump(),
             "__metadata__": self.metadata,
@@ -2668,83 +2526,64 @@ class Host:
             "__messages__": [],
             "__files__": self.metadata.get("files") or [],
         }
-        own, problems = await self._own_tools(meta.get("toolIds") or [], extra)
-        builtin: dict[str, Json] = {}
-        try:
-            builtin = await self._builtin_tools(model, meta, settings, extra)
-        except HostFailure:
-            problems.append("Open WebUI's own tools could not be loaded")
-        return {**builtin, **own, **tools}, problems
-
-    async def _own_tools(
-        self, ids: list[str], extra: Json
-    ) -> tuple[dict[str, Json], list[str]]:
-        """The tools of a workspace model; one that fails costs only itself."""
-        from open_webui.utils.tools import get_tools
-
+        tools: dict[str, Json] = {}
+        problems: list[str] = []
+        features = self.metadata.get("features") or {}
+        seen = _builtins_model(model, self.metadata, settings)
         try:
             with foreign_errors(HostFailure):
-                return await get_tools(self.request, ids, self.user, extra), []
+                if seen:
+                    tools |= await get_builtin_tools(
+                        self.request, extra, features, seen
+                    )
+        except HostFailure:
+            problems.append("Open WebUI's own tools could not be loaded")
+        ids = _meta_of(model).get("toolIds") or []
+        tools |= await self._own_tools(ids, extra, problems)
+        chosen = (self.metadata.get("tools") or {}).items()
+        tools |= {n: tool for n, tool in chosen if tool.get("type") != "builtin"}
+        return tools, problems
+
+    async def _own_tools(
+        self, ids: list[str], extra: Json, problems: list[str]
+    ) -> dict[str, Json]:
+        """The tools of a workspace model; one that fails costs only itself."""
+        tools: dict[str, Json] = {}
+        try:
+            with foreign_errors(HostFailure):
+                tools |= await get_tools(self.request, ids, self.user, extra)
         except HostFailure:
             if len(ids) == 1:
                 name = plain_line(ids[0], 60)
-                return {}, [f'its tool "{name}" could not be loaded']
-        tools: dict[str, Json] = {}
-        problems: list[str] = []
-        for tool_id in ids:
-            found, failed = await self._own_tools([tool_id], extra)
-            tools, problems = {**tools, **found}, problems + failed
-        return tools, problems
-
-    async def _builtin_tools(
-        self, model: Json, meta: Json, settings: Settings, extra: Json
-    ) -> dict[str, Json]:
-        from open_webui.utils.tools import get_builtin_tools
-
-        team = (self.metadata.get("model") or {}).get("info") or {}
-        knowledge = list(meta.get("knowledge") or ())
-        knowledge += (team.get("meta") or {}).get("knowledge") or ()
-        meta = {**meta, "knowledge": knowledge}
-        allowed = _builtins_model(model, meta, self.metadata, settings)
-        if not allowed:
-            return {}
-        features = self.metadata.get("features") or {}
-        with foreign_errors(HostFailure):
-            found: dict[str, Json] = await get_builtin_tools(
-                self.request, extra, features, allowed
-            )
-        return found
+                problems.append(f'its tool "{name}" could not be loaded')
+                return {}
+            for tool_id in ids:
+                tools |= await self._own_tools([tool_id], extra, problems)
+        return tools
 
     async def stored_replies(self) -> list[Json]:
         """The stored messages that led to this question, the first one first.
 
         None for a chat that is not saved; then only our headings tell who spoke.
         """
-        from open_webui.models.chats import Chats
-
         names = ("regeneration_message_id", "assistant_message_id", "user_message_id")
         ids = [self.metadata.get(name) for name in names]
-        messages: Json = {}
         with suppress(HostFailure), foreign_errors(HostFailure):
             chat_id = self.metadata.get("chat_id") or ""
             messages = await Chats.get_messages_map_by_chat_id(chat_id) or {}
-        chain: list[Json] = []
-        at = next((each for each in ids if each in messages), None)
-        while at in messages and len(chain) < len(messages):
-            chain.append(messages[at])
-            at = messages[at].get("parentId")
-        return chain[::-1]
+            last = next((each for each in ids if each in messages), None)
+            return list(get_message_list(messages, last))
+        return []
 
     # -- asking a model ----------------------------------------------------------------
 
     def _inner_request(self) -> Request:
         """A request of its own: flags and metadata travel on its state, which calls
         running at the same time would read from each other."""
-        state = dict(self.request.scope.get("state") or {})
+        state = {**(self.request.scope.get("state") or {}), INNER_RUN: True}
         for name in ("metadata", "bypass_filter", "bypass_system_prompt", "model_id"):
             state.pop(name, None)
-        scope = {**self.request.scope, "state": {**state, INNER_RUN: True}}
-        return Request(scope, self.request.receive)
+        return Request({**self.request.scope, "state": state}, self.request.receive)
 
     @asynccontextmanager
     async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
@@ -2752,8 +2591,6 @@ class Host:
 
         Raises `ModelFailure` with the reason where the host or the provider refused.
         """
-        from open_webui.utils.chat import generate_chat_completion
-
         # nothing that lets an inner pipe write into our message
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
@@ -2765,32 +2602,25 @@ class Host:
                 self.user,
                 bypass_system_prompt=True,
             )
-        items = reply_items(response)
-        reader = _guarded(items)
         try:
-            yield reader
+            async with aclosing(reply_items(response)) as items:
+                yield items
         finally:
-            await reader.aclose()
-            await _close_reply(response, items)
+            await _close_reply(response)
 
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
         """The usage of one more model call added to what there was, as the host adds
         it up; what cannot be read adds nothing."""
-        from open_webui.utils.response import merge_usage, normalize_usage
-
-        merged = total
+        names = ("input_tokens", "output_tokens", "total_tokens")
         with suppress(HostFailure), foreign_errors(HostFailure):
-            counted = {
+            merged = merge_usage(total, report)
+            return {
                 name: value
-                for name, value in normalize_usage(report).items()
-                if name in ("input_tokens", "output_tokens", "total_tokens")
-                or name.endswith(("_details", "cost"))
+                for name, value in merged.items()
+                if name in names or name.endswith(("_details", "cost"))
             }
-            merged = merge_usage(total, counted) if counted else total
-        for name in ("prompt_tokens", "completion_tokens"):  # of the last call only
-            merged.pop(name, None)
-        return merged
+        return total
 
     # -- the page ----------------------------------------------------------------------
 
@@ -2800,8 +2630,9 @@ class Host:
         One that is not done shimmers, for which the page paints every frame: only for
         work that nothing else shows.
         """
-        status = {"description": text, "done": done}
-        await self._emit({"type": "status", "data": status})
+        await self._emit(
+            {"type": "status", "data": {"description": text, "done": done}}
+        )
 
     async def show_sources(self, sources: Iterable[Json]) -> None:
         """Cite sources in the message, each in the host's shape."""
@@ -2822,13 +2653,12 @@ class Host:
 
     async def confirm(self, question: Json) -> bool:
         """Ask the person at the page; no answer is a no."""
-        answer: Any = None
         if self.caller:
+            asked = {"type": "confirmation", "data": question}
             with suppress(HostFailure), foreign_errors(HostFailure):
-                async with asyncio.timeout(APPROVAL_TIMEOUT):
-                    asked = {"type": "confirmation", "data": question}
-                    answer = await self.caller(asked)
-        return answer is True
+                async with asyncio.timeout(250):  # s; the host gives a person 60 to 240
+                    return await self.caller(asked) is True
+        return False
 
     # -- search and tools --------------------------------------------------------------
 
@@ -2838,16 +2668,12 @@ class Host:
         Gives nothing where it is off in the chat, not allowed, or was done by the host
         already, as it is for legacy function calling. Raises `ModelFailure`.
         """
-        from open_webui.models.config import Config
-        from open_webui.utils import middleware
-        from open_webui.utils.access_control import has_permission
-
         features = self.metadata.get("features") or {}
         calling = (self.metadata.get("params") or {}).get("function_calling")
         if not features.get("web_search") or calling == "legacy" or not self.in_chat:
             return "", []
         messages = [{"role": "user", "content": question}]
-        extra = {"__event_emitter__": self.emitter, "__chat_id__": None}
+        extra = {"__event_emitter__": self.emitter}
         body: Json = {"model": model_id, "messages": messages, "files": []}
         request = self._inner_request()
         with foreign_errors(ModelFailure):
@@ -2874,40 +2700,31 @@ class Host:
 
         Raises `ToolFailure` with what it said.
         """
-        from open_webui.utils.tools import get_updated_tool_function
-
         if tool.get("type") != "mcp":  # MCP servers check their arguments themselves
             spec = (tool.get("spec") or {}).get("parameters") or {}
             known = spec.get("properties") or {}
             arguments = {name: arguments[name] for name in arguments if name in known}
         with foreign_errors(ToolFailure):
             if tool.get("direct"):
-                return await self._run_in_page(tool, call, arguments)
+                if not self.caller:
+                    raise ToolFailure("the user's browser, where it runs, is not here.")
+                asked = {
+                    "id": str(uuid4()),
+                    "name": call.name,
+                    "params": arguments,
+                    "server": tool.get("server", {}),
+                    "session_id": self.metadata.get("session_id"),
+                }
+                return await self.caller({"type": "execute:tool", "data": asked})
             files = self.metadata.get("files") or []
-            context = {"__messages__": messages, "__files__": files}
-            function = await get_updated_tool_function(tool["callable"], context)
+            extra = {"__messages__": messages, "__files__": files}
+            function = await get_updated_tool_function(tool["callable"], extra)
             return await function(**arguments)
-
-    async def _run_in_page(self, tool: Json, call: ToolCall, arguments: Json) -> Any:
-        if not self.caller:
-            raise ToolFailure(
-                "This tool runs in the user's browser, which is not here."
-            )
-        asked = {
-            "id": str(uuid4()),
-            "name": call.name,
-            "params": arguments,
-            "server": tool.get("server", {}),
-            "session_id": self.metadata.get("session_id"),
-        }
-        return await self.caller({"type": "execute:tool", "data": asked})
 
     async def read_tool_result(
         self, tool: Json, call: ToolCall, arguments: Json, value: Any
     ) -> ToolResult:
         """What a tool gave -> text, files, embeds; citations and the like go out."""
-        from open_webui.utils import middleware
-
         kind, direct = tool.get("type", ""), bool(tool.get("direct"))
         with foreign_errors(ToolFailure):
             text, files, embeds = await middleware.process_tool_result(
@@ -2917,96 +2734,71 @@ class Host:
                 call.name, arguments, text, self.emitter
             )
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
-            readable = await self._readable_images([image["url"] for image in images])
-            for image in images:
-                image["url"] = await self._store_image(image["url"])
-        text = "" if text is None else str(text)
+            readable = [await self._keep_image(image) for image in images]
         failed = isinstance(value, dict) and bool(value.get("error"))
         stored = tuple(image["url"] for image in images)
         return ToolResult(
-            text, failed, tuple(files), tuple(embeds), tuple(readable), stored
+            text or "", failed, tuple(files), tuple(embeds), tuple(readable), stored
         )
 
-    async def _readable_images(self, urls: list[str]) -> list[str]:
-        """Images as data URLs: a provider cannot open a path of the host."""
-        from open_webui.utils import middleware
-
-        if not urls:
-            return []
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        body: Json = {"messages": [{"role": "user", "content": parts}]}
-        body = await middleware.convert_url_images_to_base64(body, user=self.user)
-        return [part["image_url"]["url"] for part in body["messages"][0]["content"]]
-
-    async def _store_image(self, url: str) -> str:
-        """Keep an image out of the chat's JSON, where the host can (from 0.12)."""
-        from open_webui.utils import middleware
-
+    async def _keep_image(self, image: Json) -> str:
+        """Keep an image out of the chat's JSON, where the host can (from 0.12); gives
+        it as data, since a provider cannot open a path of the host."""
+        url = data = image["url"]
+        if not url.startswith("data:image/"):
+            data = await get_image_base64_from_url(url, user=self.user) or url
         store = getattr(middleware, "store_tool_result_image", None)
-        if store is None:
-            return url
-        return str(await store(self.request, url, self.metadata, self.user))
+        if store:
+            image["url"] = await store(self.request, url, self.metadata, self.user)
+        return str(data)
 
     async def cite(
         self, tool: Json, call: ToolCall, arguments: Json, text: str
     ) -> None:
         """Show the sources of a tool that reads documents or pages."""
-        from open_webui.utils import middleware
-
         names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
-        if not self.in_chat or call.name not in names or not text:
-            return
-        sources: list[Json] = []
-        with suppress(HostFailure), foreign_errors(HostFailure):
-            sources = middleware.get_citation_source_from_tool_result(
-                call.name, arguments, text, tool.get("tool_id", "")
-            )
-        await self.show_sources(sources)
+        if call.name in names and text:
+            with suppress(HostFailure), foreign_errors(HostFailure):
+                sources = middleware.get_citation_source_from_tool_result(
+                    call.name, arguments, text, tool.get("tool_id", "")
+                )
+                await self.show_sources(sources)
 
     async def use_legacy_tools(
-        self,
-        voice: Voice,
-        messages: list[Json],
-        run: Callable[[str, Json, Json], Awaitable[Any]],
+        self, voice: Voice, messages: list[Json], run: Callable[..., Awaitable[Any]]
     ) -> tuple[list[Json], list[Json]]:
         """The host's prompt-based tool use: messages with what the tools gave, sources.
 
         Every tool runs through `run`: by its name, the tool, and the arguments. Raises
         `ModelFailure`.
         """
-        from open_webui.utils import middleware
 
-        def wrapped(name: str, tool: Json) -> Json:
-            async def function(**arguments: Any) -> Any:
-                return await run(name, tool, arguments)
-
-            return {**tool, "callable": function}
+        async def run_one(name: str, /, **arguments: Any) -> Any:
+            return await run(name, voice.tools[name], arguments)
 
         async def in_page(event: Json) -> Any:
-            name = event["data"]["name"]
-            return await run(name, voice.tools[name], event["data"]["params"])
+            return await run_one(event["data"]["name"], **event["data"]["params"])
 
+        tools = {
+            name: {**tool, "callable": partial(run_one, name)}
+            for name, tool in voice.tools.items()
+        }
         request = self._inner_request()
         extra = {
             "__event_emitter__": self.emitter,
             "__event_call__": in_page,
             "__metadata__": self.metadata,
-            "__user__": self.user.model_dump(),
-            "__request__": request,
         }
         body = {"model": voice.model_id, "messages": messages, "metadata": {}}
-        tools = {name: wrapped(name, tool) for name, tool in voice.tools.items()}
         with foreign_errors(ModelFailure):
             _, flags = await middleware.chat_completion_tools_handler(
                 request, body, extra, self.user, self.request.app.state.MODELS, tools
             )
             sources = flags.get("sources") or []
-            if sources:
-                copies = [dict(message) for message in messages]
-                question = text_of(messages[-1]["content"])
-                messages = await middleware.apply_source_context_to_messages(
-                    request, copies, sources, question
-                )
+            copies = [dict(message) for message in messages]
+            messages = await middleware.apply_source_context_to_messages(
+                request, copies, sources, text_of(messages[-1]["content"])
+            )
         return messages, sources
 
 
@@ -3016,16 +2808,37 @@ def own_function_id() -> str:
     return found[1] if found else __name__
 
 
-def _own_models(models: Mapping[str, Json], own_id: str) -> set[str]:
-    """Ids of this function's models and of all workspace models based on them."""
-    own = {i for i in models if i == own_id or i.startswith(f"{own_id}.")}
-    bases = {
-        model_id: (model.get("info") or {}).get("base_model_id")
-        for model_id, model in models.items()
-    }
-    while based := {i for i, base in bases.items() if base in own} - own:
-        own |= based
-    return own
+def _meta_of(model: Json) -> Json:
+    """What the workspace says of a model, beside its parameters."""
+    return (model.get("info") or {}).get("meta") or {}
+
+
+def _with_bases(models: Mapping[str, Json], model_id: str) -> list[str]:
+    """A model, what it is based on, and so on: their ids."""
+    chain: list[str] = []
+    while model_id and model_id not in chain:
+        chain.append(model_id)
+        info = (models.get(model_id) or {}).get("info") or {}
+        model_id = info.get("base_model_id") or ""
+    return chain
+
+
+def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, ModelCard]:
+    """A card of each of these models, by id; `own_id` is that of this function."""
+    cards = {}
+    for model in some:
+        model_id = model["id"]
+        bases = _with_bases(models, model_id)
+        unusual = model.get("arena") or _meta_of(model).get("hidden")
+        cards[model_id] = ModelCard(
+            model_id,
+            model.get("name") or model_id,
+            is_self=any(base.partition(".")[0] == own_id for base in bases),
+            by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
+            connection=_connection_of(models.get(bases[-1]) or {}),
+            entry=model,
+        )
+    return cards
 
 
 def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
@@ -3039,25 +2852,12 @@ def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
     )
 
 
-def _read_think_tags(
-    own: Any, usual: Iterable[tuple[str, str]]
-) -> tuple[tuple[str, str], ...]:
-    if isinstance(own, list) and len(own) == 2 and all(own):
-        return ((str(own[0]), str(own[1])),)
-    return () if own is False else tuple(usual)
-
-
-def _connection_of(models: Mapping[str, Json], model: Json) -> str:
-    """Which connection serves a model or what it is based on: kind and number."""
-    for _ in range(5):
-        base = (model.get("info") or {}).get("base_model_id")
-        if not base or base == model.get("id"):
-            break
-        model = models.get(base) or {}
-    if model.get("owned_by") == "ollama":
-        urls = (model.get("ollama") or {}).get("urls") or [0]
-        return f"{OLLAMA} {urls[0]}"
-    return f"{model.get('owned_by')} {model.get('urlIdx')}"
+def _connection_of(model: Json) -> str:
+    """Which connection serves a model: its kind and number."""
+    kind, number = model.get("owned_by"), model.get("urlIdx")
+    if kind == OLLAMA:
+        number = ((model.get("ollama") or {}).get("urls") or [0])[0]
+    return f"{kind} {number}"
 
 
 def _knowledge_prompt(meta: Json) -> str:
@@ -3081,9 +2881,7 @@ class _OnlyThese(dict[str, bool]):
         return super().get(name, False)
 
 
-def _builtins_model(
-    model: Json, meta: Json, metadata: Json, settings: Settings
-) -> Json | None:
+def _builtins_model(model: Json, metadata: Json, settings: Settings) -> Json | None:
     """The model as `get_builtin_tools` should see it; None if it would give nothing.
 
     Every built-in tool costs tokens in every prompt of every turn, so by default a
@@ -3091,73 +2889,66 @@ def _builtins_model(
     in the chat (memory is on by itself, so it does not count) and that the model is
     capable of, and of knowledge attached to it, to the team's model or to the folder.
     """
-    own = meta.get("builtinTools") or {}
-    if settings.builtin_tools == "none":
-        return None
+    meta, team = _meta_of(model), _meta_of(metadata.get("model") or {})
+    own, choice = meta.get("builtinTools") or {}, settings.builtin_tools
+    knowledge = [*(meta.get("knowledge") or ()), *(team.get("knowledge") or ())]
     categories = {**own, "user_input": False}  # a question would stop the whole run
-    if settings.builtin_tools == "features":
-        features = metadata.get("features") or {}
-        wanted = [name for name in _BUILTINS_OF_FEATURES if features.get(name)]
-        if meta.get("knowledge") or metadata.get("folder_knowledge"):
-            wanted.append("knowledge")
-        if not wanted:
-            return None
+    if choice == "features":
+        attached = knowledge or metadata.get("folder_knowledge")
+        asked = {**(metadata.get("features") or {}), "knowledge": attached}
+        wanted = (name for name in _BUILTINS if asked.get(name))
         categories = _OnlyThese({name: own.get(name, True) for name in wanted})
-    info = {**(model.get("info") or {}), "meta": {**meta, "builtinTools": categories}}
-    return {**model, "info": info}
-
-
-def reply_items(response: Any) -> AsyncIterator[Any]:
-    """The items of whatever a completion returned; raises `ModelFailure` for an error
-    response."""
-    if isinstance(response, StreamingResponse):
-        return aiter(response.body_iterator)
-    if not isinstance(response, Response):
-        return _one_item(response)
-    body = bytes(response.body).decode("utf-8", "replace")
-    try:
-        value = parse_json(body)
-    except ValueError:
-        value = body
-    if response.status_code >= 400:
-        raise ModelFailure(
-            f"{error_text(value)} (HTTP {response.status_code})",
-            response.status_code,
-            read_seconds(response.headers.get("retry-after")),
-        )
-    return _one_item(value)
-
-
-def read_seconds(text: str | None) -> float | None:
-    """The seconds of a `Retry-After` header; None for a date, nonsense or nothing."""
-    try:
-        seconds = float(text or "")
-    except ValueError:
+    if choice == "none" or not categories:
         return None
-    return seconds if 0 <= seconds < float("inf") else None
+    meta = {**meta, "knowledge": knowledge, "builtinTools": categories}
+    return {**model, "info": {**(model.get("info") or {}), "meta": meta}}
 
 
-async def _one_item(value: Any) -> AsyncGenerator[Any, None]:
-    yield value
+async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
+    """The items of whatever a completion returned.
 
-
-async def _guarded(items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    """The same items; what the foreign iterator raises becomes a `ModelFailure`, and
-    a cancellation that it swallowed is raised again."""
+    Raises `ModelFailure` for an error response, and for whatever a foreign iterator
+    raises; a cancellation that it swallowed is raised again.
+    """
+    if not isinstance(response, StreamingResponse):
+        yield _read_whole(response)
+        return
     task = asyncio.current_task()  # `was_cancelled` would look it up for each item
     with foreign_errors(ModelFailure):
-        async for item in items:
+        async for item in response.body_iterator:
             if task and task.cancelling():
                 raise asyncio.CancelledError
             yield item
 
 
-async def _close_reply(response: Any, items: AsyncIterator[Any]) -> None:
+def _read_whole(response: Any) -> Any:
+    if not isinstance(response, Response):
+        return response
+    value: Any = bytes(response.body).decode("utf-8", "replace")
+    with suppress(ValueError):
+        value = parse_json(value)
+    if response.status_code >= 400:
+        reason = f"{error_text(value)} (HTTP {response.status_code})"
+        pause = read_seconds(response.headers.get("retry-after"))
+        raise ModelFailure(reason, response.status_code, pause)
+    return value
+
+
+def read_seconds(text: str | None) -> float:
+    """The seconds of a `Retry-After` header; 0 for a date, nonsense or nothing."""
+    try:
+        seconds = float(text or "")
+    except ValueError:
+        return 0
+    return seconds if 0 <= seconds < float("inf") else 0
+
+
+async def _close_reply(response: Any) -> None:
     """Free the upstream connection, also of a reply that was not read to its end."""
-    close = getattr(items, "aclose", None)
+    close = getattr(getattr(response, "body_iterator", None), "aclose", None)
     background = getattr(response, "background", None)
     with suppress(HostFailure), foreign_errors(HostFailure):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
+        async with asyncio.timeout(5):  # s; it is foreign code
             if close:
                 await close()
             if background:
@@ -3173,11 +2964,7 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
     The host mixes them with its defaults for all and with the parameters of the pipe's
     `own` model; a value that equals one of these was not set.
     """
-
-    def flat(params: Json) -> Json:
-        return {**params, **(params.get("custom_params") or {})}
-
-    known = (flat(defaults), flat(own))
+    known = [{**each, **(each.get("custom_params") or {})} for each in (defaults, own)]
     return {
         name: body[name]
         for name in SAMPLING
@@ -3187,11 +2974,7 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
 
 
 async def resolve_cast(
-    host: Host,
-    settings: Settings,
-    cards: Mapping[str, ModelCard],
-    body: Json,
-    chat_system: str,
+    host: Host, settings: Settings, cards: dict[str, ModelCard], body: Json, system: str
 ) -> Cast:
     """Everybody of the run, with everything they bring, looked up once.
 
@@ -3210,7 +2993,10 @@ async def resolve_cast(
             problems.append(f"Manager: {error}. {first}'s model leads instead.")
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
     params, defaults = await host.model_params([*wanted, pipe_id])
-    voices = await host.voices([cards[i] for i in wanted], params, defaults, settings)
+    prepared = await asyncio.gather(
+        *(host.voice(cards[i], params.get(i, {}), defaults, settings) for i in wanted)
+    )
+    voices = dict(zip(wanted, prepared, strict=True))
     usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     for seat in seats:
         lost = (f"its model cannot be prepared: {voices[seat.model_id]}",)
@@ -3224,14 +3010,14 @@ async def resolve_cast(
             "in the valves of this model, or ask an admin for access to models."
         )
     aliases = [seat.alias for seat in present]
-    participants = []
+    participants = {}
     for colour, seat in zip(COLOURS, present, strict=False):
         voice = usable[seat.model_id]
-        system = render_system(settings, seat, aliases, voice, chat_system)
-        participants.append(Participant(seat.alias, colour, system, voice))
+        told = render_system(settings, seat, aliases, voice, system)
+        participants[seat.alias] = Participant(seat.alias, colour, told, voice)
     return Cast(
-        tuple(participants),
-        usable.get(leader, participants[0].voice),
+        participants,
+        usable.get(leader, usable[present[0].model_id]),
         tuple(dict.fromkeys(problems)),
         by_default,
         chat_sampling(body, defaults, params.get(pipe_id, {})),
@@ -3261,7 +3047,7 @@ class Emitter:
 
     def __init__(
         self,
-        plan: Callable[[Block, Snapshot | None], Json | None],
+        plan: Callable[[Block], Json | None],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
         may_send: Callable[[Block], bool] | None = None,
@@ -3271,7 +3057,7 @@ class Emitter:
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
-        self._shown: dict[Block, Snapshot | None] = {}  # None: held back
+        self._shown: set[Block] = set()  # also those that are held back
         self._noted: set[Block] = set()
         self._due = asyncio.Event()
         self._nearly_due = asyncio.Event()
@@ -3313,12 +3099,12 @@ class Emitter:
         self.flushes += 1
         events = []
         for block in sorted(noted, key=lambda block: block.index):
-            shown = self._shown.setdefault(block)
+            self._shown.add(block)
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
                 continue
-            event = self._plan(block, shown)
-            self._shown[block] = take_snapshot(block)
+            event = self._plan(block)
+            block.mark_sent()
             if event is not None:
                 events.append(event)
         self._cost = self._cost_of(noted)
@@ -3416,7 +3202,7 @@ class Screen:
     def publish(self, key: str, text: str, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
         block = self.ours.get(key)
-        if block and (self.in_chat or not self.transcript.is_closed(block.section)):
+        if block and (self.in_chat or block.section in self.transcript.growing):
             self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
@@ -3515,7 +3301,7 @@ class Ledger:
 
 
 class _Deadline:
-    """A limit in time that moves; who runs into it gets `ModelSilent` with a reason."""
+    """A limit in time that moves; who runs into it gets a `ModelFailure`."""
 
     def __init__(self, seconds: float, reason: str) -> None:
         self.seconds = seconds
@@ -3529,7 +3315,7 @@ class _Deadline:
             async with asyncio.timeout(self.seconds) as self._timeout:
                 yield
         except TimeoutError as error:
-            raise ModelSilent(self._reason) from error
+            raise ModelFailure(self._reason, 408) from error  # Request Timeout
 
     def _move(self, when: float | None) -> None:
         with suppress(RuntimeError):  # it is over
@@ -3701,7 +3487,7 @@ class Reply:
         self._parts: list[str] = []
 
     def apply(self, event: ReplyEvent) -> None:
-        """Take one event; raises `ModelFailure` if it is an error."""
+        """Take one event."""
         match event:
             case TextDelta(text):
                 self.spoke = True
@@ -3712,8 +3498,6 @@ class Reply:
                 self.usage |= usage
             case SourceFound(source):
                 self.sources.append(source)
-            case StreamError(reason):
-                raise ModelFailure(reason)
 
     def end(self) -> None:
         """Nothing more comes: `text` and `calls` are there."""
@@ -3776,10 +3560,11 @@ class ModelCalls:
                 return reply
             except ModelFailure as failure:
                 failure.midway = reply.spoke
-                if streams and failure.names_options and model_id not in self._plain:
+                rejected = "stream_options" in str(failure) and not failure.midway
+                if streams and rejected and model_id not in self._plain:
                     self._plain.add(model_id)
                     continue
-                pause = max(failure.retry_after or 0, waited, 1.0)  # s, so few tries
+                pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
                 over = waited + pause > self.settings.busy_patience
                 if failure.midway or not failure.is_busy or over:
                     raise
@@ -4008,7 +3793,7 @@ class ShownReply(Reply):
         self._opened_at = 0.0
 
     def apply(self, event: ReplyEvent) -> None:
-        """Show one event; raises `ModelFailure` if it is an error."""
+        """Show one event."""
         match event:
             case TextDelta(text):
                 self._add_text(self._guard.feed(text))
@@ -4126,7 +3911,7 @@ class Run:
             for problem in self.cast.problems:
                 self.screen.notice(problem)
             if self.cast.by_default:
-                names = ", ".join(self.cast.aliases)
+                names = ", ".join(self.cast.participants)
                 text = f"No participants are chosen, so {names} talk: choose others "
                 text += "with the Valves button beside the input"
                 await host.show_status(text, done=False)
@@ -4214,7 +3999,7 @@ class Run:
         """The small line under a conversation: everybody's speed and tokens, calls."""
         lines = []
         calls, everybody = self.ledger.calls, self.ledger.figures
-        for speaker in dict.fromkeys((*self.cast.aliases, *everybody)):
+        for speaker in dict.fromkeys((*self.cast.participants, *everybody)):
             report = everybody.get(speaker, Figures()).report()
             words = [text for name, text in _FIGURES.items() if name in report]
             if words:
@@ -4235,7 +4020,7 @@ class Run:
         tasks: dict[str, asyncio.Task[Turn]] = {}
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
-            speaker = self.cast.participant(alias)
+            speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role)
             if not step.concludes:
                 section.show_heading()
@@ -4253,9 +4038,7 @@ class Run:
             self.entries.extend(turns)
         return turns
 
-    async def _collect_ballots(
-        self, step: Judge, stage: int
-    ) -> list[Ballot | LostBallot]:
+    async def _collect_ballots(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.publish_progress("judged", "the members judge each other")
@@ -4266,30 +4049,28 @@ class Run:
             for paper in step.papers
         }
         await self._wait_in_view(tasks, "judged", stage)
-        ballots = [
-            task.result() if task.done() else LostBallot(voter, "it was late")
-            for voter, task in tasks.items()
-        ]
+        late = "it was late"
+        ballots = [t.result() if t.done() else late for t in tasks.values()]
         await end_tasks(*tasks.values())
         return ballots
 
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
-    ) -> Ballot | LostBallot:
+    ) -> Ballot | str:
         """A voter's ballot: asked, asked again with what was wrong, read leniently."""
-        voter = self.cast.participant(paper.voter)
+        voter = self.cast.participants[paper.voter]
         messages = messages_for(voter, self.entries, paper.brief)
         for lenient in (False, True):
             try:
                 text = await self._ask(voter.alias, voter.voice, messages, stage)
             except ModelFailure as failure:
-                return LostBallot(voter.alias, str(failure))
+                return str(failure)
             ballot = read(text, paper, lenient)
             if isinstance(ballot, Ballot):
                 return ballot
             answer = {"role": "assistant", "content": text}
             messages = [*messages, answer, {"role": "user", "content": ballot}]
-        return LostBallot(voter.alias, "it could not be read")
+        return "it could not be read"
 
     async def _ask_manager(self, step: AskManager, stage: int) -> str | None:
         """The manager's answer, or None where there is none."""
@@ -4461,28 +4242,21 @@ class Run:
 # ======================================================================================
 
 
-class _ModelChoices:
-    """Fills the model fields of the valves; the host calls it when it draws them."""
-
-    @classmethod
-    def model_options(cls, __user__: Json | None = None) -> list[dict[str, str]]:
-        """The models this user may use, as `{"value": id, "label": name}`."""
-        return Host.model_options(__user__ or {})
-
-
 class Pipe:
     """A model in the picker per row of `MODES`; one object for all users."""
 
-    class Valves(_ModelChoices, Settings):
-        """The admin's valves."""
+    class Valves(Settings):
+        """The admin's valves; the page fills their lists with `model_options`."""
 
-    class UserValves(_ModelChoices, UserSettings):
+        model_options = staticmethod(Host.model_options)
+
+    class UserValves(UserSettings):
         """A user's valves."""
 
-    def __init__(self) -> None:
-        self.type = "manifold"
-        self.name = "Conversation · "
-        self.valves = self.Valves()
+        model_options = staticmethod(Host.model_options)
+
+    name = "Conversation · "  # stands before the names of `pipes`
+    valves = Valves()
 
     def pipes(self) -> list[dict[str, str]]:
         """The models this function offers."""
@@ -4524,12 +4298,6 @@ class Pipe:
         return stream_chunks(run, mode, body["model"])
 
 
-def _default_mode(user_settings: UserSettings | None) -> str:
-    """The mode where the model names none: as v2's switch was set, else in turns."""
-    extra = (user_settings.model_extra if user_settings else None) or {}
-    return "manager" if extra.get("UseGroupChatManager") else "round_robin"
-
-
 def _refuse(
     error: ConversationError, stream: bool
 ) -> AsyncGenerator[Json, None] | StreamingResponse:
@@ -4537,7 +4305,7 @@ def _refuse(
     the host would answer an exception with status 200 and a shape of its own."""
     body = {"error": {"message": str(error), "type": "invalid_request_error"}}
     if stream:
-        return _one_item(body)
+        return reply_items(body)
     text = iter([json.dumps(body, ensure_ascii=False)])
     return StreamingResponse(text, status_code=400, media_type="application/json")
 
@@ -4547,7 +4315,9 @@ async def _prepare(
 ) -> tuple[Run, Mode]:
     """A run that is ready to go, with its mode; raises `ConversationError`."""
     own_id, _, mode_id = body["model"].partition(".")
-    mode_id = mode_id or _default_mode(user_settings)
+    if not mode_id:  # then as the switch of v2 was set
+        is_managed = getattr(user_settings, "UseGroupChatManager", False)
+        mode_id = "manager" if is_managed else "round_robin"
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
@@ -4558,8 +4328,7 @@ async def _prepare(
         replied = any(m.get("role") == "assistant" for m in body["messages"])
         stored = await host.stored_replies() if replied and host.in_chat else []
         own = {card.id for card in cards.values() if card.is_self}
-        authors = reply_authors(stored, own)
-        system, entries = read_history(body["messages"], authors)
+        system, entries = read_history(body["messages"], reply_authors(stored, own))
         entries, asked = read_rounds(entries)
         settings = merge_settings(valves, user_settings, body, asked)
         cast = await resolve_cast(host, settings, cards, body, system)
@@ -4575,11 +4344,10 @@ async def _prepare(
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
     run = _make_run(host, settings, cast, entries, row.drafts)
-    before = entries[-1] if entries else None
-    last = before.alias if isinstance(before, Turn) else None
+    aliases, question = tuple(cast.participants), last_question(entries)
+    last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    question = last_question(entries)
-    return run, row.begin(Agenda(cast.aliases, question, settings, last, seed))
+    return run, row.begin(Agenda(aliases, question, settings, last, seed))
 
 
 def _make_run(
@@ -4590,10 +4358,9 @@ def _make_run(
     transcript = Transcript(uuid4().hex[:8])
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
-    if host.in_chat:
-        emitter = Emitter(plan_items, interval)
-    else:
-        emitter = Emitter(plan_chunk, interval, may_send=transcript.is_next)
+    plan = plan_items if host.in_chat else plan_chunk
+    may_send = None if host.in_chat else transcript.is_next
+    emitter = Emitter(plan, interval, may_send=may_send)
     screen = Screen(transcript, emitter, host.in_chat, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
@@ -4612,8 +4379,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
         clock = TurnClock(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
-        messages = body["messages"]
-        call = ModelCall("task", voice, messages, clock, parameters=sampling)
+        call = ModelCall("task", voice, body["messages"], clock, parameters=sampling)
         models = ModelCalls(host, settings, Ledger(host.add_usage))
         return await models.text(call, streams=False)
     except (HostFailure, ModelFailure) as failure:
@@ -4626,10 +4392,10 @@ async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
     Stop arrives as a cancellation: what is left to send still goes out.
     """
 
-    def rest() -> list[Json]:
-        usage = {"usage": run.ledger.report()}
-        last = {"type": "response.completed", "response": usage}
-        return [*run.screen.emitter.flush(), *([last] if usage["usage"] else [])]
+    def rest() -> Iterator[Json]:
+        yield from run.screen.emitter.flush()
+        if usage := run.ledger.report():
+            yield {"type": "response.completed", "response": {"usage": usage}}
 
     task = asyncio.create_task(run.converse(mode))
     try:
@@ -4669,7 +4435,7 @@ async def reply_whole(run: Run, mode: Mode, model: str) -> Json:
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     completion = _completion_head("chat.completion", model) | {"choices": [choice]}
     if run.host.in_chat:
-        completion["output"] = render_items(transcript)
+        completion["output"] = list(map(render_item, transcript.blocks))
     if usage := run.ledger.report():
         completion["usage"] = _openai_usage(usage)
     return completion
