@@ -3440,6 +3440,11 @@ class Ledger:
 # -- the limits of a reply -------------------------------------------------------------
 
 
+def _move(timeout: asyncio.Timeout, when: float | None) -> None:
+    with suppress(RuntimeError):  # it is over
+        timeout.reschedule(when)
+
+
 class _Deadline:
     """A limit in time that moves; who runs into it gets `ModelSilent` with a reason."""
 
@@ -3457,10 +3462,6 @@ class _Deadline:
         except TimeoutError as error:
             raise ModelSilent(self._reason) from error
 
-    def _move(self, when: float | None) -> None:
-        with suppress(RuntimeError):  # it is over
-            self._timeout.reschedule(when)
-
 
 class TurnClock(_Deadline):
     """How many seconds a turn may take, without those in which it has to wait."""
@@ -3476,14 +3477,14 @@ class TurnClock(_Deadline):
         now = asyncio.get_running_loop().time
         if (when := self._timeout.when()) is not None:
             self._left = when - now()
-            self._move(None)
+            _move(self._timeout, None)
         self._pauses += 1
         try:
             yield
         finally:
             self._pauses -= 1
             if not self._pauses:
-                self._move(now() + self._left)
+                _move(self._timeout, now() + self._left)
 
 
 class ReplyDeadline(_Deadline):
@@ -3491,33 +3492,29 @@ class ReplyDeadline(_Deadline):
 
     def __init__(self, first: float, silence: float) -> None:
         super().__init__(first, f"it said nothing for {first:g} s")
-        self._now = asyncio.get_running_loop().time
-        self.begun = self._heard_at = self._now()
+        self.now = asyncio.get_running_loop().time
+        self.begun = self.heard_at = self.now()
         self.first_at: float | None = None
-        self.spoke = asyncio.Event()  # set whenever it says something
+        self.dialog: asyncio.Timeout | None = None  # ends when it says something
         self._silence = silence
-
-    @property
-    def silence(self) -> float:
-        """How long the model has said nothing, in s."""
-        return self._now() - self._heard_at
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
-        now = self._now()
+        now = self.now()
         if self.first_at is None:
             self.first_at = now
             self._reason = f"it said nothing for {self._silence:g} s"
-        elif now - self._heard_at < min(0.25, self._silence / 4):
+        elif now - self.heard_at < min(0.25, self._silence / 4):
             return
-        self._heard_at = now
-        self.spoke.set()
-        self._move(now + self._silence)
+        self.heard_at = now
+        if self.dialog:
+            _move(self.dialog, now)
+        _move(self._timeout, now + self._silence)
 
     def skip(self) -> None:
         """End the waiting now."""
         self._reason = "it was skipped"
-        self._move(self._now())
+        _move(self._timeout, self.now())
 
 
 class ConnectionGate:
@@ -3759,43 +3756,42 @@ class ModelCalls:
     @asynccontextmanager
     async def limits(self, name: str, deadline: ReplyDeadline) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
-        watch = asyncio.create_task(self._offer_to_skip(name, deadline))
+        watch = []
+        if self.settings.skip_after > 0 and self.host.can_ask:
+            watch.append(asyncio.create_task(self._offer_to_skip(name, deadline)))
         try:
             async with deadline.running():
                 yield
         finally:
-            await end_tasks(watch)
+            await end_tasks(*watch)
 
     async def _offer_to_skip(self, name: str, deadline: ReplyDeadline) -> None:
         """Ask the person at the page whenever there is silence for long. Who says no is
         asked again after as long a silence."""
-        limit = wait = self.settings.skip_after
-        while limit > 0 and self.host.can_ask:
-            await asyncio.sleep(max(wait - deadline.silence, 0.05))
+        limit, asked_at = self.settings.skip_after, 0.0
+        while True:
+            silence = deadline.now() - max(deadline.heard_at, asked_at)
+            await asyncio.sleep(max(limit - silence, 0.05))
             async with self._dialog:  # one at a time
-                if deadline.silence < wait:
-                    wait = limit
-                elif await self._ask_to_skip(name, deadline):
+                if deadline.now() - max(deadline.heard_at, asked_at) < limit:
+                    continue
+                if await self._ask_to_skip(name, deadline):
                     deadline.skip()
                     return
-                else:
-                    wait = deadline.silence + limit
+                asked_at = deadline.now()
 
     async def _ask_to_skip(self, name: str, deadline: ReplyDeadline) -> bool:
         """One dialog, which closes by itself when the model speaks."""
-        deadline.spoke.clear()
-        silence = f"{name} has said nothing for {deadline.silence:.0f} s."
+        silence = deadline.now() - deadline.heard_at
         question = {
             "title": f"Skip {name}?",
-            "message": f"{silence} Skip it and go on without it?",
+            "message": f"{name} has said nothing for {silence:.0f} s. "
+            "Skip it and go on without it?",
         }
-        asking = asyncio.create_task(self.host.confirm(question))
-        speaking = asyncio.create_task(deadline.spoke.wait())
-        try:
-            await asyncio.wait({asking, speaking}, return_when=asyncio.FIRST_COMPLETED)
-            return asking.done() and asking.result()
-        finally:
-            await end_tasks(asking, speaking)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as deadline.dialog:
+                return await self.host.confirm(question)
+        return False
 
 
 # -- a participant's turn --------------------------------------------------------------
