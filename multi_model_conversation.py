@@ -3556,12 +3556,10 @@ class ConnectionGate:
         self._admit()
 
     def _admit(self) -> None:
-        while True:
-            queue = self._queue = [each for each in self._queue if not each[2].done()]
-            spare = self._free > 1
-            may = [each for each in queue if spare or each[0] >= self._stage]
-            if not (self._free and may):
-                return
+        self._queue = [each for each in self._queue if not each[2].done()]
+        spare = self._free > 1
+        may = [each for each in self._queue if spare or each[0] >= self._stage]
+        if self._free and may:  # there is never room for two who wait
             best = max(may, key=lambda each: (each[0], each[1] == self._model))
             self._free -= 1
             self._model = best[1]
@@ -3670,51 +3668,66 @@ class ModelCalls:
     async def complete(
         self, call: ModelCall, begin: Callable[[], Reply], streams: bool = True
     ) -> Reply:
-        """A model's reply, begun anew for each attempt: an empty one is asked for once
-        more, a stream that failed at once without streaming; raises `ModelFailure`."""
-        failure = ModelFailure("it gave an empty answer, asked twice")
-        for _ in range(2):
-            try:
-                reply = await self._retry_while_busy(call, begin, streams)
-                if reply.text or reply.calls:
-                    return reply
-            except ModelFailure as error:
-                failure = error
-                if not (streams and failure.may_work_whole):
-                    break
-                streams = False
-        raise failure
+        """A model's reply, begun anew for each attempt; raises `ModelFailure`.
 
-    async def _retry_while_busy(
-        self, call: ModelCall, begin: Callable[[], Reply], streams: bool
-    ) -> Reply:
-        """A reply; asked for again after a pause where the provider is overloaded, and
-        at once without `stream_options` where it rejects these."""
-        waited = 0.0
-        model_id = call.voice.model_id
+        It is asked again after a pause where the provider is overloaded, at once
+        without `stream_options` where it rejects these, and once more where the answer
+        was empty, or, without streaming, where the stream failed at once.
+        """
+        model_id, waited, asked_twice = call.voice.model_id, 0.0, False
         while True:
             reply = begin()
             try:
                 await self._read(call, reply, streams)
-                return reply
-            except ModelFailure as failure:
+                if reply.text or reply.calls:
+                    return reply
+                failure = ModelFailure("it gave an empty answer, asked twice")
+                empty = True
+            except ModelFailure as error:
+                failure, empty = error, False
                 failure.midway = reply.spoke
-                if streams and failure.names_options and model_id not in self._plain:
-                    self._plain.add(model_id)
-                    continue
-                pause = max(failure.retry_after or 0, waited, 1.0)  # s, so few tries
-                over = waited + pause > self.settings.busy_patience
-                if failure.midway or not failure.is_busy or over:
-                    raise
-            waited += pause
-            await asyncio.sleep(pause)
+            pause = max(failure.retry_after or 0, waited, 1.0)  # s, so few tries
+            patient = waited + pause <= self.settings.busy_patience
+            if streams and failure.names_options and model_id not in self._plain:
+                self._plain.add(model_id)
+            elif failure.is_busy and not failure.midway and patient:
+                waited += pause
+                await asyncio.sleep(pause)
+            elif not asked_twice and (empty or streams and failure.may_work_whole):
+                asked_twice, streams = True, streams and empty
+            else:
+                raise failure
 
     async def _read(self, call: ModelCall, reply: Reply, streams: bool) -> None:
         """One model call, from the first byte to the last."""
-        settings, voice = self.settings, call.voice
-        payload = build_payload(settings, call, streams)
+        voice = call.voice
+        payload = build_payload(self.settings, call, streams)
         if streams and voice.counts_usage and voice.model_id not in self._plain:
             payload["stream_options"] = {"include_usage": True}
+        decoder = ReplyDecoder(voice.think_tags)
+        async with (
+            self._place(call, reply, streams) as deadline,
+            self.limits(call.speaker, deadline),
+            self.host.completion(payload) as items,
+        ):
+            pace = Pace(self.emitter) if self.emitter else None
+            async for item in items:
+                for event in decoder.feed(item):
+                    reply.apply(event)
+                    deadline.heard()
+                if pace:
+                    await pace.keep()
+            for event in decoder.close():
+                reply.apply(event)
+        await self.host.show_sources(reply.sources)
+
+    @asynccontextmanager
+    async def _place(
+        self, call: ModelCall, reply: Reply, streams: bool
+    ) -> AsyncIterator[ReplyDeadline]:
+        """A place at the model's connection; with it begins the time of the reply, and
+        when it is given up the reply has ended and is counted."""
+        settings, voice = self.settings, call.voice
         of_ollama = voice.connection.startswith(OLLAMA)
         most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
         gate = self._gates.setdefault(voice.connection, ConnectionGate(most))
@@ -3724,34 +3737,11 @@ class ModelCalls:
         deadline = ReplyDeadline(first, settings.silence_timeout)
         self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
         try:
-            async with (
-                self.limits(call.speaker, deadline),
-                self.host.completion(payload) as items,
-            ):
-                decoder = ReplyDecoder(voice.think_tags)
-                await self._read_items(items, decoder, reply, deadline)
+            yield deadline
         finally:
             gate.leave()
             reply.end()
             self.ledger.count_call(call.speaker, reply.usage, deadline)
-        await self.host.show_sources(reply.sources)
-
-    async def _read_items(
-        self,
-        items: AsyncIterator[Any],
-        decoder: ReplyDecoder,
-        reply: Reply,
-        deadline: ReplyDeadline,
-    ) -> None:
-        pace = Pace(self.emitter) if self.emitter else None
-        async for item in items:
-            for event in decoder.feed(item):
-                reply.apply(event)
-                deadline.heard()
-            if pace:
-                await pace.keep()
-        for event in decoder.close():
-            reply.apply(event)
 
     @asynccontextmanager
     async def limits(self, name: str, deadline: ReplyDeadline) -> AsyncIterator[None]:
