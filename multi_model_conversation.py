@@ -3176,11 +3176,9 @@ class Emitter:
     """Makes the client's copy of the transcript follow the real one, at its pace.
 
     `emit_replace` is the one verb: it only notes that a block now reads so. At most
-    every `interval` seconds the noted blocks are compared with what was sent, and per
-    block nothing, the new suffix, or the block whole goes out: never the transcript.
-    The interval is longer where an update costs the page more: it draws a changed
-    block anew, and copies the message and paints some frames, which takes the longer
-    the more text there is.
+    every `interval` seconds, and less often where an update costs the page more, the
+    noted blocks are compared with what was sent, and per block nothing, the new suffix,
+    or the block whole goes out: never the transcript.
     A block the client does not have yet goes out at once. `may_send` holds back what
     a client that can only append must not get yet. `flushes` counts them.
     """
@@ -3251,7 +3249,7 @@ class Emitter:
         return events
 
     def _cost_of(self, noted: Iterable[Block]) -> float:
-        """What an update of these blocks costs the page, in intervals."""
+        """What an update costs the page, which draws these blocks and copies all."""
         # Tuned with row 12 of the benchmarks, what the page is busy with: three blocks
         # that grow at once, 5,000 characters of one, or a message of 60,000 cost one.
         drawn = sum(0.3 + block.text.length / 5000 for block in noted)
@@ -3381,17 +3379,15 @@ class Figures:
     streaming: float = 0.0
     streamed: int = 0
 
-    def count(
-        self, begun: float, first: float | None, ended: float, tokens: int
-    ) -> None:
+    def count(self, begun: float, first: float | None, end: float, tokens: int) -> None:
         """Add one model call; `first` is when its first token came, if it did."""
         self.calls += 1
         if first is None:
             return
         if self.first_token is None:
             self.first_token = first - begun
-        if ended - first > 0.2:  # s; a shorter reply came all at once
-            self.streaming += ended - first
+        if end - first > 0.2:  # s; a shorter reply came all at once
+            self.streaming += end - first
             self.streamed += tokens
 
     def report(self) -> Json:
@@ -3600,13 +3596,9 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     given: Json = {**call.voice.defaults, **valves, **call.parameters}
     if call.voice.connection.startswith(OLLAMA):  # the host looks for them there only
         given = {"options": given}
-    payload = {
-        **given,
-        "model": call.voice.model_id,
-        "messages": call.messages,
-        "stream": streams,
-    }
-    return payload | ({"tools": list(call.specs)} if call.specs else {})
+    payload = given | {"model": call.voice.model_id, "messages": call.messages}
+    tools = {"tools": list(call.specs)} if call.specs else {}
+    return payload | {"stream": streams} | tools
 
 
 class Reply:
@@ -3859,19 +3851,16 @@ class Section:
         self._reply = None
         return messages
 
-    def show_result(self, call: ToolCall, result: ToolResult) -> None:
+    def show_result(self, call_id: str, result: ToolResult) -> None:
         """A tool call has its answer."""
-        status = "failed" if result.failed else "completed"
-        card = self._unanswered.pop(call.id)
-        card.fields["status"] = status
+        fields: Json = {"call_id": call_id}
+        fields["status"] = "failed" if result.failed else "completed"
+        card = self._unanswered.pop(call_id)
+        card.fields |= fields
         self.screen.emitter.emit_replace(card, card.text)
-        fields: Json = {
-            "files": list(result.files),
-            "embeds": list(result.embeds),
-            "images": result.image_urls,
-        }
-        fields = {name: found for name, found in fields.items() if found}
-        fields |= {"call_id": call.id, "status": status}
+        given = {"files": result.files, "embeds": result.embeds}
+        given["images"] = result.image_urls
+        fields |= {name: list(found) for name, found in given.items() if found}
         block = self.add("function_call_output", **fields)
         self.screen.emitter.emit_replace(block, result.text)
 
@@ -3881,9 +3870,8 @@ class Section:
         self._failure = reason
         if self._reply and self._reply.text:
             self._messages.append({"role": "assistant", "content": self._reply.text})
-        for call_id, card in list(self._unanswered.items()):
-            call = ToolCall(call_id, card.fields["name"], "")
-            self.show_result(call, ToolResult(f"Error: {reason}", True))
+        for call_id in list(self._unanswered):
+            self.show_result(call_id, ToolResult(f"Error: {reason}", True))
         if self._has_heading:
             turn = self.turn()
             what = "broke off" if turn.text else "could not answer"
@@ -3891,8 +3879,7 @@ class Section:
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
-        alias = self.participant.alias
-        self.screen.add_line(alias, line, self.number, notice=True)
+        self.screen.add_line(self.participant.alias, line, self.number, notice=True)
 
     def turn(self) -> Turn:
         """What is left of the section for the rest of the conversation."""
@@ -4171,12 +4158,10 @@ class Run:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.publish_progress("judged", "the members judge each other")
-        tasks = {
-            paper.voter: self.tasks.create_task(
-                self._cast_ballot(paper, step.read, stage)
-            )
-            for paper in step.papers
-        }
+        tasks: dict[str, asyncio.Task[Ballot | LostBallot]] = {}
+        for paper in step.papers:
+            ballot = self._cast_ballot(paper, step.read, stage)
+            tasks[paper.voter] = self.tasks.create_task(ballot)
         await self._wait_in_view(tasks, "judged", stage)
         ballots = [
             task.result() if task.done() else LostBallot(voter, "it was late")
@@ -4312,7 +4297,7 @@ class Run:
         async def run_one(call: ToolCall) -> ToolResult:
             async with gate:
                 result = await self._run_tool(section, call, messages)
-            section.show_result(call, result)
+            section.show_result(call.id, result)
             return result
 
         async with asyncio.TaskGroup() as group:
