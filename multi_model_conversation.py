@@ -3245,16 +3245,13 @@ class Emitter:
             self._shown[block] = take_snapshot(block)
             if event is not None:
                 events.append(event)
-        self._cost = self._cost_of(noted)
-        return events
-
-    def _cost_of(self, noted: Iterable[Block]) -> float:
-        """What an update costs the page, which draws these blocks and copies all."""
-        # Tuned with row 12 of the benchmarks, what the page is busy with: three blocks
-        # that grow at once, 5,000 characters of one, or a message of 60,000 cost one.
+        # The page draws the noted blocks anew, and copies all. Tuned with row 12 of the
+        # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
+        # characters of one, or a message of 60,000 cost one interval.
         drawn = sum(0.3 + block.text.length / 5000 for block in noted)
         whole = sum(block.text.length for block in self._shown) / 60_000
-        return min(max(drawn + whole, 1.0), MOST_INTERVALS)
+        self._cost = min(max(drawn + whole, 1.0), MOST_INTERVALS)
+        return events
 
     async def frames(self) -> AsyncIterator[Json]:
         """The events as they are due, until `close`; the consumer sets the pace."""
@@ -3833,18 +3830,17 @@ class Section:
     def record(self, reply: Reply, results: Sequence[ToolResult]) -> list[Json]:
         """What a reply and its tool results are in the participant's own view."""
         message: Json = {"role": "assistant", "content": reply.text}
-        messages, calls, images = [message], [], []
+        messages = [message]
+        urls: list[str] = []
         for call, result in zip(reply.calls, results, strict=True):
             function = {"name": call.name, "arguments": echo_arguments(call.arguments)}
-            calls.append({"id": call.id, "type": "function", "function": function})
-            messages.append(
-                {"role": "tool", "tool_call_id": call.id, "content": result.text}
-            )
-            for url in result.images if self.participant.voice.sees else ():
-                images.append({"type": "image_url", "image_url": {"url": url}})
-        if calls:
-            message["tool_calls"] = calls
-        if images:
+            made = {"id": call.id, "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(made)
+            answer = {"role": "tool", "tool_call_id": call.id, "content": result.text}
+            messages.append(answer)
+            urls += result.images
+        if urls and self.participant.voice.sees:
+            images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
             note = {"type": "text", "text": TOOL_IMAGES}
             messages.append({"role": "user", "content": [note, *images]})
         self._messages += messages
@@ -4016,8 +4012,6 @@ class Run:
     late: list[Section] = field(default_factory=list)  # these go on after their step
     tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
 
-    # -- from the beginning to the end -------------------------------------------------
-
     async def converse(self, mode: Mode) -> None:
         """The whole conversation, shown on the screen, whose emitter it closes."""
         host, reason = self.host, _STOPPED
@@ -4079,7 +4073,7 @@ class Run:
                 case AskManager():
                     result = await self._ask_manager(step, stage)
                 case Judge():
-                    result = await self._collect_ballots(step, stage)
+                    result = await self._judge(step, stage)
                 case Publish(key, text):
                     self.screen.publish(key, text)
                     result = None
@@ -4130,8 +4124,7 @@ class Run:
             await self.host.show_status(f"{who} · {step.note}", done=True)
         if len(step.aliases) > 1:
             self.screen.publish_progress("answered", f"waiting for {who}")
-        sections: dict[str, Section] = {}
-        tasks: dict[str, asyncio.Task[Turn]] = {}
+        sections, tasks = {}, {}
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
             speaker = self.cast.participant(alias)
@@ -4140,35 +4133,25 @@ class Run:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
             sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
-        await self._wait_in_view(tasks, "answered", stage, step.quorum)
-        turns = []
-        for alias, task in tasks.items():
-            if task.done():
-                turns.append(task.result())
-            else:
-                self.late.append(sections[alias])
-                turns.append(Turn(alias, "", failure="it was late", late=True))
+        done = await self._wait_in_view(tasks, "answered", stage, step.quorum)
+        self.late.extend(sections[alias] for alias in sections if alias not in done)
+        late = partial(Turn, text="", failure="it was late", late=True)
+        turns = [done.get(alias) or late(alias) for alias in step.aliases]
         if step.joins:
             self.entries.extend(turns)
         return turns
 
-    async def _collect_ballots(
-        self, step: Judge, stage: int
-    ) -> list[Ballot | LostBallot]:
+    async def _judge(self, step: Judge, stage: int) -> list[Ballot | LostBallot]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.publish_progress("judged", "the members judge each other")
-        tasks: dict[str, asyncio.Task[Ballot | LostBallot]] = {}
+        tasks = {}
         for paper in step.papers:
             ballot = self._cast_ballot(paper, step.read, stage)
             tasks[paper.voter] = self.tasks.create_task(ballot)
-        await self._wait_in_view(tasks, "judged", stage)
-        ballots = [
-            task.result() if task.done() else LostBallot(voter, "it was late")
-            for voter, task in tasks.items()
-        ]
+        done = await self._wait_in_view(tasks, "judged", stage, 0)
         await end_tasks(*tasks.values())
-        return ballots
+        return [done.get(who) or LostBallot(who, "it was late") for who in tasks]
 
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
@@ -4204,17 +4187,15 @@ class Run:
         return await self.models.text(ModelCall(speaker, voice, messages, clock, stage))
 
     async def _wait_in_view(
-        self,
-        tasks: Mapping[str, asyncio.Task[Any]],
-        what: str,
-        stage: int,
-        quorum: int = 0,
-    ) -> None:
-        """Wait until the quorum is there, everybody is done, or has had its time since
-        its call was let in; shows once a second who of several is waited for."""
+        self, tasks: Mapping[str, asyncio.Task[Any]], what: str, stage: int, quorum: int
+    ) -> Json:
+        """What is there by name once the quorum is, or everybody is done or has had its
+        time since its call was let in; shows once a second who of several is missing.
+        """
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
         begun = shown_at = clock()
-        there: dict[str, float] = {}  # and after how long
+        done: Json = {}
+        there: dict[str, float] = {}  # who did not fail, and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
             wait, one = max(shown_at + 1 - clock(), 0), asyncio.FIRST_COMPLETED
             await asyncio.wait(pending, timeout=wait, return_when=one)
@@ -4224,10 +4205,8 @@ class Run:
                 match result:
                     case Turn(failure=None) | Ballot():
                         there.setdefault(who, now - begun)
-            admitted = self.models.admitted
-            since = {
-                who: admitted.get((stage, who)) for who in tasks if who not in done
-            }
+            silent = [who for who in tasks if who not in done]
+            since = {who: self.models.admitted.get((stage, who)) for who in silent}
             late = all(at is not None and now - at > limit for at in since.values())
             if (quorum and len(there) >= quorum) or (late and there):
                 break
@@ -4239,14 +4218,13 @@ class Run:
                 text = _describe_progress(of_all, there, since)
                 self.screen.publish_progress(what, text)
         self.screen.hide_progress()
+        return done
 
     # -- a turn ------------------------------------------------------------------------
 
     async def _take_turn(self, section: Section, brief: str, stage: int) -> Turn:
-        """One participant's turn; its failure is part of the turn, not an exception.
-
-        However it ends, every tool call has an answer: the host would run an open one.
-        """
+        """One participant's turn; its failure is part of it, and however it ends every
+        tool call has an answer: the host would run an open one."""
         failure: str | None = "it was ended by an internal error"
         try:
             async with section.clock.running():
@@ -4309,11 +4287,10 @@ class Run:
     ) -> ToolResult:
         """One tool call -> one result, whatever happens."""
         voice, host = section.participant.voice, self.host
-        if call.name not in voice.tools:
-            name = plain_line(call.name)
-            return ToolResult(f'Error: there is no tool "{name}".', True)
-        tool = voice.tools[call.name]
         try:
+            if call.name not in voice.tools:
+                raise ToolFailure(f'there is no tool "{plain_line(call.name)}".')
+            tool = voice.tools[call.name]
             async with self._tool_limits(section, call, tool) as arguments:
                 value = await host.run_tool(tool, call, arguments, messages)
                 result = await host.read_tool_result(tool, call, arguments, value)

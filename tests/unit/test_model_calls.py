@@ -433,7 +433,7 @@ async def test_a_member_that_is_queued_is_not_late() -> None:
         return mmc.Turn(name, "Oaks.")
 
     tasks = {name: asyncio.create_task(turn(name)) for name in done}
-    waiting = asyncio.create_task(run._wait_in_view(tasks, "answered", 1))
+    waiting = asyncio.create_task(run._wait_in_view(tasks, "answered", 1, 0))
     long_ago = asyncio.get_running_loop().time() - 60
     run.models.admitted |= {(1, "Ann"): long_ago, (1, "Cat"): long_ago}
     done["Ann"].set()
