@@ -3415,10 +3415,9 @@ class Ledger:
     def count_call(self, speaker: str, usage: Json, deadline: ReplyDeadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
-        now = asyncio.get_running_loop().time()
         counted = self.add_usage({}, usage) if usage else {}
         tokens = counted.get("output_tokens", 0)
-        figures.count(deadline.begun, deadline.first_at, now, tokens)
+        figures.count(deadline.begun, deadline.first_at, deadline.now(), tokens)
         if counted:
             self.usage = self.add_usage(self.usage, counted)
             figures.usage = self.add_usage(figures.usage, counted)
@@ -3688,7 +3687,6 @@ class ModelCalls:
                 raise failure
 
     async def _read(self, call: ModelCall, reply: Reply, streams: bool) -> None:
-        """One model call, from the first byte to the last."""
         voice = call.voice
         payload = build_payload(self.settings, call, streams)
         if streams and voice.counts_usage and voice.model_id not in self._plain:
@@ -4090,7 +4088,6 @@ class Run:
         screen.fix()
 
     def _describe_end(self, reason: str) -> str:
-        """The last status line: why it ended, turns, time, tokens and calls."""
         ledger = self.ledger
         seconds = time.monotonic() - ledger.begun
         plural = "" if ledger.turns == 1 else "s"
@@ -4104,7 +4101,6 @@ class Run:
         return " · ".join(parts)
 
     def _describe_figures(self) -> str:
-        """The small line under a conversation: everybody's speed and tokens, calls."""
         lines = []
         calls, everybody = self.ledger.calls, self.ledger.figures
         for speaker in dict.fromkeys((*self.cast.aliases, *everybody)):
