@@ -3169,9 +3169,6 @@ async def resolve_cast(
 # ======================================================================================
 
 
-MOST_INTERVALS = 4.0  # what the costliest update waits: 0.4 s is still seen to flow
-
-
 class Emitter:
     """Makes the client's copy of the transcript follow the real one, at its pace.
 
@@ -3247,10 +3244,11 @@ class Emitter:
                 events.append(event)
         # The page draws the noted blocks anew, and copies all. Tuned with row 12 of the
         # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
-        # characters of one, or a message of 60,000 cost one interval.
+        # characters of one, or a message of 60,000 cost one interval. The costliest
+        # update waits for four: 0.4 s is still seen to flow.
         drawn = sum(0.3 + block.text.length / 5000 for block in noted)
         whole = sum(block.text.length for block in self._shown) / 60_000
-        self._cost = min(max(drawn + whole, 1.0), MOST_INTERVALS)
+        self._cost = min(max(drawn + whole, 1.0), 4.0)
         return events
 
     async def frames(self) -> AsyncIterator[Json]:
