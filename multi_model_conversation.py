@@ -3029,18 +3029,13 @@ async def resolve_cast(
 # ======================================================================================
 
 
-MOST_INTERVALS = 4.0  # what the costliest update waits: 0.4 s is still seen to flow
-
-
 class Emitter:
     """Makes the client's copy of the transcript follow the real one, at its pace.
 
     `emit_replace` is the one verb: it only notes that a block now reads so. At most
-    every `interval` seconds the noted blocks are compared with what was sent, and per
-    block nothing, the new suffix, or the block whole goes out: never the transcript.
-    The interval is longer where an update costs the page more: it draws a changed
-    block anew, and copies the message and paints some frames, which takes the longer
-    the more text there is.
+    every `interval` seconds, and less often where an update costs the page more, the
+    noted blocks are compared with what was sent, and per block nothing, the new suffix,
+    or the block whole goes out: never the transcript.
     A block the client does not have yet goes out at once. `may_send` holds back what
     a client that can only append must not get yet. `flushes` counts them.
     """
@@ -3107,16 +3102,14 @@ class Emitter:
             block.mark_sent()
             if event is not None:
                 events.append(event)
-        self._cost = self._cost_of(noted)
-        return events
-
-    def _cost_of(self, noted: Iterable[Block]) -> float:
-        """What an update of these blocks costs the page, in intervals."""
-        # Tuned with row 12 of the benchmarks, what the page is busy with: three blocks
-        # that grow at once, 5,000 characters of one, or a message of 60,000 cost one.
+        # The page draws the noted blocks anew, and copies all. Tuned with row 12 of the
+        # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
+        # characters of one, or a message of 60,000 cost one interval. The costliest
+        # update waits for four: 0.4 s is still seen to flow.
         drawn = sum(0.3 + block.text.length / 5000 for block in noted)
         whole = sum(block.text.length for block in self._shown) / 60_000
-        return min(max(drawn + whole, 1.0), MOST_INTERVALS)
+        self._cost = min(max(drawn + whole, 1.0), 4.0)
+        return events
 
     async def frames(self) -> AsyncIterator[Json]:
         """The events as they are due, until `close`; the consumer sets the pace."""
@@ -3241,17 +3234,15 @@ class Figures:
     streaming: float = 0.0
     streamed: int = 0
 
-    def count(
-        self, begun: float, first: float | None, ended: float, tokens: int
-    ) -> None:
+    def count(self, begun: float, first: float | None, end: float, tokens: int) -> None:
         """Add one model call; `first` is when its first token came, if it did."""
         self.calls += 1
         if first is None:
             return
         if self.first_token is None:
             self.first_token = first - begun
-        if ended - first > 0.2:  # s; a shorter reply came all at once
-            self.streaming += ended - first
+        if end - first > 0.2:  # s; a shorter reply came all at once
+            self.streaming += end - first
             self.streamed += tokens
 
     def report(self) -> Json:
@@ -3282,10 +3273,9 @@ class Ledger:
     def count_call(self, speaker: str, usage: Json, deadline: ReplyDeadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
-        now = asyncio.get_running_loop().time()
         counted = self.add_usage({}, usage) if usage else {}
         tokens = counted.get("output_tokens", 0)
-        figures.count(deadline.begun, deadline.first_at, now, tokens)
+        figures.count(deadline.begun, deadline.first_at, deadline.now(), tokens)
         if counted:
             self.usage = self.add_usage(self.usage, counted)
             figures.usage = self.add_usage(figures.usage, counted)
@@ -3298,6 +3288,11 @@ class Ledger:
 
 
 # -- the limits of a reply -------------------------------------------------------------
+
+
+def _move(timeout: asyncio.Timeout, when: float | None) -> None:
+    with suppress(RuntimeError):  # it is over
+        timeout.reschedule(when)
 
 
 class _Deadline:
@@ -3317,10 +3312,6 @@ class _Deadline:
         except TimeoutError as error:
             raise ModelFailure(self._reason, 408) from error  # Request Timeout
 
-    def _move(self, when: float | None) -> None:
-        with suppress(RuntimeError):  # it is over
-            self._timeout.reschedule(when)
-
 
 class TurnClock(_Deadline):
     """How many seconds a turn may take, without those in which it has to wait."""
@@ -3336,14 +3327,14 @@ class TurnClock(_Deadline):
         now = asyncio.get_running_loop().time
         if (when := self._timeout.when()) is not None:
             self._left = when - now()
-            self._move(None)
+            _move(self._timeout, None)
         self._pauses += 1
         try:
             yield
         finally:
             self._pauses -= 1
             if not self._pauses:
-                self._move(now() + self._left)
+                _move(self._timeout, now() + self._left)
 
 
 class ReplyDeadline(_Deadline):
@@ -3351,33 +3342,29 @@ class ReplyDeadline(_Deadline):
 
     def __init__(self, first: float, silence: float) -> None:
         super().__init__(first, f"it said nothing for {first:g} s")
-        self._now = asyncio.get_running_loop().time
-        self.begun = self._heard_at = self._now()
+        self.now = asyncio.get_running_loop().time
+        self.begun = self.heard_at = self.now()
         self.first_at: float | None = None
-        self.spoke = asyncio.Event()  # set whenever it says something
+        self.dialog: asyncio.Timeout | None = None  # ends when it says something
         self._silence = silence
-
-    @property
-    def silence(self) -> float:
-        """How long the model has said nothing, in s."""
-        return self._now() - self._heard_at
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
-        now = self._now()
+        now = self.now()
         if self.first_at is None:
             self.first_at = now
             self._reason = f"it said nothing for {self._silence:g} s"
-        elif now - self._heard_at < min(0.25, self._silence / 4):
+        elif now - self.heard_at < min(0.25, self._silence / 4):
             return
-        self._heard_at = now
-        self.spoke.set()
-        self._move(now + self._silence)
+        self.heard_at = now
+        if self.dialog:
+            _move(self.dialog, now)
+        _move(self._timeout, now + self._silence)
 
     def skip(self) -> None:
         """End the waiting now."""
         self._reason = "it was skipped"
-        self._move(self._now())
+        _move(self._timeout, self.now())
 
 
 class ConnectionGate:
@@ -3419,12 +3406,10 @@ class ConnectionGate:
         self._admit()
 
     def _admit(self) -> None:
-        while True:
-            queue = self._queue = [each for each in self._queue if not each[2].done()]
-            spare = self._free > 1
-            may = [each for each in queue if spare or each[0] >= self._stage]
-            if not (self._free and may):
-                return
+        self._queue = [each for each in self._queue if not each[2].done()]
+        spare = self._free > 1
+        may = [each for each in self._queue if spare or each[0] >= self._stage]
+        if self._free and may:  # there is never room for two who wait
             best = max(may, key=lambda each: (each[0], each[1] == self._model))
             self._free -= 1
             self._model = best[1]
@@ -3465,13 +3450,9 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     given: Json = {**call.voice.defaults, **valves, **call.parameters}
     if call.voice.connection.startswith(OLLAMA):  # the host looks for them there only
         given = {"options": given}
-    payload = {
-        **given,
-        "model": call.voice.model_id,
-        "messages": call.messages,
-        "stream": streams,
-    }
-    return payload | ({"tools": list(call.specs)} if call.specs else {})
+    payload = given | {"model": call.voice.model_id, "messages": call.messages}
+    tools = {"tools": list(call.specs)} if call.specs else {}
+    return payload | {"stream": streams} | tools
 
 
 class Reply:
@@ -3531,52 +3512,66 @@ class ModelCalls:
     async def complete(
         self, call: ModelCall, begin: Callable[[], Reply], streams: bool = True
     ) -> Reply:
-        """A model's reply, begun anew for each attempt: an empty one is asked for once
-        more, a stream that failed at once without streaming; raises `ModelFailure`."""
-        failure = ModelFailure("it gave an empty answer, asked twice")
-        for _ in range(2):
-            try:
-                reply = await self._retry_while_busy(call, begin, streams)
-                if reply.text or reply.calls:
-                    return reply
-            except ModelFailure as error:
-                failure = error
-                if not (streams and failure.may_work_whole):
-                    break
-                streams = False
-        raise failure
+        """A model's reply, begun anew for each attempt; raises `ModelFailure`.
 
-    async def _retry_while_busy(
-        self, call: ModelCall, begin: Callable[[], Reply], streams: bool
-    ) -> Reply:
-        """A reply; asked for again after a pause where the provider is overloaded, and
-        at once without `stream_options` where it rejects these."""
-        waited = 0.0
-        model_id = call.voice.model_id
+        It is asked again after a pause where the provider is overloaded, at once
+        without `stream_options` where it rejects these, and once more where the answer
+        was empty, or, without streaming, where the stream failed at once.
+        """
+        model_id, waited, asked_twice = call.voice.model_id, 0.0, False
         while True:
             reply = begin()
             try:
                 await self._read(call, reply, streams)
-                return reply
-            except ModelFailure as failure:
+                if reply.text or reply.calls:
+                    return reply
+                failure = ModelFailure("it gave an empty answer, asked twice")
+                empty = True
+            except ModelFailure as error:
+                failure, empty = error, False
                 failure.midway = reply.spoke
-                rejected = "stream_options" in str(failure) and not failure.midway
-                if streams and rejected and model_id not in self._plain:
-                    self._plain.add(model_id)
-                    continue
-                pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
-                over = waited + pause > self.settings.busy_patience
-                if failure.midway or not failure.is_busy or over:
-                    raise
-            waited += pause
-            await asyncio.sleep(pause)
+            pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
+            patient = waited + pause <= self.settings.busy_patience
+            rejected = "stream_options" in str(failure) and not failure.midway
+            if streams and rejected and model_id not in self._plain:
+                self._plain.add(model_id)
+            elif failure.is_busy and not failure.midway and patient:
+                waited += pause
+                await asyncio.sleep(pause)
+            elif not asked_twice and (empty or streams and failure.may_work_whole):
+                asked_twice, streams = True, streams and empty
+            else:
+                raise failure
 
     async def _read(self, call: ModelCall, reply: Reply, streams: bool) -> None:
-        """One model call, from the first byte to the last."""
-        settings, voice = self.settings, call.voice
-        payload = build_payload(settings, call, streams)
+        voice = call.voice
+        payload = build_payload(self.settings, call, streams)
         if streams and voice.counts_usage and voice.model_id not in self._plain:
             payload["stream_options"] = {"include_usage": True}
+        decoder = ReplyDecoder(voice.think_tags)
+        async with (
+            self._place(call, reply, streams) as deadline,
+            self.limits(call.speaker, deadline),
+            self.host.completion(payload) as items,
+        ):
+            pace = Pace(self.emitter) if self.emitter else None
+            async for item in items:
+                for event in decoder.feed(item):
+                    reply.apply(event)
+                    deadline.heard()
+                if pace:
+                    await pace.keep()
+            for event in decoder.close():
+                reply.apply(event)
+        await self.host.show_sources(reply.sources)
+
+    @asynccontextmanager
+    async def _place(
+        self, call: ModelCall, reply: Reply, streams: bool
+    ) -> AsyncIterator[ReplyDeadline]:
+        """A place at the model's connection; with it begins the time of the reply, and
+        when it is given up the reply has ended and is counted."""
+        settings, voice = self.settings, call.voice
         of_ollama = voice.connection.startswith(OLLAMA)
         most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
         gate = self._gates.setdefault(voice.connection, ConnectionGate(most))
@@ -3586,75 +3581,51 @@ class ModelCalls:
         deadline = ReplyDeadline(first, settings.silence_timeout)
         self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
         try:
-            async with (
-                self.limits(call.speaker, deadline),
-                self.host.completion(payload) as items,
-            ):
-                decoder = ReplyDecoder(voice.think_tags)
-                await self._read_items(items, decoder, reply, deadline)
+            yield deadline
         finally:
             gate.leave()
             reply.end()
             self.ledger.count_call(call.speaker, reply.usage, deadline)
-        await self.host.show_sources(reply.sources)
-
-    async def _read_items(
-        self,
-        items: AsyncIterator[Any],
-        decoder: ReplyDecoder,
-        reply: Reply,
-        deadline: ReplyDeadline,
-    ) -> None:
-        pace = Pace(self.emitter) if self.emitter else None
-        async for item in items:
-            for event in decoder.feed(item):
-                reply.apply(event)
-                deadline.heard()
-            if pace:
-                await pace.keep()
-        for event in decoder.close():
-            reply.apply(event)
 
     @asynccontextmanager
     async def limits(self, name: str, deadline: ReplyDeadline) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
-        watch = asyncio.create_task(self._offer_to_skip(name, deadline))
+        watch = []
+        if self.settings.skip_after > 0 and self.host.can_ask:
+            watch.append(asyncio.create_task(self._offer_to_skip(name, deadline)))
         try:
             async with deadline.running():
                 yield
         finally:
-            await end_tasks(watch)
+            await end_tasks(*watch)
 
     async def _offer_to_skip(self, name: str, deadline: ReplyDeadline) -> None:
         """Ask the person at the page whenever there is silence for long. Who says no is
         asked again after as long a silence."""
-        limit = wait = self.settings.skip_after
-        while limit > 0 and self.host.can_ask:
-            await asyncio.sleep(max(wait - deadline.silence, 0.05))
+        limit, asked_at = self.settings.skip_after, 0.0
+        while True:
+            silence = deadline.now() - max(deadline.heard_at, asked_at)
+            await asyncio.sleep(max(limit - silence, 0.05))
             async with self._dialog:  # one at a time
-                if deadline.silence < wait:
-                    wait = limit
-                elif await self._ask_to_skip(name, deadline):
+                if deadline.now() - max(deadline.heard_at, asked_at) < limit:
+                    continue
+                if await self._ask_to_skip(name, deadline):
                     deadline.skip()
                     return
-                else:
-                    wait = deadline.silence + limit
+                asked_at = deadline.now()
 
     async def _ask_to_skip(self, name: str, deadline: ReplyDeadline) -> bool:
         """One dialog, which closes by itself when the model speaks."""
-        deadline.spoke.clear()
-        silence = f"{name} has said nothing for {deadline.silence:.0f} s."
+        silence = deadline.now() - deadline.heard_at
         question = {
             "title": f"Skip {name}?",
-            "message": f"{silence} Skip it and go on without it?",
+            "message": f"{name} has said nothing for {silence:.0f} s. "
+            "Skip it and go on without it?",
         }
-        asking = asyncio.create_task(self.host.confirm(question))
-        speaking = asyncio.create_task(deadline.spoke.wait())
-        try:
-            await asyncio.wait({asking, speaking}, return_when=asyncio.FIRST_COMPLETED)
-            return asking.done() and asking.result()
-        finally:
-            await end_tasks(asking, speaking)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as deadline.dialog:
+                return await self.host.confirm(question)
+        return False
 
 
 # -- a participant's turn --------------------------------------------------------------
@@ -3714,37 +3685,33 @@ class Section:
     def record(self, reply: Reply, results: Sequence[ToolResult]) -> list[Json]:
         """What a reply and its tool results are in the participant's own view."""
         message: Json = {"role": "assistant", "content": reply.text}
-        messages, calls, images = [message], [], []
+        messages = [message]
+        urls: list[str] = []
         for call, result in zip(reply.calls, results, strict=True):
             function = {"name": call.name, "arguments": echo_arguments(call.arguments)}
-            calls.append({"id": call.id, "type": "function", "function": function})
-            messages.append(
-                {"role": "tool", "tool_call_id": call.id, "content": result.text}
-            )
-            for url in result.images if self.participant.voice.sees else ():
-                images.append({"type": "image_url", "image_url": {"url": url}})
-        if calls:
-            message["tool_calls"] = calls
-        if images:
+            made = {"id": call.id, "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(made)
+            answer = {"role": "tool", "tool_call_id": call.id, "content": result.text}
+            messages.append(answer)
+            urls += result.images
+        if urls and self.participant.voice.sees:
+            images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
             note = {"type": "text", "text": TOOL_IMAGES}
             messages.append({"role": "user", "content": [note, *images]})
         self._messages += messages
         self._reply = None
         return messages
 
-    def show_result(self, call: ToolCall, result: ToolResult) -> None:
+    def show_result(self, call_id: str, result: ToolResult) -> None:
         """A tool call has its answer."""
-        status = "failed" if result.failed else "completed"
-        card = self._unanswered.pop(call.id)
-        card.fields["status"] = status
+        fields: Json = {"call_id": call_id}
+        fields["status"] = "failed" if result.failed else "completed"
+        card = self._unanswered.pop(call_id)
+        card.fields |= fields
         self.screen.emitter.emit_replace(card, card.text)
-        fields: Json = {
-            "files": list(result.files),
-            "embeds": list(result.embeds),
-            "images": result.image_urls,
-        }
-        fields = {name: found for name, found in fields.items() if found}
-        fields |= {"call_id": call.id, "status": status}
+        given = {"files": result.files, "embeds": result.embeds}
+        given["images"] = result.image_urls
+        fields |= {name: list(found) for name, found in given.items() if found}
         block = self.add("function_call_output", **fields)
         self.screen.emitter.emit_replace(block, result.text)
 
@@ -3754,9 +3721,8 @@ class Section:
         self._failure = reason
         if self._reply and self._reply.text:
             self._messages.append({"role": "assistant", "content": self._reply.text})
-        for call_id, card in list(self._unanswered.items()):
-            call = ToolCall(call_id, card.fields["name"], "")
-            self.show_result(call, ToolResult(f"Error: {reason}", True))
+        for call_id in list(self._unanswered):
+            self.show_result(call_id, ToolResult(f"Error: {reason}", True))
         if self._has_heading:
             turn = self.turn()
             what = "broke off" if turn.text else "could not answer"
@@ -3764,8 +3730,7 @@ class Section:
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
-        alias = self.participant.alias
-        self.screen.add_line(alias, line, self.number, notice=True)
+        self.screen.add_line(self.participant.alias, line, self.number, notice=True)
 
     def turn(self) -> Turn:
         """What is left of the section for the rest of the conversation."""
@@ -3902,8 +3867,6 @@ class Run:
     late: list[Section] = field(default_factory=list)  # these go on after their step
     tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
 
-    # -- from the beginning to the end -------------------------------------------------
-
     async def converse(self, mode: Mode) -> None:
         """The whole conversation, shown on the screen, whose emitter it closes."""
         host, reason = self.host, _STOPPED
@@ -3965,7 +3928,7 @@ class Run:
                 case AskManager():
                     result = await self._ask_manager(step, stage)
                 case Judge():
-                    result = await self._collect_ballots(step, stage)
+                    result = await self._judge(step, stage)
                 case Publish(key, text):
                     self.screen.publish(key, text)
                     result = None
@@ -3982,7 +3945,6 @@ class Run:
         screen.fix()
 
     def _describe_end(self, reason: str) -> str:
-        """The last status line: why it ended, turns, time, tokens and calls."""
         ledger = self.ledger
         seconds = time.monotonic() - ledger.begun
         plural = "" if ledger.turns == 1 else "s"
@@ -3996,7 +3958,6 @@ class Run:
         return " · ".join(parts)
 
     def _describe_figures(self) -> str:
-        """The small line under a conversation: everybody's speed and tokens, calls."""
         lines = []
         calls, everybody = self.ledger.calls, self.ledger.figures
         for speaker in dict.fromkeys((*self.cast.participants, *everybody)):
@@ -4016,8 +3977,7 @@ class Run:
             await self.host.show_status(f"{who} · {step.note}", done=True)
         if len(step.aliases) > 1:
             self.screen.publish_progress("answered", f"waiting for {who}")
-        sections: dict[str, Section] = {}
-        tasks: dict[str, asyncio.Task[Turn]] = {}
+        sections, tasks = {}, {}
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
@@ -4026,33 +3986,25 @@ class Run:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
             sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
-        await self._wait_in_view(tasks, "answered", stage, step.quorum)
-        turns = []
-        for alias, task in tasks.items():
-            if task.done():
-                turns.append(task.result())
-            else:
-                self.late.append(sections[alias])
-                turns.append(Turn(alias, "", failure="it was late", late=True))
+        done = await self._wait_in_view(tasks, "answered", stage, step.quorum)
+        self.late.extend(sections[alias] for alias in sections if alias not in done)
+        late = partial(Turn, text="", failure="it was late", late=True)
+        turns = [done.get(alias) or late(alias) for alias in step.aliases]
         if step.joins:
             self.entries.extend(turns)
         return turns
 
-    async def _collect_ballots(self, step: Judge, stage: int) -> list[Ballot | str]:
+    async def _judge(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.publish_progress("judged", "the members judge each other")
-        tasks = {
-            paper.voter: self.tasks.create_task(
-                self._cast_ballot(paper, step.read, stage)
-            )
-            for paper in step.papers
-        }
-        await self._wait_in_view(tasks, "judged", stage)
-        late = "it was late"
-        ballots = [t.result() if t.done() else late for t in tasks.values()]
+        tasks = {}
+        for paper in step.papers:
+            ballot = self._cast_ballot(paper, step.read, stage)
+            tasks[paper.voter] = self.tasks.create_task(ballot)
+        done = await self._wait_in_view(tasks, "judged", stage, 0)
         await end_tasks(*tasks.values())
-        return ballots
+        return [done.get(who, "it was late") for who in tasks]
 
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
@@ -4088,17 +4040,15 @@ class Run:
         return await self.models.text(ModelCall(speaker, voice, messages, clock, stage))
 
     async def _wait_in_view(
-        self,
-        tasks: Mapping[str, asyncio.Task[Any]],
-        what: str,
-        stage: int,
-        quorum: int = 0,
-    ) -> None:
-        """Wait until the quorum is there, everybody is done, or has had its time since
-        its call was let in; shows once a second who of several is waited for."""
+        self, tasks: Mapping[str, asyncio.Task[Any]], what: str, stage: int, quorum: int
+    ) -> Json:
+        """What is there by name once the quorum is, or everybody is done or has had its
+        time since its call was let in; shows once a second who of several is missing.
+        """
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
         begun = shown_at = clock()
-        there: dict[str, float] = {}  # and after how long
+        done: Json = {}
+        there: dict[str, float] = {}  # who did not fail, and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
             wait, one = max(shown_at + 1 - clock(), 0), asyncio.FIRST_COMPLETED
             await asyncio.wait(pending, timeout=wait, return_when=one)
@@ -4108,10 +4058,8 @@ class Run:
                 match result:
                     case Turn(failure=None) | Ballot():
                         there.setdefault(who, now - begun)
-            admitted = self.models.admitted
-            since = {
-                who: admitted.get((stage, who)) for who in tasks if who not in done
-            }
+            silent = [who for who in tasks if who not in done]
+            since = {who: self.models.admitted.get((stage, who)) for who in silent}
             late = all(at is not None and now - at > limit for at in since.values())
             if (quorum and len(there) >= quorum) or (late and there):
                 break
@@ -4123,14 +4071,13 @@ class Run:
                 text = _describe_progress(of_all, there, since)
                 self.screen.publish_progress(what, text)
         self.screen.hide_progress()
+        return done
 
     # -- a turn ------------------------------------------------------------------------
 
     async def _take_turn(self, section: Section, brief: str, stage: int) -> Turn:
-        """One participant's turn; its failure is part of the turn, not an exception.
-
-        However it ends, every tool call has an answer: the host would run an open one.
-        """
+        """One participant's turn; its failure is part of it, and however it ends every
+        tool call has an answer: the host would run an open one."""
         failure: str | None = "it was ended by an internal error"
         try:
             async with section.clock.running():
@@ -4181,7 +4128,7 @@ class Run:
         async def run_one(call: ToolCall) -> ToolResult:
             async with gate:
                 result = await self._run_tool(section, call, messages)
-            section.show_result(call, result)
+            section.show_result(call.id, result)
             return result
 
         async with asyncio.TaskGroup() as group:
@@ -4193,11 +4140,10 @@ class Run:
     ) -> ToolResult:
         """One tool call -> one result, whatever happens."""
         voice, host = section.participant.voice, self.host
-        if call.name not in voice.tools:
-            name = plain_line(call.name)
-            return ToolResult(f'Error: there is no tool "{name}".', True)
-        tool = voice.tools[call.name]
         try:
+            if call.name not in voice.tools:
+                raise ToolFailure(f'there is no tool "{plain_line(call.name)}".')
+            tool = voice.tools[call.name]
             async with self._tool_limits(section, call, tool) as arguments:
                 value = await host.run_tool(tool, call, arguments, messages)
                 result = await host.read_tool_result(tool, call, arguments, value)

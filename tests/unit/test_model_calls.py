@@ -242,6 +242,19 @@ async def test_a_model_that_fails_whole_too_is_not_asked_a_third_time() -> None:
     assert door.streamed == [True, False]
 
 
+async def test_a_model_that_fails_and_then_says_nothing_is_asked_twice() -> None:
+    door = Door([mmc.ModelFailure("boom", 500)], [])
+    with pytest.raises(mmc.ModelFailure, match="empty answer, asked twice"):
+        await door.text()
+    assert door.streamed == [True, False]
+
+
+async def test_a_model_that_says_nothing_is_asked_once_more_in_the_same_way() -> None:
+    door = Door([], text("Oaks."))
+    assert await door.text() == "Oaks."
+    assert door.streamed == [True, True]
+
+
 @pytest.mark.parametrize("begun", [text("Oaks"), [call("look")]])
 async def test_who_is_busy_in_the_middle_is_not_asked_again(begun: list[Json]) -> None:
     door = Door([*begun, mmc.ModelFailure("busy", 429)])
@@ -428,6 +441,16 @@ async def test_the_offer_goes_away_when_the_model_speaks() -> None:
     assert await asking == "Oaks."
 
 
+async def test_nothing_watches_a_model_where_nobody_can_be_asked() -> None:
+    hangs = TellingEvent()
+    door = Door([hangs], skip_after=0.01)
+    before = len(asyncio.all_tasks())
+    asking = asyncio.create_task(door.text())
+    await hangs.awaited.wait()
+    assert len(asyncio.all_tasks()) == before + 1
+    await mmc.end_tasks(asking)
+
+
 # -- who is late -----------------------------------------------------------------------
 
 
@@ -440,7 +463,7 @@ async def test_a_member_that_is_queued_is_not_late() -> None:
         return mmc.Turn(name, "Oaks.")
 
     tasks = {name: asyncio.create_task(turn(name)) for name in done}
-    waiting = asyncio.create_task(run._wait_in_view(tasks, "answered", 1))
+    waiting = asyncio.create_task(run._wait_in_view(tasks, "answered", 1, 0))
     long_ago = asyncio.get_running_loop().time() - 60
     run.models.admitted |= {(1, "Ann"): long_ago, (1, "Cat"): long_ago}
     done["Ann"].set()

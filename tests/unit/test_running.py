@@ -469,7 +469,7 @@ def test_a_result_completes_its_card_and_brings_files_and_embeds() -> None:
     reply.end()
     (made,) = reply.calls
     section.show_result(
-        made, mmc.ToolResult("tall", files=({"url": "x"},), embeds=("e",))
+        made.id, mmc.ToolResult("tall", files=({"url": "x"},), embeds=("e",))
     )
     card, result = items_of(run)[1:]
     assert card["status"] == result["status"] == "completed"
@@ -577,7 +577,7 @@ def test_every_call_is_answered_and_every_turn_is_read_back(
                 break
             results = [mmc.ToolResult("tall") for _ in reply.calls]
             for made, result in zip(reply.calls, results, strict=True):
-                section.show_result(made, result)
+                section.show_result(made.id, result)
             section.record(reply, results)
         if breaks:
             section.fail("it broke")
