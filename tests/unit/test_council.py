@@ -384,7 +384,7 @@ def test_the_chair_is_told_answers_and_judgements_without_any_name() -> None:
     assert mmc.NameFilter(step.names).feed(result) == (
         "| Member | Score | First place from |\n|---|---|---|\n"
         "| Bob | 5.8 | Ann |\n| Cat | 5.0 | Bob |\n| Ann | 4.2 | – |\n\n"
-        "- Bob: Right.\n- Cat: Short.\n- Cat: Clear."
+        "No ballot from Cat: was late.\n\n- Bob: Right.\n- Cat: Short.\n- Cat: Clear."
     )
 
 
