@@ -234,19 +234,15 @@ class Settings(UserSettings):
         MANAGER_PROMPT,
         "Asks who is next. Knows {history}, {last_speaker} and {participant_list}.",
     )
-    review_prompt: str = _setting(
-        REVIEW_PROMPT, "Asks a council for a ranking. Knows {question} and {answers}."
-    )
     conclusion_prompt: str = _setting(
         CONCLUSION_PROMPT, "Asks the chair. Knows {question}, {answers} and {result}."
     )
     debate_prompt: str = _setting(
         DEBATE_PROMPT, "What is said at each turn of a debate. Knows {question}."
     )
-    vote_prompt: str = _setting(
-        VOTE_PROMPT, "Asks a debate's members to vote. Knows {question}, {candidates}."
-    )
-    # Not in the panel: nobody tunes these, tests and benchmarks do.
+    # Not in the panel: what they ask for must be readable here, and few tune the rest.
+    review_prompt: SkipJsonSchema[str] = REVIEW_PROMPT  # knows {question}, {answers}
+    vote_prompt: SkipJsonSchema[str] = VOTE_PROMPT  # knows {question}, {candidates}
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
 
@@ -325,7 +321,6 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 # ======================================================================================
 
 COLOURS = "🔵🔴🟢🟠🟣🟡🟤⚫⚪"  # one code point each: a heading is "### 🔵 Alias"
-CHAIR_COLOUR = COLOURS[-1]  # of a chair that is no member
 SYSTEM_MARK = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
 
 
@@ -476,7 +471,7 @@ class Cast:
     problems: tuple[str, ...] = ()
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
-    chair: Participant | None = None  # who concludes, if it is none of them
+    chair: str = ""  # who of them is no member, and only concludes
 
 
 @dataclass(frozen=True, slots=True)
@@ -1196,6 +1191,7 @@ class ForgeryGuard:
 NOTICE, PROGRESS, FIGURES, OUTCOME = "> ⚠️ ", "> ⏳ ", "> ⏱️ ", "> 🏁 "
 ROLE = " · "  # in a heading, between a name and what it speaks as; names have none
 CONCLUSION = "conclusion"
+_FOLD, _FOLD_END = '<details type="draft">\n', "\n\n</details>"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
@@ -1306,6 +1302,18 @@ def choose_seats(
     if chosen > _TEAM_READ:
         problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
     return seats[:most], problems, not chosen
+
+
+def choose_chair(
+    settings: Settings, cards: Mapping[str, ModelCard], seats: Sequence[Seat]
+) -> list[Seat]:
+    """The chair that is no member, where the setting names another model; or nobody."""
+    wanted = settings.chair.strip()
+    if wanted and wanted.casefold() not in {seat.alias.casefold() for seat in seats}:
+        with suppress(ConversationError):
+            seat = _read_seat([wanted], cards)
+            return list(unique_aliases([*seats, seat]))[-1:]
+    return []
 
 
 def render_system(
@@ -1865,7 +1873,7 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             sections[-1][2].append(message)
             continue
         text = text_of(message["content"])
-        parts = ["", "", *([text] if author else HEADING.split(text))]
+        parts = ["", "", *([text] if author else HEADING.split(unfold(text)))]
         for colour, title, said in zip(
             parts[::3], parts[1::3], parts[2::3], strict=True
         ):
@@ -1882,6 +1890,26 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             name, _, role = title.partition(ROLE)
             concludes = role == CONCLUSION
             yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
+
+
+def render_fold(title: str, text: str) -> str:
+    """A draft in a line that opens by a click, as the page's Markdown reads it.
+
+    The page decodes what stands inside once more than elsewhere.
+    """
+    inside = re.sub(r"&(?=[#\w])", "&amp;", text).replace("</details", "&lt;/details")
+    return f"{_FOLD}<summary>{title}</summary>\n\n{inside}{_FOLD_END}"
+
+
+def unfold(text: str) -> str:
+    """A reply with its drafts as they were; no model can write this element."""
+    before, *folds = text.split(_FOLD)
+    for fold in folds:
+        inside, _, after = fold.partition(_FOLD_END)
+        inside = inside.partition("</summary>\n\n")[2] or inside
+        before += inside.replace("&lt;/details", "</details").replace("&amp;", "&")
+        before += after
+    return before
 
 
 def _add_tool_calls(messages: list[Json], message: Json) -> None:
@@ -2264,6 +2292,44 @@ class Transcript:
         return block
 
 
+def fold_drafts(
+    transcript: Transcript, outcome: int, ranking: int, marks: Mapping[str, str]
+) -> Iterator[Block]:
+    """Put the outcome, the conclusion and the ranking in front, and fold each draft in
+    a line with its mark; gives the blocks that now read otherwise."""
+    sections: dict[int, list[Block]] = {}
+    for block in transcript.blocks:
+        sections.setdefault(block.section, []).append(block)
+    titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
+    spoken = {n: title for n, title in titles.items() if title and n != ranking}
+    conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
+    for number in (outcome, conclusion, ranking):
+        for block in sections[number]:
+            fields = dict(block.fields)
+            if "call_id" in fields:  # by which the page knows an item
+                fields["call_id"] += "_"
+            moved = transcript.add(block.kind, block.speaker, **fields)
+            moved.text.append(str(block.text))
+            yield moved
+            block.kind, block.fields = "message", {"status": "completed"}
+            block.text.replace("")
+            yield block
+    for number in spoken.keys() - {conclusion}:
+        heading, *rest = sections[number]
+        said = [block for block in rest if block.kind == "message"]
+        words = sum(len(str(b.text).split()) for b in said if "notice" not in b.fields)
+        counted = f"{words:,} word{'s' * (words != 1)}" if words else "no answer"
+        title = " ".join(spoken[number].groups())
+        parts = (title, marks.get(heading.speaker), counted)
+        texts = (str(block.text).strip() for block in said)
+        draft = "\n\n".join((f"### {title}", *texts))
+        heading.text.replace(render_fold(ROLE.join(filter(None, parts)), draft))
+        yield heading
+        for block in said:
+            block.text.replace("")
+            yield block
+
+
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
     text, fields = str(block.text), {"status": "in_progress", **block.fields}
@@ -2618,7 +2684,9 @@ class Host:
             return {
                 name: value
                 for name, value in merged.items()
-                if name in names or name.endswith(("_details", "cost"))
+                if name in names
+                or name.endswith("_details")
+                or (name == "cost" and isinstance(value, (int, float)))
             }
         return total
 
@@ -2973,6 +3041,14 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
     }
 
 
+def _nobody_left(problems: Sequence[str]) -> ConversationError:
+    reasons = " ".join(problems) or "There is no chat model that you may use."
+    return ConversationError(
+        f"Nobody can take part in this conversation. {reasons} Choose participants "
+        "in the valves of this model, or ask an admin for access to models."
+    )
+
+
 async def resolve_cast(
     host: Host, settings: Settings, cards: dict[str, ModelCard], body: Json, system: str
 ) -> Cast:
@@ -2982,7 +3058,8 @@ async def resolve_cast(
     Raises `ConversationError` where nobody is left who could take part.
     """
     seats, problems, by_default = choose_seats(settings, cards)
-    wanted = dict.fromkeys(seat.model_id for seat in seats)
+    chairs = choose_chair(settings, cards, seats)
+    wanted = dict.fromkeys(seat.model_id for seat in (*seats, *chairs))
     leader = next(iter(wanted), "")
     if settings.manager_model and seats:
         try:
@@ -3004,14 +3081,11 @@ async def resolve_cast(
         problems += [f"{seat.alias}: {problem}." for problem in found]
     present = [seat for seat in seats if seat.model_id in usable]
     if not present:
-        reasons = " ".join(problems) or "There is no chat model that you may use."
-        raise ConversationError(
-            f"Nobody can take part in this conversation. {reasons} Choose participants "
-            "in the valves of this model, or ask an admin for access to models."
-        )
+        raise _nobody_left(problems)
     aliases = [seat.alias for seat in present]
+    chairs = [seat for seat in chairs if seat.model_id in usable]
     participants = {}
-    for colour, seat in zip(COLOURS, present, strict=False):
+    for colour, seat in zip(COLOURS, (*present, *chairs), strict=False):
         voice = usable[seat.model_id]
         told = render_system(settings, seat, aliases, voice, system)
         participants[seat.alias] = Participant(seat.alias, colour, told, voice)
@@ -3021,6 +3095,7 @@ async def resolve_cast(
         tuple(dict.fromkeys(problems)),
         by_default,
         chat_sampling(body, defaults, params.get(pipe_id, {})),
+        "".join(seat.alias for seat in chairs),
     )
 
 
@@ -3182,6 +3257,7 @@ class Screen:
     in_chat: bool  # a page shows it, no API client
     continued: bool  # there is a beginning of the reply, which the host keeps
     ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
+    marks: dict[str, str] = field(default_factory=dict)  # of drafts, once they may fold
 
     def add_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
         """A line of ours in a section."""
@@ -3211,6 +3287,12 @@ class Screen:
         for block in self.ours.values():
             if block.fields.get("passing"):
                 self.emitter.emit_replace(block, "")
+
+    def fold(self) -> None:
+        """The conclusion first; the drafts below it become one line each."""
+        ours = self.ours["outcome"].section, self.ours["ranking"].section
+        for block in fold_drafts(self.transcript, *ours, self.marks):
+            self.emitter.emit_replace(block, block.text)
 
     def notice(self, line: str) -> None:
         """A notice of ours, outside of all sections of speakers."""
@@ -3264,6 +3346,10 @@ class Ledger:
     figures: dict[str, Figures] = field(default_factory=dict)
     turns: int = 0
     begun: float = field(default_factory=time.monotonic)
+
+    def tokens(self) -> int:
+        """How many tokens were used, as far as providers report them."""
+        return int(self.usage.get("total_tokens", 0))
 
     @property
     def calls(self) -> int:
@@ -3640,6 +3726,7 @@ class Section:
     participant: Participant
     clock: TurnClock
     role: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
     number: int = field(init=False)
     _has_heading: bool = False
     _reply: ShownReply | None = None  # until it is recorded
@@ -3750,6 +3837,7 @@ class ShownReply(Reply):
         super().__init__()
         self._section = section
         self._emit = section.screen.emitter.emit_replace
+        self._names = NameFilter(section.names)
         self._guard = ForgeryGuard()
         self._pieces = ToolCallAccumulator()
         self._texts: list[Block] = []
@@ -3761,7 +3849,7 @@ class ShownReply(Reply):
         """Show one event."""
         match event:
             case TextDelta(text):
-                self._add_text(self._guard.feed(text))
+                self._add_text(self._guard.feed(self._names.feed(text)))
             case ReasoningDelta(text):
                 self._leave_text()
                 self._grow("reasoning", text)
@@ -3793,6 +3881,7 @@ class ShownReply(Reply):
 
     def _leave_text(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
+        self._add_text(self._guard.feed(self._names.close()))
         self._add_text(self._guard.close())
         self._guard = ForgeryGuard()
 
@@ -3835,6 +3924,7 @@ _FIGURES = {  # how each is shown, where it is known
     "first_token_seconds": "first token {first_token_seconds:.1f} s",
     "tokens_per_second": "{tokens_per_second:.0f} tokens/s",
     "input_tokens": "{input_tokens:,} in, {output_tokens:,} out",
+    "cost": "cost {cost:.4f}",
 }
 
 
@@ -3932,6 +4022,8 @@ class Run:
                 case Publish(key, text):
                     self.screen.publish(key, text)
                     result = None
+                case Fold(marks):
+                    self.screen.marks |= marks
 
     def _show_end(self, reason: str) -> None:
         """Put away what was only for the time being, and show what is now known."""
@@ -3942,6 +4034,12 @@ class Run:
         wanted = shows == "always" or (self.drafts and shows != "never")
         if wanted and self.host.in_chat and self.ledger.turns:
             screen.publish("figures", self._describe_figures())
+        most, used = self.settings.max_tokens, self.ledger.tokens()
+        if 0 < most <= used:
+            screen.notice(f"{used:,} tokens were used, and {most:,} are the ceiling.")
+        in_place = self.host.in_chat and not screen.continued
+        if screen.marks and in_place and self.settings.fold_drafts:
+            screen.fold()
         screen.fix()
 
     def _describe_end(self, reason: str) -> str:
@@ -3965,7 +4063,10 @@ class Run:
             words = [text for name, text in _FIGURES.items() if name in report]
             if words:
                 lines.append(f"{speaker}: {' · '.join(words).format(**report)}")
-        lines.append(f"{calls} model call{'' if calls == 1 else 's'}")
+        whole = f"{calls} model call{'' if calls == 1 else 's'}"
+        if "cost" in self.ledger.usage:
+            whole += f" · cost {self.ledger.usage['cost']:.4f} in all"
+        lines.append(whole)
         return FIGURES + " | ".join(lines)
 
     # -- the steps of a mode -----------------------------------------------------------
@@ -3981,7 +4082,7 @@ class Run:
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
-            section = Section(self.screen, speaker, clock, step.role)
+            section = Section(self.screen, speaker, clock, step.role, step.names)
             if not step.concludes:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
@@ -4090,7 +4191,7 @@ class Run:
                 section.fail("it was stopped" if was_cancelled() else failure)
             if section in self.late:
                 self.late.remove(section)
-                late = "not ranked: it came after the review had begun"
+                late = "not counted: the others had gone on"
                 section.notice(f"{PROGRESS}{late}")
             self.screen.transcript.close_section(section.number)
             self.screen.emitter.nudge()
@@ -4101,7 +4202,8 @@ class Run:
         """Replies and tools, until there are no more; raises `ModelFailure`."""
         participant, clock = section.participant, section.clock
         alias, voice = participant.alias, participant.voice
-        messages = messages_for(participant, self.entries, brief)
+        heard = hide_speakers(self.entries, section.names)
+        messages = messages_for(participant, heard, brief)
         if voice.legacy and voice.tools:
             runner = partial(self._run_legacy_tool, section)
             messages, found = await self.host.use_legacy_tools(voice, messages, runner)
@@ -4290,10 +4392,13 @@ async def _prepare(
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
     run = _make_run(host, settings, cast, entries, row.drafts)
-    aliases, question = tuple(cast.participants), last_question(entries)
+    aliases = tuple(alias for alias in cast.participants if alias != cast.chair)
+    question = last_question(entries)
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    return run, row.begin(Agenda(aliases, question, settings, last, seed))
+    models = {alias: cast.participants[alias].voice.model_id for alias in aliases}
+    agenda = Agenda(aliases, question, settings, last, seed, models, cast.chair)
+    return run, row.begin(replace(agenda, tokens_used=run.ledger.tokens))
 
 
 def _make_run(
