@@ -1906,7 +1906,8 @@ def unfold(text: str) -> str:
     before, *folds = text.split(_FOLD)
     for fold in folds:
         inside, _, after = fold.partition(_FOLD_END)
-        inside = inside.partition("</summary>\n\n")[2] or inside
+        summary, found, inside = inside.partition("</summary>\n\n")
+        inside = inside if found else summary
         before += inside.replace("&lt;/details", "</details").replace("&amp;", "&")
         before += after
     return before

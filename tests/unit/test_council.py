@@ -1059,6 +1059,169 @@ def test_a_chair_hears_a_debate_under_letters() -> None:
     ]
 
 
+# -- drafts in a line ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Plain.",
+        "R&D & x &lt; y &amp;amp; &#35; &copy",
+        "```html\n</details>\n```",
+        "&lt;/details> and </details",
+        "",
+        "</summary>\n\nEnd",
+    ],
+)
+def test_a_draft_is_read_back_as_it_was_folded(text: str) -> None:
+    folds = mmc.render_fold("🔵 Ann · 2 words", f"### 🔵 Ann\n\n{text}")
+    assert folds.count("</details>") == 1
+    assert mmc.unfold(f"Before.\n{folds}\nAfter.") == (
+        f"Before.\n### 🔵 Ann\n\n{text}\nAfter."
+    )
+
+
+@given(st.lists(st.text("&<>/#;altmpdei \n", max_size=20), max_size=4))
+def test_all_drafts_are_read_back_as_they_were_folded(texts: list[str]) -> None:
+    joined = "\n".join(mmc.render_fold("🔵 Ann", text) for text in texts)
+    assert mmc.unfold(joined) == "\n".join(texts)
+
+
+def transcript_of(*sections: Sequence[tuple[Any, str]]) -> mmc.Transcript:
+    """A transcript of these sections, each of blocks with a kind and a text."""
+    transcript = mmc.Transcript("t")
+    for blocks in sections:
+        number = transcript.open_section()
+        for kind, text in blocks:
+            fields = {"call_id": "c1"} if kind.startswith("function") else {}
+            speaker = text.rpartition("### 🔵 ")[2][:3] if "🔵" in text else ""
+            transcript.add(kind, speaker, number, **fields).text.append(text)
+    return transcript
+
+
+def folded(transcript: mmc.Transcript, **marks: str) -> list[Json]:
+    """What a page has once it is folded; the server has the same."""
+    page: Output = []
+    server: Output = []
+    emitter = mmc.Emitter(mmc.plan_items, 0.0)
+    for block in transcript.blocks:
+        emitter.emit_replace(block, block.text)
+
+    def send() -> None:
+        nonlocal page, server
+        for event in emitter.flush():
+            page = apply_response_event(page, event)
+            server = reduce_by_index(server, event)
+
+    send()
+    outcome, ranking = (
+        next(b.section for b in transcript.blocks if sign in str(b.text))
+        for sign in "🏁🏆"
+    )
+    for block in mmc.fold_drafts(transcript, outcome, ranking, marks):
+        emitter.emit_replace(block, block.text)
+    send()
+    assert page == server == list(map(mmc.render_item, transcript.blocks))
+    return [item for item in page if item["type"] != "message" or text_in(item)]
+
+
+def text_in(item: Json) -> str:
+    return str(item["content"][0]["text"])
+
+
+def test_the_conclusion_moves_to_the_front_with_everything_of_it() -> None:
+    transcript = transcript_of(
+        [("message", "> ⚠️ Team line 2: no.")],
+        [("message", "### 🔵 Ann"), ("reasoning", "Hm."), ("message", "Oaks & elms.")],
+        [("message", "\n---\n\n### 🔴 Bob · opening"), ("message", "Firs.")],
+        [("message", "\n---\n\n### 🏆 Ranking\n\n| Bob |")],
+        [("message", "> 🏁 chaired by Bob")],
+        [
+            ("message", "\n---\n\n### 🔴 Bob · conclusion"),
+            ("function_call", "{}"),
+            ("function_call_output", "found"),
+            ("message", "Firs it is."),
+        ],
+        [("message", "> ⏱️ 3 model calls")],
+    )
+    for block in transcript.blocks:
+        block.speaker = {2: "Ann", 3: "Bob", 6: "Bob"}.get(block.section, "")
+    items = folded(transcript, Ann="rank 2", Bob="rank 1")
+    assert [item["type"] for item in items] == [
+        *("message", "message", "function_call", "function_call_output"),
+        *("message", "message", "message", "message", "reasoning"),
+        *("message", "message"),
+    ]
+    assert [item["speaker"] for item in items[1:5]] == ["Bob"] * 4
+    assert {item["call_id"] for item in items[2:4]} == {"c1_"}
+    texts = [text_in(item) for item in items if item["type"] == "message"]
+    assert [text.strip() for text in texts] == [
+        "> 🏁 chaired by Bob",
+        "---\n\n### 🔴 Bob · conclusion",
+        "Firs it is.",
+        "---\n\n### 🏆 Ranking\n\n| Bob |",
+        "> ⚠️ Team line 2: no.",
+        mmc.render_fold("🔵 Ann · rank 2 · 3 words", "### 🔵 Ann\n\nOaks & elms."),
+        mmc.render_fold(
+            "🔴 Bob · opening · rank 1 · 1 word", "### 🔴 Bob · opening\n\nFirs."
+        ),
+        "> ⏱️ 3 model calls",
+    ]
+    assert turns(asked("Trees?"), said(*texts)) == [
+        ("Ann", "Oaks & elms.", False),
+        ("Bob", "Firs.", False),
+        ("Bob", "Firs it is.", True),
+    ]
+
+
+def test_of_two_chairs_the_one_that_spoke_last_has_concluded() -> None:
+    transcript = transcript_of(
+        [("message", "### 🔵 Ann"), ("message", "Oaks.")],
+        [("message", "### 🏆 Ranking")],
+        [("message", "> 🏁 chaired by Ann (Bob failed)")],
+        [("message", "### 🔴 Bob · conclusion"), ("message", "> ⚠️ **Bob** broke off")],
+        [("message", "### 🔵 Ann · conclusion"), ("message", "Oaks it is.")],
+    )
+    texts = [text_in(item) for item in folded(transcript)]
+    assert texts[:3] == [
+        "> 🏁 chaired by Ann (Bob failed)",
+        "### 🔵 Ann · conclusion",
+        "Oaks it is.",
+    ]
+    assert "<summary>🔴 Bob · conclusion · " in texts[-1]
+
+
+# -- a chair from outside --------------------------------------------------------------
+
+CARDS = {
+    "oak-1": mmc.ModelCard("oak-1", "Oak"),
+    "judge-1": mmc.ModelCard("judge-1", "The Judge"),
+    "ann-1": mmc.ModelCard("ann-1", "Ann"),
+    "talk": mmc.ModelCard("talk", "Talk", is_self=True),
+}
+SEATS = [mmc.Seat("Ann", "oak-1"), mmc.Seat("Bob", "oak-1")]
+
+
+@pytest.mark.parametrize(
+    ("chair", "seats"),
+    [
+        ("", []),
+        ("  ", []),
+        ("ann", []),
+        ("Zoe", []),
+        ("talk", []),
+        ("judge-1", [mmc.Seat("The Judge", "judge-1")]),
+        ("the judge", [mmc.Seat("The Judge", "judge-1")]),
+        ("ann-1", [mmc.Seat("Ann 2", "ann-1")]),
+        ("oak-1", [mmc.Seat("Oak", "oak-1")]),
+    ],
+)
+def test_a_chair_that_is_no_member_is_a_model_the_asker_may_use(
+    chair: str, seats: list[mmc.Seat]
+) -> None:
+    assert mmc.choose_chair(settings(chair=chair), CARDS, SEATS) == seats
+
+
 # -- the ceiling on tokens -------------------------------------------------------------
 
 
@@ -1113,11 +1276,11 @@ COUNCIL = said(
     "Oaks.",
     "\n---\n\n### 🔴 Bob",
     "Elms,\nand oaks.",
-    "> ⏳ not ranked: it came after the review had begun",
+    "> ⏳ not counted: the others had gone on",
     "\n---\n\n### 🟢 Cat",
     "> ⚠️ **Cat** could not answer: boom",
-    "\n---\n\n### 🏆 Ranking\n\n| Member | Mean rank | Ballots | First places |\n"
-    "|---|---|---|---|\n| Ann | 1.0 | 1 | 1 |\n\nAnn disagreed most with the others.",
+    "\n---\n\n### 🏆 Ranking\n\n| Member | Score | First place from |\n"
+    "|---|---|---|\n| Ann | 6.1 | Bob |\n\nThe members agree.",
     "> 🏁 2 of 3 answered · Cat failed: boom · chaired by Ann",
     "\n---\n\n### 🔵 Ann · conclusion",
     "Oaks and elms.",
