@@ -641,13 +641,9 @@ def plain_line(text: object, limit: int = 300) -> str:
 # ==== 3 Decoding
 # ======================================================================================
 
-_TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
-_LONGEST_TAG = 300  # characters that are held back, with its attributes
+_TAG_ATTRIBUTES = r"(?:[ \t][^<>◁\n]{0,200})?"
 _SSE_FIELDS = (":", "event:", "id:", "retry:")
 _NEXT_OBJECT = re.compile(r"\s*+(?={)")
-_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
-
-
 _JSON = json.JSONDecoder()
 
 
@@ -672,14 +668,12 @@ class SSEDecoder:
     """Server-sent events or JSON lines, cut anywhere -> the JSON values they carry.
 
     A value is given out as soon as its line is complete, without waiting for the blank
-    line that ends an event; several `data:` lines of one event are joined, and so are
-    the lines of a JSON body that was printed over several.
+    line that ends an event; one that was printed over several lines, when that comes.
     """
 
     def __init__(self) -> None:
         self._line: list[bytes] = []
         self._event: list[str] = []  # lines of a value that is not complete
-        self._depth = 0  # of brackets that are open in it
         self.used = False  # whether something looked like an event or JSON
 
     def feed(self, piece: bytes | str) -> list[Any]:
@@ -690,26 +684,23 @@ class SSEDecoder:
         for line in lines:
             if self._line:
                 line, self._line = b"".join([*self._line, line]), []
-            if line:
+            if line or self._event:  # every second line is empty: not worth a call
                 values += self._read_line(line)
-            else:  # as every second line of a stream: not worth a call
-                self._event = []
         if rest:
             self._line.append(rest)
         return values
 
-    def close(self) -> Sequence[Any]:
-        """The stream has ended; gives what its last, unfinished line held."""
-        rest, self._line = b"".join(self._line), []
-        return self._read_line(rest)
+    def close(self) -> list[Any]:
+        """The stream has ended; gives what its last line and event held."""
+        return self.feed(b"\n\n")
 
     def _read_line(self, data: bytes) -> Sequence[Any]:
         line = data.decode("utf-8", "replace").rstrip("\r")
         if line.startswith("data:"):
             return self._read_data(line[5:].removeprefix(" ").rstrip())
         if not line.strip():
-            self._event = []
-        elif not line.startswith(_SSE_FIELDS) and (self._event or line[0] == "{"):
+            return self._read_event()
+        if not line.startswith(_SSE_FIELDS) and (self._event or line[0] == "{"):
             return self._read_data(line)
         return ()
 
@@ -723,17 +714,17 @@ class SSEDecoder:
                 return (value,)
             except ValueError:
                 pass  # not `suppress`: a tenth of what a chunk costs
-        found = Counter(_BRACKET.findall(data))
-        opened = found["{"] + found["["] - found["}"] - found["]"]
-        self._depth = opened + (self._depth if self._event else 0)
         self._event.append(data)
-        if self._depth > 0:
-            return ()
-        lines, self._event = self._event, []  # as it stands, or nothing can complete it
-        with suppress(ValueError):
-            return (parse_json("\n".join(lines)),)
-        log.debug("skipped an event that is not JSON")
         return ()
+
+    def _read_event(self) -> Sequence[Any]:
+        lines, self._event = self._event, []
+        try:
+            texts = split_objects("\n".join(lines)) if lines else ()
+            return [parse_json(text) for text in texts]
+        except ValueError:
+            log.debug("skipped an event that is not JSON")
+            return ()
 
 
 class ThinkSplitter:
@@ -743,33 +734,26 @@ class ThinkSplitter:
     """
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
-        self._tags = tuple(tags)
-        first = "".join(start[0] for start, _ in self._tags)
+        first = "".join(start[0] for start, _ in tags)
         self._first = re.compile(f"[{re.escape(first)}]" if first else "(?!)")
-        whole, begun = [], []
-        for start, _ in self._tags:
-            name, last = re.escape(start[:-1]), re.escape(start[-1])
-            attributes = _TAG_ATTRIBUTES if start[0] + start[-1] == "<>" else ""
-            begun.append(f"{name}(?:{attributes})?")
-            whole.append(f"({begun[-1]}{last})")
-        self._start = re.compile("|".join(whole))
-        self._begun = re.compile(rf"(?:{'|'.join(begun)})\Z")
-        self._end = ""  # while reasoning, the tag that ends it
+        self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
+        self._ends = [_find_tags([end]) for _, end in tags]
+        self._tag = self._start  # what is looked for
         self._held = ""
         self._trim = False  # between the end of reasoning and the text
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
-        idle = not (self._held or self._end or self._trim)
+        idle = self._tag is self._start and not (self._held or self._trim)
         if idle and not self._first.search(text):
             return [TextDelta(text)]
         text, at = self._held + text, 0
         events: list[ReplyEvent] = []
-        while tag := self._find_tag(text, at):
-            place, after, end = tag
-            events += self._events(text[at:place])
-            self._trim, self._end, at = bool(self._end), end, after
-        cut = len(text) - self._count_undecided(text[at:][-_LONGEST_TAG:])
+        while (found := self._tag.search(text, at)) and found.lastindex:
+            events += self._events(text[at : found.start()])
+            self._trim, at = self._tag is not self._start, found.end()
+            self._tag = self._start if self._trim else self._ends[found.lastindex - 1]
+        cut = found.start() if found else len(text)
         self._held = text[cut:]
         return events + self._events(text[at:cut])
 
@@ -784,32 +768,19 @@ class ThinkSplitter:
             self._trim = not text
         if not text:
             return []
-        return [ReasoningDelta(text) if self._end else TextDelta(text)]
-
-    def _find_tag(self, text: str, at: int) -> tuple[int, int, str] | None:
-        """Where the next tag begins and ends, and what ends the reasoning it begins."""
-        if self._end:
-            place = text.find(self._end, at)
-            return None if place < 0 else (place, place + len(self._end), "")
-        if found := self._start.search(text, at):
-            return *found.span(), self._tags[(found.lastindex or 1) - 1][1]
-        return None
-
-    def _count_undecided(self, text: str) -> int:
-        """How many characters at the end of the text could become a tag."""
-        if self._end:
-            return _partial_end(text, self._end)
-        begun = self._begun.search(text)
-        lengths = [_partial_end(text, start) for start, _ in self._tags]
-        return max([*lengths, len(begun[0]) if begun else 0])
+        is_text = self._tag is self._start
+        return [TextDelta(text) if is_text else ReasoningDelta(text)]
 
 
-def _partial_end(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `tag`."""
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:length]):
-            return length
-    return 0
+def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
+    """Finds a tag, each as a group, or what may become one at the end of the text."""
+    whole, begun = [], []
+    for tag in tags:
+        name, last = re.escape(tag[:-1]), re.escape(tag[-1])
+        name += attributes if tag[0] + tag[-1] == "<>" else ""
+        whole.append(f"({name}{last})")
+        begun += [name, *(re.escape(tag[:length]) for length in range(1, len(tag) - 1))]
+    return re.compile("|".join([*whole, rf"(?:{'|'.join(begun)})\Z"]))
 
 
 def text_of(content: Any) -> str:
