@@ -697,24 +697,21 @@ class SSEDecoder:
     def _read_line(self, data: bytes) -> Sequence[Any]:
         line = data.decode("utf-8", "replace").rstrip("\r")
         if line.startswith("data:"):
-            return self._read_data(line[5:].removeprefix(" ").rstrip())
-        if not line.strip():
+            line = line[5:].removeprefix(" ").rstrip()
+        elif not line.strip():
             return self._read_event()
-        if not line.startswith(_SSE_FIELDS) and (self._event or line[0] == "{"):
-            return self._read_data(line)
-        return ()
-
-    def _read_data(self, data: str) -> Sequence[Any]:
-        self.used = True
-        if data in ("", "[DONE]"):
+        elif line.startswith(_SSE_FIELDS) or not (self._event or line[0] == "{"):
             return ()
-        if not self._event or data.startswith("{"):
+        self.used = True
+        if line in ("", "[DONE]"):
+            return ()
+        if not self._event or line.startswith("{"):
             try:
-                value, self._event = parse_json(data), []
-                return (value,)
+                value = parse_json(line)
+                return (*self._read_event(), value) if self._event else (value,)
             except ValueError:
                 pass  # not `suppress`: a tenth of what a chunk costs
-        self._event.append(data)
+        self._event.append(line)
         return ()
 
     def _read_event(self) -> Sequence[Any]:
@@ -768,29 +765,27 @@ class ThinkSplitter:
             self._trim = not text
         if not text:
             return []
-        is_text = self._tag is self._start
-        return [TextDelta(text) if is_text else ReasoningDelta(text)]
+        return [(TextDelta if self._tag is self._start else ReasoningDelta)(text)]
 
 
 def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
-    """Finds a tag, each as a group, or what may become one at the end of the text."""
+    """Finds a tag, with a group for each, or at the end what may become one."""
     whole, begun = [], []
     for tag in tags:
         name, last = re.escape(tag[:-1]), re.escape(tag[-1])
         name += attributes if tag[0] + tag[-1] == "<>" else ""
-        whole.append(f"({name}{last})")
+        whole.append(f"{name}{last}()")  # behind it: only what begins plainly is fast
         begun += [name, *(re.escape(tag[:length]) for length in range(1, len(tag) - 1))]
-    return re.compile("|".join([*whole, rf"(?:{'|'.join(begun)})\Z"]))
+    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]))
 
 
 def text_of(content: Any) -> str:
     """The text of a message's content: a string, or a list of parts; else nothing."""
     if isinstance(content, str):
         return content
-    if isinstance(content, list):
-        parts = (part.get("text") for part in content if isinstance(part, dict))
-        return "".join(part for part in parts if isinstance(part, str))
-    return ""
+    parts = content if isinstance(content, list) else ()
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def error_text(error: Any) -> str:
@@ -839,11 +834,9 @@ class ReplyDecoder:
         plain = isinstance(item, str) and not self._sse.used
         if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
-        elif isinstance(item, (bytes, str)):
-            for value in self._sse.feed(item):
-                yield from self._read(value)
-        else:
-            yield from self._read(item)
+            return
+        for value in self._sse.feed(item) if isinstance(item, (bytes, str)) else [item]:
+            yield from self._read(value)
 
     def close(self) -> Iterator[ReplyEvent]:
         """The reply has ended; gives what was held back."""
@@ -862,10 +855,8 @@ class ReplyDecoder:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
 
     def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
-        if isinstance(value, str):
-            yield from self._read_text(value)
-        elif not isinstance(value, dict):
-            yield from self._read_text(text_of(getattr(value, "content", None)))
+        if not isinstance(value, dict):
+            yield from self._read_text(getattr(value, "content", value))
         elif value.get("object") == "error":  # older vLLM
             yield StreamError(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
@@ -873,15 +864,13 @@ class ReplyDecoder:
         else:
             yield from self._read_chunk(value)
 
-    def _read_text(self, text: str) -> Iterator[ReplyEvent]:
-        if text:
+    def _read_text(self, content: Any) -> Iterator[ReplyEvent]:
+        if text := text_of(content):
             self._has_text = True
             yield from self._think.feed(text)
 
     def _read_chunk(self, chunk: Json) -> Iterator[ReplyEvent]:
-        names = ("prompt_eval_count", "eval_count")  # Ollama counts beside the message
-        counts = {name: chunk.get(name) for name in names}
-        yield from _read_usage(chunk.get("usage"), chunk.get("timings"), counts)
+        yield from _read_usage(chunk)
         if chunk.get("error"):
             yield StreamError(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
@@ -889,12 +878,9 @@ class ReplyDecoder:
             for event in self._read_message(choice["delta"]):
                 self._has_deltas = True
                 yield event
-        elif choice.get("message"):
-            yield from self._read_message(choice["message"], copy=self._has_deltas)
-        elif isinstance(chunk.get("message"), dict):
-            yield from self._read_message(chunk["message"])
-        elif "content" in chunk:
-            yield from self._read_text(text_of(chunk["content"]))
+        else:
+            message = choice.get("message") or chunk.get("message") or chunk
+            yield from self._read_message(message, copy=self._has_deltas)
         sources = chunk.get("sources") or ()
         yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
@@ -902,8 +888,9 @@ class ReplyDecoder:
         """A delta, or a whole message: a `copy` repeats what was already streamed."""
         if not copy:
             keys = ("reasoning_content", "reasoning", "thinking")
-            yield from _read_reasoning(next(filter(None, map(message.get, keys)), ""))
-            yield from self._read_text(text_of(message.get("content")))
+            if thought := text_of(next(filter(None, map(message.get, keys)), "")):
+                yield ReasoningDelta(thought)
+            yield from self._read_text(message.get("content"))
         calls = message.get("tool_calls") or ()
         if message.get("function_call"):
             calls = ({"index": 0, "function": message["function_call"]},)
@@ -916,9 +903,9 @@ class ReplyDecoder:
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         match kind.removeprefix("response."):
             case "output_text.delta" | "refusal.delta":
-                yield from self._read_text(text_of(event["delta"]))
+                yield from self._read_text(event["delta"])
             case "reasoning_text.delta" | "reasoning_summary_text.delta":
-                yield from _read_reasoning(event["delta"])
+                yield from self._read_message({"reasoning": event["delta"]})
             case "function_call_arguments.delta":
                 index, piece = event["output_index"], event["delta"]
                 self._streamed_calls.add(index)
@@ -930,8 +917,8 @@ class ReplyDecoder:
                 yield StreamError(error_text(error))
             case "completed" | "incomplete":
                 yield from self._read_response(event["response"])
-            case "message" if "content" in event:
-                yield from self._read_text(text_of(event["content"]))
+            case "message":
+                yield from self._read_message(event)
 
     def _read_output_item(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         item, index = event["item"], event.get("output_index")
@@ -945,16 +932,9 @@ class ReplyDecoder:
                 yield from _read_annotations(part)
 
     def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
-        yield from _read_usage(response.get("usage"))
-        if not self._has_text:
-            for item in response.get("output") or ():
-                if item.get("type") == "message":
-                    yield from self._read_text(text_of(item.get("content")))
-
-
-def _read_reasoning(content: Any) -> Iterator[ReplyEvent]:
-    if text := text_of(content):
-        yield ReasoningDelta(text)
+        yield from _read_usage(response)
+        for item in () if self._has_text else response.get("output") or ():
+            yield from self._read_value(item)
 
 
 def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
@@ -973,8 +953,6 @@ def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
 def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
     """URL citations, flat (Responses API) or nested (Chat Completions) -> sources."""
     for annotation in message.get("annotations") or ():
-        if annotation.get("type") != "url_citation":
-            continue
         citation = annotation.get("url_citation", annotation)
         if url := citation.get("url"):
             title = citation.get("title") or url
@@ -982,10 +960,12 @@ def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
             yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
-def _read_usage(*reports: Any) -> Iterator[ReplyEvent]:
-    """What of these reports of one call can be counted, as one report."""
+def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
+    """What can be counted in a chunk, as one report."""
+    # Ollama counts beside the message
+    ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
     usage: Json = {}
-    for report in reports:
+    for report in (chunk.get("usage"), chunk.get("timings"), ollama):
         usage |= _counts_of(report)
     if usage:
         yield UsageReport(usage)
@@ -1021,17 +1001,16 @@ class ToolCallAccumulator:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int | None, str], OpenCall] = {}
-        self._latest: dict[int | None, OpenCall] = {}
+        self._known: dict[tuple[int | None, str], OpenCall] = {}  # "": the latest
         self._order: list[OpenCall] = []
 
     def feed(self, delta: ToolCallDelta) -> OpenCall:
         """Add a piece; gives the call it belongs to."""
         call = self._find(delta)
         if call is None:
-            call = self._latest[None] = OpenCall(delta.id)
+            call = self._known[None, ""] = OpenCall(delta.id)
             self._order.append(call)
-        self._latest[delta.index] = call
+        self._known[delta.index, ""] = call
         if delta.id:
             call.id = call.id or delta.id
             self._known[delta.index, delta.id] = call
@@ -1047,9 +1026,10 @@ class ToolCallAccumulator:
         return [(call, split_objects("".join(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
-        if known := self._known.get((delta.index, delta.id)):
-            return known
-        call = self._latest.get(delta.index)
+        call = self._known.get((delta.index, delta.id))
+        if call and delta.id:
+            return call
+        call = self._known.get((delta.index, ""))
         if call is None or call.id == delta.id:
             return call
         is_named_anew = delta.index is None and delta.name and call.name
