@@ -1088,21 +1088,21 @@ _HIDES_FENCES = re.compile(
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
 
 
+@dataclass(slots=True)
 class _LineTracker:
     """Reads whole lines, and knows in what the next one stands."""
 
-    def __init__(self) -> None:
-        self.closing = ""  # the line that closes the code fence that is open
-        self.is_marked = False  # there is a mark in the paragraph
-        self._in_paragraph = False  # or in a fence directly behind one
-        self._in_list = False
-        self._is_sure = True  # nothing can have hidden a fence, or its end, so far
+    closing: str = ""  # the line that closes the code fence that is open
+    is_marked: bool = False  # there is a mark in the paragraph
+    _in_paragraph: bool = False  # or in a fence directly behind one
+    _in_list: bool = False
+    _is_sure: bool = True  # nothing can have hidden a fence, or its end, so far
 
     @property
     def in_code(self) -> bool:
         """Whether every parser is in code here: its fence stands at the left edge."""
-        begun = self.closing.startswith(("`", "~"))
-        return begun and self._is_sure and not self._in_paragraph
+        is_sure = self._is_sure and not self._in_paragraph
+        return is_sure and self.closing.startswith(("`", "~"))
 
     def read(self, line: str) -> None:
         """Take the next line."""
@@ -1110,8 +1110,7 @@ class _LineTracker:
         if not words:
             self._in_paragraph = self.is_marked = False
             return
-        if not self.in_code:
-            self.is_marked |= any(spelling in line for spelling in _SPELLINGS)
+        self.is_marked |= not self.in_code and any(mark in line for mark in _SPELLINGS)
         fence = self.closing.lstrip()
         if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
             self.closing = fence = ""  # the item is over, and with it the fence
