@@ -881,6 +881,8 @@ class ReplyDecoder:
         else:
             message = choice.get("message") or chunk.get("message") or chunk
             yield from self._read_message(message, copy=self._has_deltas)
+        for item in () if self._has_text else chunk.get("output") or ():
+            yield from self._read_value(item)
         sources = chunk.get("sources") or ()
         yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
@@ -916,7 +918,7 @@ class ReplyDecoder:
                 error = event.get("response", event).get("error") or event
                 yield StreamError(error_text(error))
             case "completed" | "incomplete":
-                yield from self._read_response(event["response"])
+                yield from self._read_chunk(event["response"])
             case "message":
                 yield from self._read_message(event)
 
@@ -930,11 +932,6 @@ class ReplyDecoder:
         elif item.get("type") == "message" and kind.endswith("done"):
             for part in item.get("content") or ():
                 yield from _read_annotations(part)
-
-    def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
-        yield from _read_usage(response)
-        for item in () if self._has_text else response.get("output") or ():
-            yield from self._read_value(item)
 
 
 def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
@@ -1027,9 +1024,7 @@ class ToolCallAccumulator:
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
         call = self._known.get((delta.index, delta.id))
-        if call and delta.id:
-            return call
-        call = self._known.get((delta.index, ""))
+        call = call or self._known.get((delta.index, ""))
         if call is None or call.id == delta.id:
             return call
         is_named_anew = delta.index is None and delta.name and call.name
