@@ -788,12 +788,46 @@ def text_of(content: Any) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
+_KEY = re.compile(  # by how it begins, by what stands before it, by its length
+    r"\b(?:(?:sk|pk|rk|gsk|xai|nvapi|pplx|glpat)[-_]|(?:hf|r8|gh[opsu]|github_pat)_"
+    r"|AIza|AKIA|eyJ)[\w*.-]{7,}[\w*]|\b(?=\w*\d)(?=\w*[a-zA-Z])\w{32,}"
+    r"|(?i:(?P<label>\b(?:bearer|basic)\s|(?:key|token)(?: provided)?['\"]?\s?[:=]\s?)"
+    r"['\"]?(?=[\w~+/*-]*[\d*=])[\w.~+/=*-]{7,}[\w=*])"
+    r"|(?i:(?P<name>(?:secret|password|passwd|pwd)['\"]?\s?[:=]\s?)['\"]?[^\s'\",;&]+)"
+)
+_ADDRESS = re.compile(
+    r"(?i)\b[a-z][a-z\d+.-]{1,20}://[^\s'\"<>(){},`]+[^\s'\"<>(){},`.:;\]]"
+    r"|(?<![\w.%+-])[\w.%+-]{1,64}:[^\s@/'\"]{1,64}@[\w.-]+(?::\d+)?"  # with a password
+    r"|(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?(?![\w.]*\d)"
+    # of IPv6: a digit, and "::" or many groups
+    r"|(?<![\w:.])(?=[a-f:]*\d)(?=[\da-f:]*::|(?:[\da-f]+:){4})[\da-f:]{3,}(?:\]:\d+)?"
+    # a host with its port, no model with its size; or a host of a network's own
+    r"|(?<![\w.-])[a-z](?:[\w.-]{0,80}:\d{4,5}|[\w-]{0,60}\.[\w.-]{0,60}:\d+)\b"
+    r"|(?<![\w.-])(?:localhost|[a-z][\w.-]{0,80}\.(?:internal|local|lan|svc))\b"
+)
+_TRACE = re.compile(r"(?m)^Traceback \(|^[ \t]+at \S|^goroutine \d")
+_PAGE = re.compile(r"(?i)<(?:!doctype|html|body|title)\b")
+_TITLE = re.compile(r"(?i)<title[^<>]*>([^<>]*\w[^<>]*)")
+_TAGS = re.compile(r"(?is)<(style|script)\b(?:(?!</\1).)*+|<[^<>]*>")
+
+
 def error_text(error: Any) -> str:
-    """The readable part of an error object, in any of the shapes providers use."""
+    """The readable part of an error object, in any of the shapes providers use.
+
+    One line for everybody to see: without keys, addresses, tags and stack traces.
+    """
     while isinstance(error, dict):
         found = (error[key] for key in ("message", "detail", "error") if error.get(key))
         error = next(found, None) or json.dumps(error, ensure_ascii=False)
-    return plain_line(error) or "an error without a message"
+    text = str(error)
+    if _PAGE.search(text):
+        title = _TITLE.search(text)
+        text = title[1] if title else _TAGS.sub(" ", text)
+    if _TRACE.search(text):  # what went wrong stands at the left edge
+        lines = (line for line in text.splitlines() if not line[:1].isspace())
+        text = "\n".join(line for line in lines if not _TRACE.match(line))
+    text = _ADDRESS.sub("(address)", _KEY.sub(r"\g<label>\g<name>(key)", text))
+    return plain_line(text) or "an error without a message"
 
 
 # what reading a value of an unexpected shape raises
