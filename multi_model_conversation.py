@@ -630,9 +630,20 @@ Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of t
 Mode = Steps[str]  # gives why the conversation ended
 
 
+_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
+
+
+def storable(text: str) -> str:
+    """Text as it can be stored: the host drops NUL and halves of characters then."""
+    if (text.isascii() and "\0" not in text) or not _UNSTORABLE.search(text):
+        return text
+    whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return whole.replace("\0", "\ufffd")
+
+
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
-    line = " ".join(str(text).split())
+    line = " ".join(storable(str(text)).split())
     line = re.sub(r"[`<>\[\]]", "", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -732,7 +743,7 @@ class ThinkSplitter:
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
         first = "".join(start[0] for start, _ in tags)
-        self._first = re.compile(f"[{re.escape(first)}]" if first else "(?!)")
+        self._first = re.compile(rf"[\0\ud800-\udfff{re.escape(first)}]")
         self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
         self._ends = [_find_tags([end]) for _, end in tags]
         self._tag = self._start  # what is looked for
@@ -750,7 +761,8 @@ class ThinkSplitter:
             events += self._events(text[at : found.start()])
             self._trim, at = self._tag is not self._start, found.end()
             self._tag = self._start if self._trim else self._ends[found.lastindex - 1]
-        cut = found.start() if found else len(text)
+        is_half = "\ud800" <= text[-1:] < "\udc00"  # of a character cut in two
+        cut = found.start() if found else len(text) - is_half
         self._held = text[cut:]
         return events + self._events(text[at:cut])
 
@@ -760,6 +772,7 @@ class ThinkSplitter:
         return self._events(rest)
 
     def _events(self, text: str) -> list[ReplyEvent]:
+        text = storable(text)
         if self._trim:
             text = text.lstrip()
             self._trim = not text
@@ -925,7 +938,7 @@ class ReplyDecoder:
         if not copy:
             keys = ("reasoning_content", "reasoning", "thinking")
             if thought := text_of(next(filter(None, map(message.get, keys)), "")):
-                yield ReasoningDelta(thought)
+                yield ReasoningDelta(storable(thought))
             yield from self._read_text(message.get("content"))
         calls = message.get("tool_calls") or ()
         if message.get("function_call"):
@@ -976,8 +989,8 @@ def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
     return ToolCallDelta(
         index if isinstance(index, int) else None,
         call_id if isinstance(call_id, str) else "",
-        name if isinstance(name, str) else "",
-        arguments or "",
+        storable(name) if isinstance(name, str) else "",
+        storable(arguments or ""),
     )
 
 
@@ -2825,7 +2838,7 @@ class Host:
             readable = await self._readable_images([image["url"] for image in images])
             for image in images:
                 image["url"] = await self._store_image(image["url"])
-        text = "" if text is None else str(text)
+        text = "" if text is None else storable(str(text))
         failed = isinstance(value, dict) and bool(value.get("error"))
         stored = tuple(image["url"] for image in images)
         return ToolResult(

@@ -369,6 +369,59 @@ def test_a_very_long_error_is_cut() -> None:
     assert len(mmc.error_text("x" * 1000)) == 300
 
 
+# -- what cannot be stored -------------------------------------------------------------
+
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+
+@pytest.mark.parametrize(
+    ("text", "storable"),
+    [
+        ("Oaks grow 🌳\n", "Oaks grow 🌳\n"),
+        ("a\0b", "a\ufffdb"),
+        ("\ud83c\udf33", "🌳"),
+        ("\ud83c", "\ufffd"),
+        ("a\udf33b\ud83c", "a\ufffdb\ufffd"),
+        ("🌳\0\ud83c🌳", "🌳\ufffd\ufffd🌳"),
+    ],
+)
+def test_what_no_database_takes_is_replaced_and_seen(text: str, storable: str) -> None:
+    assert mmc.storable(text) == storable
+    assert mmc.plain_line(text) == storable.strip()
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\0", "x\ud83c", "\udf33 y", "<\0think>"])
+@pytest.mark.parametrize("tags", [HOST_TAGS, ()])
+def test_no_event_has_what_cannot_be_stored(
+    text: str, tags: Sequence[tuple[str, str]]
+) -> None:
+    function = {"name": text, "arguments": text}
+    call = {"index": 0, "id": "a", "function": function}
+    deltas: list[Any] = [
+        {"content": text},
+        {"reasoning_content": text},
+        {"content": f"<think>{text}</think>{text}"},
+        {"tool_calls": [call]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": {"a": text}}}]},
+    ]
+    chunks = [{"choices": [{"delta": delta}]} for delta in deltas]
+    for as_stream in (True, False):
+        decoder = mmc.ReplyDecoder(tags)
+        lines = [f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks]
+        items: list[Any] = lines if as_stream else [*chunks, text]
+        events = [event for item in items for event in decoder.feed(item)]
+        events += [*decoder.feed({"error": text}), *decoder.close()]
+        assert "\ufffd" in str(events)
+        assert not UNSTORABLE.search(str(events).replace("\\x00", "\0"))
+        assert "\\ud83c" not in str(events) and "\\udf33" not in str(events)
+
+
+def test_a_character_that_was_cut_in_two_is_put_together_again() -> None:
+    pieces = ["Oaks \ud83c", "\udf33", " <b \ud83c", "", "\udf33", "\ud83c", "x"]
+    assert split(pieces) == ("Oaks 🌳 <b 🌳\ufffdx", "")
+    assert split(["<think>\ud83c", "\udf33</think>\ud83c"]) == ("\ufffd", "🌳")
+
+
 # -- usage -----------------------------------------------------------------------------
 
 
