@@ -567,9 +567,20 @@ Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of t
 Mode = Steps[str]  # gives why the conversation ended
 
 
+_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
+
+
+def storable(text: str) -> str:
+    """Text as it can be stored: the host drops NUL and halves of characters then."""
+    if (text.isascii() and "\0" not in text) or not _UNSTORABLE.search(text):
+        return text
+    whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return whole.replace("\0", "\ufffd")
+
+
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
-    line = " ".join(str(text).split())
+    line = " ".join(storable(str(text)).split())
     line = re.sub(r"[`<>\[\]]", "", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -578,13 +589,9 @@ def plain_line(text: object, limit: int = 300) -> str:
 # ==== 3 Decoding
 # ======================================================================================
 
-_TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
-_LONGEST_TAG = 300  # characters that are held back, with its attributes
+_TAG_ATTRIBUTES = r"(?:[ \t][^<>◁\n]{0,200})?"
 _SSE_FIELDS = (":", "event:", "id:", "retry:")
 _NEXT_OBJECT = re.compile(r"\s*+(?={)")
-_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
-
-
 _JSON = json.JSONDecoder()
 
 
@@ -609,14 +616,12 @@ class SSEDecoder:
     """Server-sent events or JSON lines, cut anywhere -> the JSON values they carry.
 
     A value is given out as soon as its line is complete, without waiting for the blank
-    line that ends an event; several `data:` lines of one event are joined, and so are
-    the lines of a JSON body that was printed over several.
+    line that ends an event; one that was printed over several lines, when that comes.
     """
 
     def __init__(self) -> None:
         self._line: list[bytes] = []
         self._event: list[str] = []  # lines of a value that is not complete
-        self._depth = 0  # of brackets that are open in it
         self.used = False  # whether something looked like an event or JSON
 
     def feed(self, piece: bytes | str) -> list[Any]:
@@ -627,50 +632,44 @@ class SSEDecoder:
         for line in lines:
             if self._line:
                 line, self._line = b"".join([*self._line, line]), []
-            if line:
+            if line or self._event:  # every second line is empty: not worth a call
                 values += self._read_line(line)
-            else:  # as every second line of a stream: not worth a call
-                self._event = []
         if rest:
             self._line.append(rest)
         return values
 
-    def close(self) -> Sequence[Any]:
-        """The stream has ended; gives what its last, unfinished line held."""
-        rest, self._line = b"".join(self._line), []
-        return self._read_line(rest)
+    def close(self) -> list[Any]:
+        """The stream has ended; gives what its last line and event held."""
+        return self.feed(b"\n\n")
 
     def _read_line(self, data: bytes) -> Sequence[Any]:
         line = data.decode("utf-8", "replace").rstrip("\r")
         if line.startswith("data:"):
-            return self._read_data(line[5:].removeprefix(" ").rstrip())
-        if not line.strip():
-            self._event = []
-        elif not line.startswith(_SSE_FIELDS) and (self._event or line[0] == "{"):
-            return self._read_data(line)
-        return ()
-
-    def _read_data(self, data: str) -> Sequence[Any]:
-        self.used = True
-        if data in ("", "[DONE]"):
+            line = line[5:].removeprefix(" ").rstrip()
+        elif not line.strip():
+            return self._read_event()
+        elif line.startswith(_SSE_FIELDS) or not (self._event or line[0] == "{"):
             return ()
-        if not self._event or data.startswith("{"):
+        self.used = True
+        if line in ("", "[DONE]"):
+            return ()
+        if not self._event or line.startswith("{"):
             try:
-                value, self._event = parse_json(data), []
-                return (value,)
+                value = parse_json(line)
+                return (*self._read_event(), value) if self._event else (value,)
             except ValueError:
                 pass  # not `suppress`: a tenth of what a chunk costs
-        found = Counter(_BRACKET.findall(data))
-        opened = found["{"] + found["["] - found["}"] - found["]"]
-        self._depth = opened + (self._depth if self._event else 0)
-        self._event.append(data)
-        if self._depth > 0:
-            return ()
-        lines, self._event = self._event, []  # as it stands, or nothing can complete it
-        with suppress(ValueError):
-            return (parse_json("\n".join(lines)),)
-        log.debug("skipped an event that is not JSON")
+        self._event.append(line)
         return ()
+
+    def _read_event(self) -> Sequence[Any]:
+        lines, self._event = self._event, []
+        try:
+            texts = split_objects("\n".join(lines)) if lines else ()
+            return [parse_json(text) for text in texts]
+        except ValueError:
+            log.debug("skipped an event that is not JSON")
+            return ()
 
 
 class ThinkSplitter:
@@ -680,33 +679,27 @@ class ThinkSplitter:
     """
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
-        self._tags = tuple(tags)
-        first = "".join(start[0] for start, _ in self._tags)
-        self._first = re.compile(f"[{re.escape(first)}]" if first else "(?!)")
-        whole, begun = [], []
-        for start, _ in self._tags:
-            name, last = re.escape(start[:-1]), re.escape(start[-1])
-            attributes = _TAG_ATTRIBUTES if start[0] + start[-1] == "<>" else ""
-            begun.append(f"{name}(?:{attributes})?")
-            whole.append(f"({begun[-1]}{last})")
-        self._start = re.compile("|".join(whole))
-        self._begun = re.compile(rf"(?:{'|'.join(begun)})\Z")
-        self._end = ""  # while reasoning, the tag that ends it
+        first = "".join(start[0] for start, _ in tags)
+        self._first = re.compile(rf"[\0\ud800-\udfff{re.escape(first)}]")
+        self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
+        self._ends = [_find_tags([end]) for _, end in tags]
+        self._tag = self._start  # what is looked for
         self._held = ""
         self._trim = False  # between the end of reasoning and the text
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
-        idle = not (self._held or self._end or self._trim)
+        idle = self._tag is self._start and not (self._held or self._trim)
         if idle and not self._first.search(text):
             return [TextDelta(text)]
         text, at = self._held + text, 0
         events: list[ReplyEvent] = []
-        while tag := self._find_tag(text, at):
-            place, after, end = tag
-            events += self._events(text[at:place])
-            self._trim, self._end, at = bool(self._end), end, after
-        cut = len(text) - self._count_undecided(text[at:][-_LONGEST_TAG:])
+        while (found := self._tag.search(text, at)) and found.lastindex:
+            events += self._events(text[at : found.start()])
+            self._trim, at = self._tag is not self._start, found.end()
+            self._tag = self._start if self._trim else self._ends[found.lastindex - 1]
+        is_half = "\ud800" <= text[-1:] < "\udc00"  # of a character cut in two
+        cut = found.start() if found else len(text) - is_half
         self._held = text[cut:]
         return events + self._events(text[at:cut])
 
@@ -716,55 +709,75 @@ class ThinkSplitter:
         return self._events(rest)
 
     def _events(self, text: str) -> list[ReplyEvent]:
+        text = storable(text)
         if self._trim:
             text = text.lstrip()
             self._trim = not text
         if not text:
             return []
-        return [ReasoningDelta(text) if self._end else TextDelta(text)]
-
-    def _find_tag(self, text: str, at: int) -> tuple[int, int, str] | None:
-        """Where the next tag begins and ends, and what ends the reasoning it begins."""
-        if self._end:
-            place = text.find(self._end, at)
-            return None if place < 0 else (place, place + len(self._end), "")
-        if found := self._start.search(text, at):
-            return *found.span(), self._tags[(found.lastindex or 1) - 1][1]
-        return None
-
-    def _count_undecided(self, text: str) -> int:
-        """How many characters at the end of the text could become a tag."""
-        if self._end:
-            return _partial_end(text, self._end)
-        begun = self._begun.search(text)
-        lengths = [_partial_end(text, start) for start, _ in self._tags]
-        return max([*lengths, len(begun[0]) if begun else 0])
+        return [(TextDelta if self._tag is self._start else ReasoningDelta)(text)]
 
 
-def _partial_end(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `tag`."""
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:length]):
-            return length
-    return 0
+def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
+    """Finds a tag, with a group for each, or at the end what may become one."""
+    whole, begun = [], []
+    for tag in tags:
+        name, last = re.escape(tag[:-1]), re.escape(tag[-1])
+        name += attributes if tag[0] + tag[-1] == "<>" else ""
+        whole.append(f"{name}{last}()")  # behind it: only what begins plainly is fast
+        begun += [name, *(re.escape(tag[:length]) for length in range(1, len(tag) - 1))]
+    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]))
 
 
 def text_of(content: Any) -> str:
     """The text of a message's content: a string, or a list of parts; else nothing."""
     if isinstance(content, str):
         return content
-    if isinstance(content, list):
-        parts = (part.get("text") for part in content if isinstance(part, dict))
-        return "".join(part for part in parts if isinstance(part, str))
-    return ""
+    parts = content if isinstance(content, list) else ()
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+_KEY = re.compile(  # by how it begins, by what stands before it, by its length
+    r"\b(?:(?:sk|pk|rk|gsk|xai|nvapi|pplx|glpat)[-_]|(?:hf|r8|gh[opsu]|github_pat)_"
+    r"|AIza|AKIA|eyJ)[\w*.-]{7,}[\w*]|\b(?=\w*\d)(?=\w*[a-zA-Z])\w{32,}"
+    r"|(?i:(?P<label>\b(?:bearer|basic)\s|(?:key|token)(?: provided)?['\"]?\s?[:=]\s?)"
+    r"['\"]?(?=[\w~+/*-]*[\d*=])[\w.~+/=*-]{7,}[\w=*])"
+    r"|(?i:(?P<name>(?:secret|password|passwd|pwd)['\"]?\s?[:=]\s?)['\"]?[^\s'\",;&]+)"
+)
+_ADDRESS = re.compile(
+    r"(?i)\b[a-z][a-z\d+.-]{1,20}://[^\s'\"<>(){},`]+[^\s'\"<>(){},`.:;\]]"
+    r"|(?<![\w.%+-])[\w.%+-]{1,64}:[^\s@/'\"]{1,64}@[\w.-]+(?::\d+)?"  # with a password
+    r"|(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?(?![\w.]*\d)"
+    # of IPv6: a digit, and "::" or many groups
+    r"|(?<![\w:.])(?=[a-f:]*\d)(?=[\da-f:]*::|(?:[\da-f]+:){4})[\da-f:]{3,}(?:\]:\d+)?"
+    # a host with its port, no model with its size; or a host of a network's own
+    r"|(?<![\w.-])[a-z](?:[\w.-]{0,80}:\d{4,5}|[\w-]{0,60}\.[\w.-]{0,60}:\d+)\b"
+    r"|(?<![\w.-])(?:localhost|[a-z][\w.-]{0,80}\.(?:internal|local|lan|svc))\b"
+)
+_TRACE = re.compile(r"(?m)^Traceback \(|^[ \t]+at \S|^goroutine \d")
+_PAGE = re.compile(r"(?i)<(?:!doctype|html|body|title)\b")
+_TITLE = re.compile(r"(?i)<title[^<>]*>([^<>]*\w[^<>]*)")
+_TAGS = re.compile(r"(?is)<(style|script)\b(?:(?!</\1).)*+|<[^<>]*>")
 
 
 def error_text(error: Any) -> str:
-    """The readable part of an error object, in any of the shapes providers use."""
+    """The readable part of an error object, in any of the shapes providers use.
+
+    One line for everybody to see: without keys, addresses, tags and stack traces.
+    """
     while isinstance(error, dict):
         found = (error[key] for key in ("message", "detail", "error") if error.get(key))
         error = next(found, None) or json.dumps(error, ensure_ascii=False)
-    return plain_line(error) or "an error without a message"
+    text = str(error)
+    if _PAGE.search(text):
+        title = _TITLE.search(text)
+        text = title[1] if title else _TAGS.sub(" ", text)
+    if _TRACE.search(text):  # what went wrong stands at the left edge
+        lines = (line for line in text.splitlines() if not line[:1].isspace())
+        text = "\n".join(line for line in lines if not _TRACE.match(line))
+    text = _ADDRESS.sub("(address)", _KEY.sub(r"\g<label>\g<name>(key)", text))
+    return plain_line(text) or "an error without a message"
 
 
 # what reading a value of an unexpected shape raises
@@ -805,11 +818,9 @@ class ReplyDecoder:
         plain = isinstance(item, str) and not self._sse.used
         if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
-        elif isinstance(item, (bytes, str)):
-            for value in self._sse.feed(item):
-                yield from self._read(value)
-        else:
-            yield from self._read(item)
+            return
+        for value in self._sse.feed(item) if isinstance(item, (bytes, str)) else [item]:
+            yield from self._read(value)
 
     def close(self) -> Iterator[ReplyEvent]:
         """The reply has ended; gives what was held back."""
@@ -828,10 +839,8 @@ class ReplyDecoder:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
 
     def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
-        if isinstance(value, str):
-            yield from self._read_text(value)
-        elif not isinstance(value, dict):
-            yield from self._read_text(text_of(getattr(value, "content", None)))
+        if not isinstance(value, dict):
+            yield from self._read_text(getattr(value, "content", value))
         elif value.get("object") == "error":  # older vLLM
             raise ModelFailure(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
@@ -839,15 +848,13 @@ class ReplyDecoder:
         else:
             yield from self._read_chunk(value)
 
-    def _read_text(self, text: str) -> Iterator[ReplyEvent]:
-        if text:
+    def _read_text(self, content: Any) -> Iterator[ReplyEvent]:
+        if text := text_of(content):
             self._has_text = True
             yield from self._think.feed(text)
 
     def _read_chunk(self, chunk: Json) -> Iterator[ReplyEvent]:
-        names = ("prompt_eval_count", "eval_count")  # Ollama counts beside the message
-        counts = {name: chunk.get(name) for name in names}
-        yield from _read_usage(chunk.get("usage"), chunk.get("timings"), counts)
+        yield from _read_usage(chunk)
         if chunk.get("error"):
             raise ModelFailure(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
@@ -855,12 +862,11 @@ class ReplyDecoder:
             for event in self._read_message(choice["delta"]):
                 self._has_deltas = True
                 yield event
-        elif choice.get("message"):
-            yield from self._read_message(choice["message"], copy=self._has_deltas)
-        elif isinstance(chunk.get("message"), dict):
-            yield from self._read_message(chunk["message"])
-        elif "content" in chunk:
-            yield from self._read_text(text_of(chunk["content"]))
+        else:
+            message = choice.get("message") or chunk.get("message") or chunk
+            yield from self._read_message(message, copy=self._has_deltas)
+        for item in () if self._has_text else chunk.get("output") or ():
+            yield from self._read_value(item)
         sources = chunk.get("sources") or ()
         yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
@@ -868,8 +874,9 @@ class ReplyDecoder:
         """A delta, or a whole message: a `copy` repeats what was already streamed."""
         if not copy:
             keys = ("reasoning_content", "reasoning", "thinking")
-            yield from _read_reasoning(next(filter(None, map(message.get, keys)), ""))
-            yield from self._read_text(text_of(message.get("content")))
+            if thought := text_of(next(filter(None, map(message.get, keys)), "")):
+                yield ReasoningDelta(storable(thought))
+            yield from self._read_text(message.get("content"))
         calls = message.get("tool_calls") or ()
         if message.get("function_call"):
             calls = ({"index": 0, "function": message["function_call"]},)
@@ -882,9 +889,9 @@ class ReplyDecoder:
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         match kind.removeprefix("response."):
             case "output_text.delta" | "refusal.delta":
-                yield from self._read_text(text_of(event["delta"]))
+                yield from self._read_text(event["delta"])
             case "reasoning_text.delta" | "reasoning_summary_text.delta":
-                yield from _read_reasoning(event["delta"])
+                yield from self._read_message({"reasoning": event["delta"]})
             case "function_call_arguments.delta":
                 index, piece = event["output_index"], event["delta"]
                 self._streamed_calls.add(index)
@@ -895,9 +902,9 @@ class ReplyDecoder:
                 error = event.get("response", event).get("error") or event
                 raise ModelFailure(error_text(error))
             case "completed" | "incomplete":
-                yield from self._read_response(event["response"])
-            case "message" if "content" in event:
-                yield from self._read_text(text_of(event["content"]))
+                yield from self._read_chunk(event["response"])
+            case "message":
+                yield from self._read_message(event)
 
     def _read_output_item(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         item, index = event["item"], event.get("output_index")
@@ -910,18 +917,6 @@ class ReplyDecoder:
             for part in item.get("content") or ():
                 yield from _read_annotations(part)
 
-    def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
-        yield from _read_usage(response.get("usage"))
-        if not self._has_text:
-            for item in response.get("output") or ():
-                if item.get("type") == "message":
-                    yield from self._read_text(text_of(item.get("content")))
-
-
-def _read_reasoning(content: Any) -> Iterator[ReplyEvent]:
-    if text := text_of(content):
-        yield ReasoningDelta(text)
-
 
 def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
     """A piece of a tool call from parts of any type; an object becomes JSON text."""
@@ -931,16 +926,14 @@ def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
     return ToolCallDelta(
         index if isinstance(index, int) else None,
         call_id if isinstance(call_id, str) else "",
-        name if isinstance(name, str) else "",
-        arguments or "",
+        storable(name) if isinstance(name, str) else "",
+        storable(arguments or ""),
     )
 
 
 def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
     """URL citations, flat (Responses API) or nested (Chat Completions) -> sources."""
     for annotation in message.get("annotations") or ():
-        if annotation.get("type") != "url_citation":
-            continue
         citation = annotation.get("url_citation", annotation)
         if url := citation.get("url"):
             title = citation.get("title") or url
@@ -948,10 +941,12 @@ def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
             yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
-def _read_usage(*reports: Any) -> Iterator[ReplyEvent]:
-    """What of these reports of one call can be counted, as one report."""
+def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
+    """What can be counted in a chunk, as one report."""
+    # Ollama counts beside the message
+    ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
     usage: Json = {}
-    for report in reports:
+    for report in (chunk.get("usage"), chunk.get("timings"), ollama):
         usage |= _counts_of(report)
     if usage:
         yield UsageReport(usage)
@@ -987,17 +982,16 @@ class ToolCallAccumulator:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int | None, str], OpenCall] = {}
-        self._latest: dict[int | None, OpenCall] = {}
+        self._known: dict[tuple[int | None, str], OpenCall] = {}  # "": the latest
         self._order: list[OpenCall] = []
 
     def feed(self, delta: ToolCallDelta) -> OpenCall:
         """Add a piece; gives the call it belongs to."""
         call = self._find(delta)
         if call is None:
-            call = self._latest[None] = OpenCall(delta.id)
+            call = self._known[None, ""] = OpenCall(delta.id)
             self._order.append(call)
-        self._latest[delta.index] = call
+        self._known[delta.index, ""] = call
         if delta.id:
             call.id = call.id or delta.id
             self._known[delta.index, delta.id] = call
@@ -1013,9 +1007,8 @@ class ToolCallAccumulator:
         return [(call, split_objects("".join(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
-        if known := self._known.get((delta.index, delta.id)):
-            return known
-        call = self._latest.get(delta.index)
+        call = self._known.get((delta.index, delta.id))
+        call = call or self._known.get((delta.index, ""))
         if call is None or call.id == delta.id:
             return call
         is_named_anew = delta.index is None and delta.name and call.name
@@ -1074,21 +1067,21 @@ _HIDES_FENCES = re.compile(
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
 
 
+@dataclass(slots=True)
 class _LineTracker:
     """Reads whole lines, and knows in what the next one stands."""
 
-    def __init__(self) -> None:
-        self.closing = ""  # the line that closes the code fence that is open
-        self.is_marked = False  # there is a mark in the paragraph
-        self._in_paragraph = False  # or in a fence directly behind one
-        self._in_list = False
-        self._is_sure = True  # nothing can have hidden a fence, or its end, so far
+    closing: str = ""  # the line that closes the code fence that is open
+    is_marked: bool = False  # there is a mark in the paragraph
+    _in_paragraph: bool = False  # or in a fence directly behind one
+    _in_list: bool = False
+    _is_sure: bool = True  # nothing can have hidden a fence, or its end, so far
 
     @property
     def in_code(self) -> bool:
         """Whether every parser is in code here: its fence stands at the left edge."""
-        begun = self.closing.startswith(("`", "~"))
-        return begun and self._is_sure and not self._in_paragraph
+        is_sure = self._is_sure and not self._in_paragraph
+        return is_sure and self.closing.startswith(("`", "~"))
 
     def read(self, line: str) -> None:
         """Take the next line."""
@@ -1096,8 +1089,7 @@ class _LineTracker:
         if not words:
             self._in_paragraph = self.is_marked = False
             return
-        if not self.in_code:
-            self.is_marked |= any(spelling in line for spelling in _SPELLINGS)
+        self.is_marked |= not self.in_code and any(mark in line for mark in _SPELLINGS)
         fence = self.closing.lstrip()
         if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
             self.closing = fence = ""  # the item is over, and with it the fence
@@ -2804,10 +2796,11 @@ class Host:
             )
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
             readable = [await self._keep_image(image) for image in images]
+        text = "" if text is None else storable(str(text))
         failed = isinstance(value, dict) and bool(value.get("error"))
         stored = tuple(image["url"] for image in images)
         return ToolResult(
-            text or "", failed, tuple(files), tuple(embeds), tuple(readable), stored
+            text, failed, tuple(files), tuple(embeds), tuple(readable), stored
         )
 
     async def _keep_image(self, image: Json) -> str:

@@ -267,8 +267,8 @@ class Preparing(ScriptedHost):
     async def model_params(self, ids: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
 
-    async def voices(self, cards: Any, *_: Any) -> dict[str, mmc.Voice | str]:
-        return {card.id: mmc.Voice(card.id) for card in cards}
+    async def voice(self, card: mmc.ModelCard, *_: Any) -> mmc.Voice | str:
+        return mmc.Voice(card.id)
 
 
 @pytest.mark.parametrize(
