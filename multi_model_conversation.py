@@ -1922,16 +1922,14 @@ def _add_tool_calls(messages: list[Json], message: Json) -> None:
 def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
     """The conversation with only the conclusion of each reply that has one."""
     kept: list[Entry] = []
-    concluded = False
-    for entry in reversed(entries):  # a conclusion is the last turn of its reply
-        if isinstance(entry, Question):
-            concluded = False
-        elif entry.concludes and entry.text:
-            concluded = True
-        elif concluded or entry.concludes:
-            continue
+    for entry in entries:
+        if isinstance(entry, Turn) and entry.concludes:  # the last of its reply
+            if not entry.text:
+                continue
+            while kept and isinstance(kept[-1], Turn) and not kept[-1].concludes:
+                kept.pop()
         kept.append(entry)
-    return kept[::-1]
+    return kept
 
 
 class NameFilter:
