@@ -1698,7 +1698,7 @@ def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot 
     if len(found) != 1:
         listed = json.dumps(list(paper.choices), ensure_ascii=False)
         return f"Your vote must name exactly one of {listed}, as a JSON object."
-    values = {alias: float(alias == found[0]) for alias in paper.choices.values()}
+    values = {a: float(choice == found[0]) for choice, a in paper.choices.items()}
     return Ballot(paper.voter, values)
 
 
