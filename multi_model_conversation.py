@@ -1736,20 +1736,16 @@ def describe_agreement(standings: Sequence[Standing], ballots: Sequence[Ballot])
     what chance would: 1 is complete agreement, and 0 is none.
     """
     scores = {s.alias: s.score or 0.0 for s in standings}
-    spread = unexplained = 0.0
-    free = 1 - len(standings)
-    for ballot in ballots:
-        values = ballot.values
-        left = [value - scores[alias] for alias, value in values.items()]
-        spread += pvariance(values.values()) * len(values)
-        unexplained += pvariance(left) * len(left)
-        free += len(values) - 1
+    given = [list(ballot.values.values()) for ballot in ballots]
+    left = [[v - scores[a] for a, v in ballot.values.items()] for ballot in ballots]
+    spread, unexplained = (sum(pvariance(v) * len(v) for v in x) for x in (given, left))
+    degrees = sum(map(len, given)) - len(given)
+    free = degrees - len(standings) + 1
     if free < _TELLING or not spread:
         return ""
-    share = 1 - (unexplained / free) / (spread / (free + len(standings) - 1))
-    words = (
-        "agree" if share > 0.6 else "agree partly" if share > 0.25 else "hardly agree"
-    )
+    share = 1 - (unexplained / free) / (spread / degrees)
+    limits = {"agree": 0.6, "agree partly": 0.25, "hardly agree": share}
+    words = next(words for words, least in limits.items() if share >= least)
     return f"The members {words}."
 
 
