@@ -2673,7 +2673,7 @@ class Host:
                 for name, value in merged.items()
                 if name in names
                 or name.endswith("_details")
-                or (name == "cost" and isinstance(value, (int, float)))
+                or (name.endswith("cost") and isinstance(value, (int, float)))
             }
         return total
 

@@ -1645,6 +1645,16 @@ def test_the_closing_line_and_the_usage_say_the_same() -> None:
     )
 
 
+def test_the_closing_line_says_what_it_cost_where_the_provider_does() -> None:
+    run, _ = make_run()
+    counts = {"input_tokens": 9, "output_tokens": 1, "cost": 0.01234}
+    run.ledger.figures["Ann"] = mmc.Figures(calls=2, usage=counts)
+    run.ledger.usage = counts
+    assert run._describe_figures() == (
+        "> ⏱️ Ann: 9 in, 1 out · cost 0.0123 | 2 model calls · cost 0.0123 in all"
+    )
+
+
 def test_progress_says_who_has_answered_and_who_is_waited_for() -> None:
     admitted = dict.fromkeys(ALL, 1.0)
     assert mmc._describe_progress("of 4 answered · 1.0 s", {}, admitted) == (
