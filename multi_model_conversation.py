@@ -1523,11 +1523,14 @@ def _decide(
     }
     brief = fill_template(agenda.settings.conclusion_prompt, told)
     step = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
-    return (yield from _conclude(agenda, turns, [s.alias for s in standings], step))
+    marks = {
+        s.alias: f"rank {n}" if ballots else "" for n, s in enumerate(standings, 1)
+    }
+    return (yield from _conclude(agenda, turns, marks, step))
 
 
 def _conclude(
-    agenda: Agenda, turns: Sequence[Turn], ranked: Sequence[str], step: Speak
+    agenda: Agenda, turns: Sequence[Turn], marks: Mapping[str, str], step: Speak
 ) -> Mode:
     """The chair concludes; where it fails at once, the next best takes over."""
     chair = agenda.settings.chair.strip()
@@ -1535,17 +1538,17 @@ def _conclude(
     notes = [
         f"{turn.alias} {'was late' if turn.late else 'failed'}"
         for turn in turns
-        if turn.alias in wanted and turn.alias not in ranked
+        if turn.alias in wanted and turn.alias not in marks
     ]
     if chair and not (wanted or agenda.judge):
         notes.append(f"nobody is called {plain_line(chair, 40)}")
-    members = sorted(ranked, key=lambda alias: alias not in wanted)
+    members = sorted(marks, key=lambda alias: alias not in wanted)
     for alias in filter(None, (agenda.judge, *members)):
         behind = f" ({', '.join(notes)})" if notes else ""
         yield _outcome(turns, f"chaired by {alias}{behind}")
         spoken: list[Turn] = yield replace(step, aliases=(alias,), concludes=True)
         if spoken[0].text:
-            yield Fold({alias: f"rank {n}" for n, alias in enumerate(ranked, 1)})
+            yield Fold(marks)
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
     yield _outcome(turns, "nobody could write a conclusion")
@@ -2307,7 +2310,8 @@ def fold_drafts(
         words = sum(len(str(b.text).split()) for b in said if "notice" not in b.fields)
         counted = f"{words:,} word{'s' * (words != 1)}" if words else "no answer"
         title = " ".join(spoken[number].groups())
-        parts = (title, marks.get(heading.speaker), counted)
+        mark = marks.get(heading.speaker, "not ranked" if words else "")
+        parts = (title, mark, counted)
         texts = (str(block.text).strip() for block in said)
         draft = "\n\n".join((f"### {title}", *texts))
         heading.text.replace(render_fold(ROLE.join(filter(None, parts)), draft))
