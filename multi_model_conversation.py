@@ -2251,13 +2251,14 @@ def render_markdown(transcript: Transcript) -> str:
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-def plan_items(block: Block) -> Json | None:
+def plan_items(block: Block, before: int = 0) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
+    So many items of the message stand `before` the transcript.
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
-    event: Json = {"output_index": block.index}
+    event: Json = {"output_index": before + block.index}
     suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
@@ -2289,7 +2290,7 @@ def plan_chunk(block: Block) -> Json | None:
 # ======================================================================================
 
 if sys.modules.get("open_webui"):  # there is none where the unit tests run
-    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
+    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL, VERSION
     from open_webui.internal.db import get_db
     from open_webui.main import app
     from open_webui.models.chats import Chats
@@ -2421,6 +2422,11 @@ class Host:
     def user_id(self) -> str:
         """Whose run it is."""
         return str(getattr(self.user, "id", ""))
+
+    @property
+    def can_insert(self) -> bool:
+        """Whether the page takes a new item between others, as it does from 0.11.1."""
+        return self.in_chat and VERSION != "0.11.0"
 
     @property
     def can_ask(self) -> bool:
@@ -3090,7 +3096,7 @@ class Emitter:
         may_send: Callable[[Block], bool] | None = None,
     ) -> None:
         self.flushes = 0
-        self._plan = plan
+        self.plan = plan
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
@@ -3140,7 +3146,7 @@ class Emitter:
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
                 continue
-            event = self._plan(block)
+            event = self.plan(block)
             block.mark_sent()
             if event is not None:
                 events.append(event)
@@ -4033,6 +4039,12 @@ class Run:
             log.info("conversation ended: %d turns", self.ledger.turns)
             await host.show_status(self._describe_end(reason), done=True)
 
+    def go_on_after(self, items: list[Json] | None) -> None:
+        """The message has these items already, which are saved with the new ones."""
+        self.saver.before = items
+        if not self.host.can_insert:  # nor does the host count from the new ones
+            self.screen.emitter.plan = partial(plan_items, before=len(items or ()))
+
     async def _converse(self, mode: Mode) -> str:
         """From the first to the last word; gives why it ended."""
         saving = asyncio.create_task(self.saver.keep())
@@ -4455,7 +4467,7 @@ async def _prepare(
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
     run = _make_run(host, settings, cast, entries, row.drafts)
     if run.screen.continued and stored:
-        run.saver.before = stored[-1].get("output")
+        run.go_on_after(stored[-1].get("output"))
     aliases, question = tuple(cast.participants), last_question(entries)
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
@@ -4471,7 +4483,7 @@ def _make_run(
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     plan = plan_items if host.in_chat else plan_chunk
-    may_send = None if host.in_chat else transcript.is_next
+    may_send = None if host.can_insert else transcript.is_next
     emitter = Emitter(plan, interval, may_send=may_send)
     screen = Screen(transcript, emitter, host.in_chat, continued)
     ledger = Ledger(host.add_usage)
