@@ -8,7 +8,6 @@ import pytest
 from tests.cluster.cluster import Cluster, SplitPage
 from tests.cluster.scene import (
     TOKENS,
-    assert_stored_everywhere,
     seat_three,
     split_page,
     start,
