@@ -19,12 +19,17 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.
 # The versions that `make compat` checks.
 VERSIONS = $(shell sed -n 's/^open-webui==//p' constraints.txt)
 
-.PHONY: demo test cluster test-cluster compat bench bench-quick lint clean
+.PHONY: demo test fuzz cluster test-cluster compat bench bench-quick lint clean
 
 # Without a Chromium, Playwright's own is tried once before the page's tests skip.
 test: .venv/ready
 	$(RUN) -m tests.stack.browser
 	$(RUN) -m pytest
+
+# New input for everything that reads what is foreign: make fuzz SECONDS=3600
+SECONDS ?= 300
+fuzz: .venv/ready
+	FUZZ_SECONDS=$(SECONDS) $(RUN) -m pytest tests/unit/test_fuzz.py -o timeout=0
 
 demo: .venv/ready
 	@exec $(RUN) -m tests.stack.demo
