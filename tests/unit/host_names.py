@@ -28,6 +28,7 @@ FUNCTIONS: dict[str, dict[str, str]] = {
             "async (request, form_data, user, *, bypass_system_prompt)"
         ),
     },
+    "open_webui.utils.files": {"get_image_base64_from_url": "async (url, *, user)"},
     "open_webui.utils.middleware": {
         "apply_source_context_to_messages": (
             "async (request, messages, sources, user_message)"
@@ -37,7 +38,6 @@ FUNCTIONS: dict[str, dict[str, str]] = {
             "async (request, body, extra_params, user, models, tools)"
         ),
         "chat_web_search_handler": "async (request, form_data, extra_params, user)",
-        "convert_url_images_to_base64": "async (form_data, *, user)",
         "get_citation_source_from_tool_result": (
             "(tool_name, tool_params, tool_result, tool_id)"
         ),
@@ -52,15 +52,13 @@ FUNCTIONS: dict[str, dict[str, str]] = {
             "event_emitter)"
         ),
     },
+    "open_webui.utils.misc": {"get_message_list": "(messages_map, message_id)"},
     "open_webui.utils.models": {"get_filtered_models": "async (models, user)"},
     "open_webui.utils.payload": {
         "apply_model_params_to_body_openai": "(params, form_data)",
         "resolve_system_prompt": "async (system, metadata, user)",
     },
-    "open_webui.utils.response": {
-        "merge_usage": "(current, incoming)",
-        "normalize_usage": "(usage)",
-    },
+    "open_webui.utils.response": {"merge_usage": "(current, incoming)"},
     "open_webui.utils.tools": {
         "get_builtin_tools": "async (request, extra_params, features, model)",
         "get_tools": "async (request, tool_ids, user, extra_params)",
