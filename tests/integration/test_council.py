@@ -88,14 +88,15 @@ def drafts_stay_open(talk: Talk) -> None:
 def gather(talk: Talk, count: int = 4, /, **behaviours: Behaviour) -> None:
     """Seat so many members; who is not given a behaviour is a plain one."""
     for name in NAMES[:count]:
-        plain = member(WORD[name], PREFERS, votes="Ben")
+        plain = odd(name)
         talk.models.add(model(name), behaviours.get(name, plain))
     talk.seat(*(f"{name} | {model(name)}" for name in NAMES[:count]))
 
 
 def odd(name: str, **instead: Any) -> Behaviour:
     """A plain member but for these stages."""
-    return member(WORD[name], PREFERS, votes="Ben", **instead)
+    votes = "Ann" if name == "Ben" else "Ben"
+    return member(WORD[name], PREFERS, votes=votes, **instead)
 
 
 def slow(name: str, seconds: float, *more: Any) -> Behaviour:
@@ -233,7 +234,7 @@ async def test_the_chair_reads_no_names_and_the_page_shows_no_letters(
     )
     assert len(re.findall(r"(?m)^- \[[A-D]\]: It says elm\.$", asked)) == 3
     concluded = section(reply, f"{seat_of('Ben')} · conclusion")
-    assert concluded == "Ann is right, Ben, Dee are not."
+    assert concluded.splitlines()[0] == "Ann is right, Ben, Dee are not."
 
 
 async def test_four_sections_stream_at_once_in_the_order_of_the_seats(
@@ -1167,7 +1168,7 @@ async def test_each_turn_of_a_debate_is_told_to_answer_the_strongest_point(
             last_user_text(seen.chat).rstrip().endswith("that others disagree is none.")
         )
     for seen in turns[:2]:
-        assert "<message" not in seen.text
+        assert "<message from" not in last_user_text(seen.chat)
     assert '<message from="Ben">\nThe elm it is' in turns[2].text
 
 
@@ -1261,7 +1262,7 @@ async def test_a_right_minority_is_read_by_the_chair_beside_the_better_style(
     assert not of_stage(talk, "review", model("Hal"))
     (seen,) = of_stage(talk, "conclusion")
     assert right in last_user_text(seen.chat) and styled in last_user_text(seen.chat)
-    concluded = dict(sections(reply.output))[headings(reply)[-1]]
+    concluded = section(reply, headings(reply)[-1]).splitlines()[0]
     assert concluded == "The yew, as Dee says, against the others."
 
 
@@ -1270,6 +1271,7 @@ async def test_a_right_minority_is_read_by_the_chair_beside_the_better_style(
 
 async def test_a_chair_from_outside_concludes_and_is_no_contestant(talk: Talk) -> None:
     gather(talk, 3)
+    talk.models.add(model("Hal"), odd("Hal"))
     talk.admin_sets(chair=model("Hal"))
     reply = await talk.ask(QUESTION, COUNCIL)
     assert [seen.model for seen in of_stage(talk, "conclusion")] == [model("Hal")]
@@ -1282,7 +1284,7 @@ async def test_a_chair_from_outside_concludes_and_is_no_contestant(talk: Talk) -
 async def test_a_chair_that_may_not_be_used_is_as_one_that_is_not_there(
     talk: Talk, chair: str
 ) -> None:
-    talk.models.add("secret")
+    talk.models.add("secret", member("ivy"))
     talk.host.models(refresh=True)
     gather(talk, 2)
     talk.admin_sets(chair=chair)
@@ -1359,7 +1361,7 @@ async def test_a_second_question_after_a_folded_reply_knows_every_speaker(
     heard = of_stage(talk, "answer", model("Ann"))[0].text
     assert '<message from="Ben">\nThe elm it is' in heard
     assert f'<message from="Cy">\n{odd_text}\n</message>' in heard
-    for ours in ("<details type", "<summary>", "rank 1", "🔴", "words", "🏆"):
+    for ours in ("<details type", "<summary>", "rank 1", "🔴", " words<", "🏆"):
         assert ours not in heard
     said = [m["content"] for m in talk.sent(model("Ann")) if m["role"] == "assistant"]
     assert said[0].startswith("The oak it is: Which tree lasts")
