@@ -1952,10 +1952,13 @@ def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
 
 
 class NameFilter:
-    """Puts names in place of their letters in brackets, in a text cut anywhere."""
+    """Puts names in place of their letters in brackets, in a text cut anywhere.
+
+    Directly behind a word or a bracket they are code.
+    """
 
     def __init__(self, names: Mapping[str, str]) -> None:
-        self._names, self._held = names, ""
+        self._names, self._held, self._before = names, "", ""
 
     def feed(self, text: str) -> str:
         """Take more text; gives what is sure, with names."""
@@ -1964,8 +1967,11 @@ class NameFilter:
         text = self._held + text
         unsure = re.search(r"\[[A-H, ]{0,30}\Z", text)
         cut = unsure.start() if unsure else len(text)
-        self._held = text[cut:]
-        return re.sub(r"\[([A-H](?:, ?[A-H])*)\]", self._name, text[:cut])
+        self._held, known = text[cut:], self._before + text[:cut]
+        pattern = r"(?<![\w)\]])\[([A-H](?:, ?[A-H])*)\]"
+        shown = re.sub(pattern, self._name, known)[len(self._before) :]
+        self._before = known[-1:]
+        return shown
 
     def close(self) -> str:
         """The text has ended; gives what was held back."""
