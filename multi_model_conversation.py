@@ -1218,6 +1218,8 @@ _FITTINGS = 20  # each leaves at most a quarter of what was missing, where all j
 _TELLING = 3  # values beyond those that any ballots fit; fewer show no agreement
 _MIDDLE = 5.0  # of 0 to 10: where a ballot has places only
 _LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
+_LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
+_UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
 _PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
 _CHAIN = re.compile(r"\b[A-H](?:\s?[>=,→]\s?[A-H])+\b")
 _COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
@@ -1954,33 +1956,30 @@ def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
 class NameFilter:
     """Puts names in place of their letters in brackets, in a text cut anywhere.
 
-    Directly behind a word or a bracket they are code.
+    Directly behind a word or a bracket of another kind they are code.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names, self._held, self._before = names, "", ""
 
-    def feed(self, text: str) -> str:
+    def feed(self, text: str, final: bool = False) -> str:
         """Take more text; gives what is sure, with names."""
         if not self._names:
             return text
         text = self._held + text
-        unsure = re.search(r"\[[A-H, ]{0,30}\Z", text)
+        unsure = None if final else _UNSURE_LETTERS.search(text)
         cut = unsure.start() if unsure else len(text)
         self._held, known = text[cut:], self._before + text[:cut]
-        pattern = r"(?<![\w)\]])\[([A-H](?:, ?[A-H])*)\]"
-        shown = re.sub(pattern, self._name, known)[len(self._before) :]
+        shown = _LETTERS_IN_BRACKETS.sub(self._name, known)[len(self._before) :]
         self._before = known[-1:]
         return shown
 
     def close(self) -> str:
         """The text has ended; gives what was held back."""
-        held, self._held = self._held, ""
-        return held
+        return self.feed("", final=True)
 
     def _name(self, found: re.Match[str]) -> str:
-        letters = re.findall(r"\w", found[1])
-        names = [self._names.get(letter, "") for letter in letters]
+        names = [self._names.get(letter, "") for letter in re.findall(r"\w", found[0])]
         return ", ".join(names) if all(names) else found[0]
 
 

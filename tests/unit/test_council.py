@@ -1014,7 +1014,7 @@ NAMES = {"A": "Cat", "B": "Ann Lee", "C": "Bob"}
     ("text", "shown"),
     [
         ("[A] is right, [B] is not.", "Cat is right, Ann Lee is not."),
-        ("[A] [C], ([A, B]) and [C,B].", "Cat Bob, (Cat, Ann Lee) and Bob, Ann Lee."),
+        ("[A][C] ([A, B]) and [C,B].", "Cat, Bob (Cat, Ann Lee) and Bob, Ann Lee."),
         ("[D] [a] [AB] [A,] [] [A B] [[A]]", "[D] [a] [AB] [A,] [] [A B] [Cat]"),
         ("`x[A]`, f()[B], m[A][B] and `[A]`", "`x[A]`, f()[B], m[A][B] and `Cat`"),
         ("A list: [1, 2], [A, D], [A", "A list: [1, 2], [A, D], [A"),
