@@ -2426,8 +2426,8 @@ class Host:
         return str(getattr(self.user, "id", ""))
 
     @property
-    def can_insert(self) -> bool:
-        """Whether the page takes a new item between others, as it does from 0.11.1."""
+    def can_replace(self) -> bool:
+        """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
         return self.in_chat and VERSION != "0.11.0"
 
     @property
@@ -3238,7 +3238,7 @@ class Screen:
 
     transcript: Transcript
     emitter: Emitter
-    in_chat: bool  # a page shows it, no API client
+    can_replace: bool  # what was sent, as on a page and for no API client
     continued: bool  # there is a beginning of the reply, which the host keeps
     ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
 
@@ -3254,7 +3254,7 @@ class Screen:
     def publish(self, key: str, text: str, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
         block = self.ours.get(key)
-        if block and (self.in_chat or block.section in self.transcript.growing):
+        if block and (self.can_replace or block.section in self.transcript.growing):
             self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
@@ -3262,7 +3262,7 @@ class Screen:
 
     def publish_progress(self, key: str, text: str) -> None:
         """A line that is replaced in place, and goes away; for a page only."""
-        if self.in_chat:
+        if self.can_replace:
             self.publish(key, f"{PROGRESS}{text}", passing=True)
 
     def hide_progress(self) -> None:
@@ -4047,7 +4047,7 @@ class Run:
     def go_on_after(self, items: list[Json] | None) -> None:
         """The message has these items already, which are saved with the new ones."""
         self.saver.before = items
-        if not self.host.can_insert:  # nor does the host count from the new ones
+        if not self.host.can_replace:  # nor does the host count from the new ones
             self.screen.emitter.plan = partial(plan_items, before=len(items or ()))
 
     async def _converse(self, mode: Mode) -> str:
@@ -4488,9 +4488,9 @@ def _make_run(
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     plan = plan_items if host.in_chat else plan_chunk
-    may_send = None if host.can_insert else transcript.is_next
+    may_send = None if host.can_replace else transcript.is_next
     emitter = Emitter(plan, interval, may_send=may_send)
-    screen = Screen(transcript, emitter, host.in_chat, continued)
+    screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
     saver = Saver(host, transcript, emitter)
