@@ -296,7 +296,7 @@ def _read_v2(stored: Mapping[str, Any]) -> Json:
             persona = str(stored.get(f"Participant{number}SystemMessage") or "")
             persona = "\\n".join(persona.splitlines())
             lines.append(f"{alias} | {model} | {persona}")
-    with suppress(TypeError, ValueError):  # without a number that can be read: all
+    with suppress(TypeError, ValueError, OverflowError):  # no number: all of them
         lines = lines[: int(stored.get("NUM_PARTICIPANTS") or 5)] if lines else lines
     if lines:
         found["team"] = "\n".join(lines)
@@ -3918,6 +3918,7 @@ class ShownReply(Reply):
         super().__init__()
         self._section = section
         self._emit = section.screen.emitter.emit_replace
+        self._kind: BlockKind = "message"  # of the text that comes now
         self._guard = ForgeryGuard()
         self._pieces = ToolCallAccumulator()
         self._texts: list[Block] = []
@@ -3929,19 +3930,18 @@ class ShownReply(Reply):
         """Show one event; raises `ModelFailure` if it is an error."""
         match event:
             case TextDelta(text):
-                self._add_text(self._guard.feed(text))
+                self._add_text("message", text)
             case ReasoningDelta(text):
-                self._leave_text()
-                self._grow("reasoning", text)
+                self._add_text("reasoning", text)
             case ToolCallDelta():
-                self._leave_text()
+                self._pause()
                 self._add_call_piece(event)
             case _:
                 super().apply(event)
 
     def end(self) -> None:
         """Nothing more comes: its text, and its tool calls with ids of our own."""
-        self._leave_text()
+        self._pause()
         self._close_open()
         # joined as the host joins the blocks of a message
         self.text = "\n".join(str(block.text) for block in self._texts).strip()
@@ -3953,15 +3953,21 @@ class ShownReply(Reply):
                 call_id = card.fields["call_id"]
                 self.calls.append(ToolCall(call_id, open_call.name, arguments))
 
-    def _add_text(self, text: str) -> None:
-        if not self._texts:
+    def _add_text(self, kind: BlockKind, text: str) -> None:
+        if kind != self._kind:
+            self._pause()
+            self._kind = kind
+        self._show(self._guard.feed(text))
+
+    def _show(self, text: str) -> None:
+        if self._kind == "message" and not self._texts:
             text = text.lstrip()
         if text:
-            self._grow("message", text)
+            self._grow(self._kind, text)
 
-    def _leave_text(self) -> None:
+    def _pause(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
-        self._add_text(self._guard.close())
+        self._show(self._guard.close())
         self._guard = ForgeryGuard()
 
     def _grow(self, kind: BlockKind, text: str) -> None:
