@@ -819,9 +819,11 @@ _ADDRESS = re.compile(
     r"|(?<![\w.-])(?:localhost|[a-z][\w.-]{0,80}\.(?:internal|local|lan|svc))\b"
 )
 _TRACE = re.compile(r"(?m)^Traceback \(|^[ \t]+at \S|^goroutine \d")
-_PAGE = re.compile(r"(?i)<(?:!doctype|html|body|title)\b")
 _TITLE = re.compile(r"(?i)<title[^<>]*>([^<>]*\w[^<>]*)")
-_TAGS = re.compile(r"(?is)<(style|script)\b(?:(?!</\1).)*+|<[^<>]*>")
+_TAGS = re.compile(  # of a page that has no title
+    r"(?is)<(style|script)\b(?:(?!</\1).)*+|</?(?:!|html|head|body|div|p|h\d|[ou]l|li|br"
+    r"|hr|span|center|style|script|meta|link)\b[^<>]*>"
+)
 
 
 def error_text(error: Any) -> str:
@@ -832,10 +834,8 @@ def error_text(error: Any) -> str:
     while isinstance(error, dict):
         found = (error[key] for key in ("message", "detail", "error") if error.get(key))
         error = next(found, None) or json.dumps(error, ensure_ascii=False)
-    text = str(error)
-    if _PAGE.search(text):
-        title = _TITLE.search(text)
-        text = title[1] if title else _TAGS.sub(" ", text)
+    title = _TITLE.search(str(error))
+    text = title[1] if title else _TAGS.sub(" ", str(error))
     if _TRACE.search(text):  # what went wrong stands at the left edge
         lines = (line for line in text.splitlines() if not line[:1].isspace())
         text = "\n".join(line for line in lines if not _TRACE.match(line))
