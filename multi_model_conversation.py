@@ -644,7 +644,7 @@ def storable(text: str) -> str:
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
     line = " ".join(storable(str(text)).split())
-    line = re.sub(r"[`<>\[\]]", "", line)
+    line = re.sub(r"[`<>\[\]\u202a-\u202e\u2066-\u2069]", "", line)  # nor backwards
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -142,10 +142,14 @@ FACTS = """() => {
   const headings = drawn(":is(h1,h2,h3,h4,h5,h6,[role=heading])");
   const ours = headings.filter((e) => marks.test(e.textContent));
   const least = Math.min(...drawn("h3").map(size));
+  const bold = (e) => getComputedStyle(e).fontWeight >= 500;
   const large = drawn("*").filter((e) => !e.closest("h3") && size(e) >= least &&
-    [...e.childNodes].some((n) => n.nodeType === 3 && marks.test(n.data)));
+    bold(e) && [...e.childNodes].some((n) => n.nodeType === 3 && marks.test(n.data)));
   const media = ":is(iframe,audio,video,object,embed,form,base,meta,link,script)";
   const card = /^(View Result|Executing|Preparing|Though|Thinking|Analy|Tool|Explored)/;
+  const scheme = (url) => URL.canParse(url, location.href)
+    ? new URL(url, location.href).protocol : "";
+  const unsafe = /javascript|vbscript|data/;
   const inside = (e) => e.closest("svg, .katex");
   return {
     headings: words(ours),
@@ -155,8 +159,9 @@ FACTS = """() => {
     styles: brief(drawn("style").filter((e) => !inside(e))),
     handlers: brief(drawn("*").filter((e) =>
       [...e.attributes].some((a) => /^on/i.test(a.name)))),
-    links: brief(drawn("*").filter((e) => [...e.attributes].some((a) =>
-      /^\\s*(javascript|vbscript|data:text)/i.test(a.value)))),
+    links: brief(drawn(":is(a,area,form,iframe,use,image)").filter((e) =>
+      ["href", "action", "src", "xlink:href"].some((name) => unsafe.test(
+        scheme(e.getAttribute(name) || ""))))),
     cards: words(drawn("*").filter((e) => !e.children.length &&
       !e.closest("pre, p, li") && card.test(e.textContent.trim()))),
     shimmers: brief(drawn(".shimmer")),
@@ -263,6 +268,7 @@ async def test_no_text_of_a_model_harms_or_poses(
     await scene.snap(watched.page, "17-hostile")
 
     numbers = sorted(int(n) for n in re.findall(r"(\d+)(?=')", str(watched.loaded)))
+    assert numbers  # images, that is: of them the host draws every single model's, too
     alone = await open_watched(scene, account, "parrot")
     await alone.page.ask("Say " + " ".join(map(str, numbers)))
     await alone.page.wait_finished()
@@ -378,7 +384,9 @@ async def test_no_name_ballot_error_or_reason_harms_or_poses(
     for heading in facts["headings"]:
         assert re.match("[🔵🔴🟢🟠🟣🟡🟤⚫🏆] ", heading)
     if mode == COUNCIL:
-        assert len(facts["headings"]) == len(NAMES) + 2
+        assert (
+            len(facts["headings"]) == len(NAMES) + 3
+        )  # Hal, the ranking, the conclusion
         assert sum(heading == "🏆 Ranking" for heading in facts["headings"]) == 1
         outcome, *others = [q for q in facts["quotes"] if q.startswith("🏁")]
         assert outcome.startswith("🏁 7 of 8 answered") and not others
