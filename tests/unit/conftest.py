@@ -16,6 +16,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile(
-    "fuzz", settings.get_profile("unit"), derandomize=False, max_examples=1000
+    "fuzz", settings.get_profile("unit"), derandomize=False, max_examples=300
 )
 settings.load_profile("fuzz" if os.environ.get("FUZZ_SECONDS") else "unit")
