@@ -1,7 +1,7 @@
 """Whatever reads foreign input gives a value or a named error, whatever it is given.
 
 And who reads in pieces gives the same however the input is cut. `make test` tries each
-reader a few hundred times, always the same; `make fuzz` tries new inputs for as long as
+reader a few dozen times, always the same; `make fuzz` tries new inputs for as long as
 `SECONDS` says. To add a reader: a check in `CHECKS`, with what it is given.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from starlette.responses import Response
@@ -393,6 +393,7 @@ CHECKS: list[tuple[Check, tuple[st.SearchStrategy[Any], ...]]] = [
 def test_no_input_is_fatal(
     check: Check, inputs: tuple[st.SearchStrategy[Any], ...]
 ) -> None:
+    @settings(max_examples=300 if SECONDS else 75)
     @given(st.tuples(*inputs))
     def attempt(drawn: tuple[Any, ...]) -> None:
         check(*drawn)
