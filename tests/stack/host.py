@@ -134,7 +134,8 @@ class ServerProcess:
     def __init__(self, data_dir: Path, environment: Mapping[str, str], port: int):
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = data_dir / "server.log"
-        program = Path(sys.executable).parent / "open-webui"
+        installed = Path(sys.executable).parent / "open-webui"
+        program = os.environ.get("MMC_OPEN_WEBUI", installed)  # or another version's
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [str(program), "serve", "--host", "127.0.0.1", "--port", str(port)],
@@ -244,6 +245,10 @@ class Api:
     def sign_in_without_login(self) -> Account:
         """The only account of a server that runs with `WEBUI_AUTH=False`."""
         return self._sign_in("signin", {"email": "", "password": ""})
+
+    def adopt(self, account: Account) -> None:
+        """Go on as an administrator that signed in before a restart."""
+        self._admin = account
 
     def add_user(self, name: str, role: str = "user") -> Account:
         """Create another account, signed in."""

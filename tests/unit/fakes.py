@@ -64,6 +64,13 @@ class ScriptedHost(mmc.Host):
     async def _emit(self, event: Json) -> None:
         self.events.append(event)
 
+    @property
+    def can_insert(self) -> bool:
+        return self.in_chat
+
+    async def may_save(self) -> bool:
+        return False
+
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
         names = ("input_tokens", "output_tokens", "total_tokens")
@@ -142,10 +149,10 @@ def make_run(
         tools=tools or {},
         specs=tuple({"type": "function", "function": {"name": n}} for n in tools or {}),
     )
-    participants = tuple(
-        mmc.Participant(alias, colour, f"You are {alias}.", voice)
+    participants = {
+        alias: mmc.Participant(alias, colour, f"You are {alias}.", voice)
         for alias, colour in zip(aliases, mmc.COLOURS, strict=False)
-    )
+    }
     settings = mmc.merge_settings(mmc.Settings(**fields), None)
     transcript = mmc.Transcript("t")
     emitter = mmc.Emitter(mmc.plan_items if in_chat else mmc.plan_chunk, 0.0)
@@ -158,6 +165,7 @@ def make_run(
         mmc.Screen(transcript, emitter, in_chat, False),
         ledger,
         mmc.ModelCalls(host, settings, ledger, emitter),
+        mmc.Saver(host, transcript, emitter),
     )
     return run, host
 

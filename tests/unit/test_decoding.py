@@ -67,18 +67,24 @@ def read_item(item: Any) -> Any:
     return item
 
 
-def decode(items: Iterable[Any]) -> list[mmc.ReplyEvent]:
-    """All events of a reply."""
+def decode(items: Iterable[Any]) -> list[mmc.ReplyEvent | mmc.ModelFailure]:
+    """All events of a reply; an error that ended it is the last."""
     decoder = mmc.ReplyDecoder(HOST_TAGS)
-    events = [event for item in items for event in decoder.feed(item)]
-    return [*events, *decoder.close()]
+    events: list[mmc.ReplyEvent | mmc.ModelFailure] = []
+    try:
+        for item in items:
+            events.extend(decoder.feed(item))
+        events.extend(decoder.close())
+    except mmc.ModelFailure as failure:
+        events.append(failure)
+    return events
 
 
-def joined(events: Iterable[mmc.ReplyEvent], kind: type[Any]) -> str:
+def joined(events: Iterable[Any], kind: type[Any]) -> str:
     return "".join(event.text for event in events if isinstance(event, kind))
 
 
-def calls_of(events: Iterable[mmc.ReplyEvent]) -> list[list[str]]:
+def calls_of(events: Iterable[Any]) -> list[list[str]]:
     """The calls as (id, name, arguments), as a section would run them."""
     calls = mmc.ToolCallAccumulator()
     for event in events:
@@ -100,7 +106,7 @@ def outcome(items: Iterable[Any]) -> dict[str, Any]:
         "reasoning": joined(events, mmc.ReasoningDelta),
         "calls": calls_of(events),
         "usage": usages[-1] if usages else None,
-        "errors": [e.reason for e in events if isinstance(e, mmc.StreamError)],
+        "errors": [str(e) for e in events if isinstance(e, mmc.ModelFailure)],
     }
 
 
@@ -288,7 +294,7 @@ def check_counts(usage: dict[str, Any]) -> None:
             assert type(value) in (int, float) and math.isfinite(value)
 
 
-def check(event: mmc.ReplyEvent) -> None:
+def check(event: mmc.ReplyEvent | mmc.ModelFailure) -> None:
     """Every part of an event is of the type it says."""
     match event:
         case mmc.TextDelta(text) | mmc.ReasoningDelta(text):
@@ -298,8 +304,8 @@ def check(event: mmc.ReplyEvent) -> None:
             assert all(isinstance(part, str) for part in (call_id, name, arguments))
         case mmc.UsageReport(usage):
             check_counts(usage)
-        case mmc.StreamError(reason):
-            assert reason and "\n" not in reason
+        case mmc.ModelFailure():
+            assert str(event) and "\n" not in str(event)
         case mmc.SourceFound(source):
             assert isinstance(source, dict)
 
@@ -410,7 +416,9 @@ def test_no_event_has_what_cannot_be_stored(
         lines = [f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks]
         items: list[Any] = lines if as_stream else [*chunks, text]
         events = [event for item in items for event in decoder.feed(item)]
-        events += [*decoder.feed({"error": text}), *decoder.close()]
+        with pytest.raises(mmc.ModelFailure) as failure:
+            list(decoder.feed({"error": text}))
+        events += [*decoder.close(), *failure.value.args]
         assert "\ufffd" in str(events)
         assert not UNSTORABLE.search(str(events).replace("\\x00", "\0"))
         assert "\\ud83c" not in str(events) and "\\udf33" not in str(events)

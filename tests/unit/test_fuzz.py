@@ -120,9 +120,15 @@ def cut(whole: Any, places: Sequence[int]) -> list[Any]:
 
 
 def fed(reader: Any, pieces: Iterable[Any]) -> list[Any]:
-    """All that a reader gives."""
-    given_out = [each for piece in pieces for each in reader.feed(piece)]
-    return [*given_out, *reader.close()]
+    """All that a reader gives, up to the error that it read as one."""
+    found: list[Any] = []
+    try:
+        for piece in pieces:
+            found.extend(reader.feed(piece))
+        found.extend(reader.close())
+    except mmc.ModelFailure as failure:
+        found.append(failure)
+    return found
 
 
 # -- what is checked -------------------------------------------------------------------
@@ -135,7 +141,7 @@ def check_plain(text: str, limit: int = 300) -> None:
     assert not re.search(r"[\n\r`<>\[\]\u202e\u2067]", text)
 
 
-def joined(events: Iterable[mmc.ReplyEvent]) -> list[Any]:
+def joined(events: Iterable[mmc.ReplyEvent | mmc.ModelFailure]) -> list[Any]:
     """Events with neighbouring texts of a kind as one: what a cut may not change."""
     found: list[Any] = []
     for event in events:
@@ -153,16 +159,16 @@ def joined(events: Iterable[mmc.ReplyEvent]) -> list[Any]:
     return found
 
 
-def check_events(events: Iterable[mmc.ReplyEvent]) -> None:
+def check_events(events: Iterable[mmc.ReplyEvent | mmc.ModelFailure]) -> None:
     for event in events:
         match event:
             case mmc.ToolCallDelta(index, call_id, name, arguments):
                 assert index is None or isinstance(index, int)
                 assert isinstance(call_id, str)
                 assert not BROKEN.search(name + arguments)
-            case mmc.StreamError(reason):
-                assert reason
-                check_plain(reason)
+            case mmc.ModelFailure():
+                assert str(event)
+                check_plain(str(event))
             case mmc.SourceFound(source):
                 assert isinstance(source, dict)
             case mmc.UsageReport(usage):
@@ -197,7 +203,7 @@ def reply_items(values: list[Any]) -> None:
 
 
 def think_splitter(text: str, places: list[int], own: list[str]) -> None:
-    for tags in (TAGS, (), mmc._read_think_tags(own, TAGS)):
+    for tags in (TAGS, (), ((own[0], own[1]),) if all(own) else ()):
         whole = joined(fed(mmc.ThinkSplitter(tags), [text]))
         assert joined(fed(mmc.ThinkSplitter(tags), cut(text, places))) == whole
 
@@ -248,18 +254,17 @@ def error_responses(body: bytes, status: int, wait: str) -> None:
     with suppress(UnicodeEncodeError):  # of the test's own: no header could carry it
         response.headers["retry-after"] = wait
     try:
-        mmc.reply_items(response)
+        mmc._read_whole(response)
         assert status < 400
     except mmc.ModelFailure as failure:
         assert status >= 400 and failure.status == status
         seconds = failure.retry_after
-        assert seconds is None or 0 <= seconds < math.inf
+        assert 0 <= seconds < math.inf
         check_plain(str(failure), 320)
 
 
 def numbers_in_headers(text: str) -> None:
-    seconds = mmc.read_seconds(text)
-    assert seconds is None or 0 <= seconds < math.inf
+    assert 0 <= mmc.read_seconds(text) < math.inf
 
 
 def templates(template: str, values: list[str]) -> None:

@@ -67,12 +67,11 @@ def arguments_in_pieces(pieces: Sequence[str]) -> None:
 def growing_text(pieces: Sequence[str]) -> None:
     """A block that is flushed at every hundredth piece."""
     block = mmc.Transcript("t").add("message", "Ann")
-    shown = mmc.take_snapshot(block)
     for number, piece in enumerate(pieces):
         block.text.append(piece)
         if number % 100 == 0:
-            mmc.plan_items(block, shown)
-            shown = mmc.take_snapshot(block)
+            mmc.plan_items(block)
+            block.mark_sent()
 
 
 READERS: dict[str, Reader] = {
