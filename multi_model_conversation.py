@@ -573,7 +573,7 @@ def storable(text: str) -> str:
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
     line = " ".join(storable(str(text)).split())
-    line = re.sub(r"[`<>\[\]]", "", line)
+    line = re.sub(r"[`<>\[\]\u202a-\u202e\u2066-\u2069]", "", line)  # nor backwards
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -757,9 +757,11 @@ _ADDRESS = re.compile(
     r"|(?<![\w.-])(?:localhost|[a-z][\w.-]{0,80}\.(?:internal|local|lan|svc))\b"
 )
 _TRACE = re.compile(r"(?m)^Traceback \(|^[ \t]+at \S|^goroutine \d")
-_PAGE = re.compile(r"(?i)<(?:!doctype|html|body|title)\b")
 _TITLE = re.compile(r"(?i)<title[^<>]*>([^<>]*\w[^<>]*)")
-_TAGS = re.compile(r"(?is)<(style|script)\b(?:(?!</\1).)*+|<[^<>]*>")
+_TAGS = re.compile(  # of a page that has no title
+    r"(?is)<(style|script)\b(?:(?!</\1).)*+|</?(?:!|html|head|body|div|p|h\d|[ou]l|li|br"
+    r"|hr|span|center|style|script|meta|link)\b[^<>]*>"
+)
 
 
 def error_text(error: Any) -> str:
@@ -770,10 +772,8 @@ def error_text(error: Any) -> str:
     while isinstance(error, dict):
         found = (error[key] for key in ("message", "detail", "error") if error.get(key))
         error = next(found, None) or json.dumps(error, ensure_ascii=False)
-    text = str(error)
-    if _PAGE.search(text):
-        title = _TITLE.search(text)
-        text = title[1] if title else _TAGS.sub(" ", text)
+    title = _TITLE.search(str(error))
+    text = title[1] if title else _TAGS.sub(" ", str(error))
     if _TRACE.search(text):  # what went wrong stands at the left edge
         lines = (line for line in text.splitlines() if not line[:1].isspace())
         text = "\n".join(line for line in lines if not _TRACE.match(line))
@@ -3907,6 +3907,7 @@ class ShownReply(Reply):
         super().__init__()
         self._section = section
         self._emit = section.screen.emitter.emit_replace
+        self._kind: BlockKind = "message"  # of the text that comes now
         self._guard = ForgeryGuard()
         self._pieces = ToolCallAccumulator()
         self._texts: list[Block] = []
@@ -3918,19 +3919,18 @@ class ShownReply(Reply):
         """Show one event."""
         match event:
             case TextDelta(text):
-                self._add_text(self._guard.feed(text))
+                self._add_text("message", text)
             case ReasoningDelta(text):
-                self._leave_text()
-                self._grow("reasoning", text)
+                self._add_text("reasoning", text)
             case ToolCallDelta():
-                self._leave_text()
+                self._pause()
                 self._add_call_piece(event)
             case _:
                 super().apply(event)
 
     def end(self) -> None:
         """Nothing more comes: its text, and its tool calls with ids of our own."""
-        self._leave_text()
+        self._pause()
         self._close_open()
         # joined as the host joins the blocks of a message
         self.text = "\n".join(str(block.text) for block in self._texts).strip()
@@ -3942,15 +3942,21 @@ class ShownReply(Reply):
                 call_id = card.fields["call_id"]
                 self.calls.append(ToolCall(call_id, open_call.name, arguments))
 
-    def _add_text(self, text: str) -> None:
-        if not self._texts:
+    def _add_text(self, kind: BlockKind, text: str) -> None:
+        if kind != self._kind:
+            self._pause()
+            self._kind = kind
+        self._show(self._guard.feed(text))
+
+    def _show(self, text: str) -> None:
+        if self._kind == "message" and not self._texts:
             text = text.lstrip()
         if text:
-            self._grow("message", text)
+            self._grow(self._kind, text)
 
-    def _leave_text(self) -> None:
+    def _pause(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
-        self._add_text(self._guard.close())
+        self._show(self._guard.close())
         self._guard = ForgeryGuard()
 
     def _grow(self, kind: BlockKind, text: str) -> None:
