@@ -304,12 +304,12 @@ def ballots(text: str, verdict: Any) -> None:
         for lenient in (True, False):
             ballot = mmc.read_ranking(answer, PAPER, lenient)
             if not isinstance(ballot, str):
-                assert set(ballot.ranks) == set(PAPER.choices.values())
-                assert sum(ballot.ranks.values()) == 6
+                assert set(ballot.values) == set(PAPER.choices.values())
+                assert all(-1 <= value <= 11 for value in ballot.values.values())
                 for remark in ballot.remarks.values():
                     check_plain(remark, 200)
             vote = mmc.read_vote(answer, PAPER, lenient)
-            assert isinstance(vote, str) or len(vote.ranks) == 1
+            assert isinstance(vote, str) or sum(vote.values.values()) == 1
 
 
 def manager_choices(text: str, verdict: Any) -> None:
