@@ -592,7 +592,7 @@ def storable(text: str) -> str:
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
     line = " ".join(storable(str(text)).split())
-    line = re.sub(r"[`<>\[\]]", "", line)
+    line = re.sub(r"[`<>\[\]\u202a-\u202e\u2066-\u2069]", "", line)  # nor backwards
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -776,9 +776,11 @@ _ADDRESS = re.compile(
     r"|(?<![\w.-])(?:localhost|[a-z][\w.-]{0,80}\.(?:internal|local|lan|svc))\b"
 )
 _TRACE = re.compile(r"(?m)^Traceback \(|^[ \t]+at \S|^goroutine \d")
-_PAGE = re.compile(r"(?i)<(?:!doctype|html|body|title)\b")
 _TITLE = re.compile(r"(?i)<title[^<>]*>([^<>]*\w[^<>]*)")
-_TAGS = re.compile(r"(?is)<(style|script)\b(?:(?!</\1).)*+|<[^<>]*>")
+_TAGS = re.compile(  # of a page that has no title
+    r"(?is)<(style|script)\b(?:(?!</\1).)*+|</?(?:!|html|head|body|div|p|h\d|[ou]l|li|br"
+    r"|hr|span|center|style|script|meta|link)\b[^<>]*>"
+)
 
 
 def error_text(error: Any) -> str:
@@ -789,10 +791,8 @@ def error_text(error: Any) -> str:
     while isinstance(error, dict):
         found = (error[key] for key in ("message", "detail", "error") if error.get(key))
         error = next(found, None) or json.dumps(error, ensure_ascii=False)
-    text = str(error)
-    if _PAGE.search(text):
-        title = _TITLE.search(text)
-        text = title[1] if title else _TAGS.sub(" ", text)
+    title = _TITLE.search(str(error))
+    text = title[1] if title else _TAGS.sub(" ", str(error))
     if _TRACE.search(text):  # what went wrong stands at the left edge
         lines = (line for line in text.splitlines() if not line[:1].isspace())
         text = "\n".join(line for line in lines if not _TRACE.match(line))
@@ -2568,8 +2568,8 @@ class Host:
         return str(getattr(self.user, "id", ""))
 
     @property
-    def can_insert(self) -> bool:
-        """Whether the page takes a new item between others, as it does from 0.11.1."""
+    def can_replace(self) -> bool:
+        """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
         return self.in_chat and VERSION != "0.11.0"
 
     @property
@@ -3389,7 +3389,7 @@ class Screen:
 
     transcript: Transcript
     emitter: Emitter
-    in_chat: bool  # a page shows it, no API client
+    can_replace: bool  # what was sent, as on a page and for no API client
     continued: bool  # there is a beginning of the reply, which the host keeps
     ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
     marks: dict[str, str] = field(default_factory=dict)  # of drafts, once they may fold
@@ -3406,7 +3406,7 @@ class Screen:
     def publish(self, key: str, text: str, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
         block = self.ours.get(key)
-        if block and (self.in_chat or block.section in self.transcript.growing):
+        if block and (self.can_replace or block.section in self.transcript.growing):
             self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
@@ -3414,7 +3414,7 @@ class Screen:
 
     def publish_progress(self, key: str, text: str) -> None:
         """A line that is replaced in place, and goes away; for a page only."""
-        if self.in_chat:
+        if self.can_replace:
             self.publish(key, f"{PROGRESS}{text}", passing=True)
 
     def hide_progress(self) -> None:
@@ -4070,6 +4070,7 @@ class ShownReply(Reply):
         super().__init__()
         self._section = section
         self._emit = section.screen.emitter.emit_replace
+        self._kind: BlockKind = "message"  # of the text that comes now
         self._names = NameFilter(section.names)
         self._guard = ForgeryGuard()
         self._pieces = ToolCallAccumulator()
@@ -4082,19 +4083,18 @@ class ShownReply(Reply):
         """Show one event."""
         match event:
             case TextDelta(text):
-                self._add_text(self._guard.feed(self._names.feed(text)))
+                self._add_text("message", text)
             case ReasoningDelta(text):
-                self._leave_text()
-                self._grow("reasoning", text)
+                self._add_text("reasoning", text)
             case ToolCallDelta():
-                self._leave_text()
+                self._pause()
                 self._add_call_piece(event)
             case _:
                 super().apply(event)
 
     def end(self) -> None:
         """Nothing more comes: its text, and its tool calls with ids of our own."""
-        self._leave_text()
+        self._pause()
         self._close_open()
         # joined as the host joins the blocks of a message
         self.text = "\n".join(str(block.text) for block in self._texts).strip()
@@ -4106,16 +4106,21 @@ class ShownReply(Reply):
                 call_id = card.fields["call_id"]
                 self.calls.append(ToolCall(call_id, open_call.name, arguments))
 
-    def _add_text(self, text: str) -> None:
-        if not self._texts:
+    def _add_text(self, kind: BlockKind, text: str) -> None:
+        if kind != self._kind:
+            self._pause()
+            self._kind = kind
+        self._show(self._guard.feed(self._names.feed(text)))
+
+    def _show(self, text: str) -> None:
+        if self._kind == "message" and not self._texts:
             text = text.lstrip()
         if text:
-            self._grow("message", text)
+            self._grow(self._kind, text)
 
-    def _leave_text(self) -> None:
+    def _pause(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
-        self._add_text(self._guard.feed(self._names.close()))
-        self._add_text(self._guard.close())
+        self._show(self._guard.feed(self._names.close()) + self._guard.close())
         self._guard = ForgeryGuard()
 
     def _grow(self, kind: BlockKind, text: str) -> None:
@@ -4213,7 +4218,7 @@ class Run:
     def go_on_after(self, items: list[Json] | None) -> None:
         """The message has these items already, which are saved with the new ones."""
         self.saver.before = items
-        if not self.host.can_insert:  # nor does the host count from the new ones
+        if not self.host.can_replace:  # nor does the host count from the new ones
             self.screen.emitter.plan = partial(plan_items, before=len(items or ()))
 
     async def _converse(self, mode: Mode) -> str:
@@ -4293,7 +4298,7 @@ class Run:
         most, used = self.settings.max_tokens, self.ledger.tokens()
         if 0 < most <= used:
             screen.notice(f"{used:,} tokens were used, and {most:,} are the ceiling.")
-        can_fold = self.host.can_insert and not screen.continued
+        can_fold = screen.can_replace and not screen.continued
         if screen.marks and can_fold and self.settings.fold_drafts:
             screen.fold()
         screen.fix()
@@ -4669,9 +4674,9 @@ def _make_run(
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     plan = plan_items if host.in_chat else plan_chunk
-    may_send = None if host.can_insert else transcript.is_next
+    may_send = None if host.can_replace else transcript.is_next
     emitter = Emitter(plan, interval, may_send=may_send)
-    screen = Screen(transcript, emitter, host.in_chat, continued)
+    screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
     saver = Saver(host, transcript, emitter)
