@@ -97,18 +97,20 @@ async def test_the_demo_opens_ready_to_type_and_leaves_nothing_behind(
     assert "⚠️" not in shown
 
     council = await ask(browser, url, "Chaired by Grace", COUNCIL)
-    four = [*everybody, "Edsger"]
-    assert re.findall(r"[🔵🔴🟢🟠] (.+)", council) == [*four, "Grace · conclusion"]
+    lines = re.findall(r"[🔵🔴🟢🟠] (\w+) · (conclusion|rank \d|not ranked)", council)
+    assert lines == [
+        ("Grace", "conclusion"),
+        *(("Ada", "rank 3"), ("Grace", "rank 1"), ("Alan", "rank 2")),
+        ("Edsger", "not ranked"),
+    ]
     assert council.count("Thought for") == 1
     assert council.count("View Result from look_up") == 1
     reason = BREAKS_OFF.rstrip(".")
-    assert f"Edsger broke off: {reason}" in council
     outcome = f"3 of 4 answered · Edsger failed: {reason} · chaired by Grace"
-    ranking, conclusion = council.split(outcome)
-    assert "Ranking" in ranking
-    assert QUESTION in conclusion
-    assert "Alan and I agree" in conclusion
-    assert "The minority view is Ada’s" in conclusion
+    _, conclusion = council.split(outcome)
+    assert QUESTION in conclusion.split("Ranking")[0]
+    assert "Grace and Alan agree" in conclusion
+    assert "Ada has another view" in conclusion
 
     of_the_demo = family(demo.pid)
     running = processes()
