@@ -16,12 +16,21 @@ export NO_PYTHON
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench bench-quick lint clean
+.PHONY: demo test faults soak bench bench-quick lint clean
 
 # Without a Chromium, Playwright's own is tried once before the page's tests skip.
 test: .venv/ready
 	$(RUN) -m tests.stack.browser
 	$(RUN) -m pytest
+
+# All faults in all modes; the table goes into docs/reliability.md.
+faults: .venv/ready
+	MMC_FAULTS=all $(RUN) -m pytest tests/integration/test_faults.py
+
+# A hundred at once, then a long mixed run; figures and a plot go into docs/.
+MINUTES = 30
+soak: .venv/ready
+	$(RUN) -m benchmarks.soak --minutes $(MINUTES)
 
 demo: .venv/ready
 	@exec $(RUN) -m tests.stack.demo

@@ -20,6 +20,7 @@ from tests.integration.talk import assert_stored, items, reached, text_of_item
 from tests.stack.document import write_part
 from tests.stack.faults import (
     FAULTS,
+    FAULTY,
     MODES,
     STEADY,
     TROUBLE,
@@ -40,7 +41,7 @@ NAMES = ("Ann", "Rex", "Ben")
 
 KEYS = re.compile(r"sk-[\w-]{8,}|Bearer \S{8,}")
 ADDRESSES = re.compile(r"\d{1,3}(\.\d{1,3}){3}|localhost|https?://|/srv/")
-TAGS = re.compile(r"<[a-zA-Z/!]")
+TAGS = re.compile(r"<[a-zA-Z/!]|!DOCTYPE|/html|/body")
 TRACES = re.compile(r"Traceback|line \d+, in |0x[0-9a-f]{6}|\w+(Error|Exception)\b")
 
 
@@ -134,7 +135,7 @@ class Play:
                 found.append(f"what is stored is not what was shown: {error!s:.500}")
             finally:
                 await page.stop_all()
-        calls = [s for s in self.models.turns(fault.model) if case.mark in s.text]
+        calls = [s for s in self.models.turns(*fault.models) if case.mark in s.text]
         return Outcome(reply, seconds, len(calls), found)
 
     async def end(self) -> None:
@@ -149,8 +150,8 @@ def team_of(case: Case) -> dict[str, Any]:
     seated = {"Ann": "steady-oak", "Rex": case.fault.model, "Ben": "steady-elm"}
     lead = "steady-lead"
     if case.fault.seat == "all":
-        seated = dict.fromkeys(NAMES, case.fault.model)
-        lead = case.fault.model
+        *models, lead = case.fault.models
+        seated = dict(zip(NAMES, models, strict=True))
     if case.fault.seat == "lead" and case.mode == "manager":
         lead, seated["Rex"] = case.fault.model, "steady-elm"
     lines = [f"{name} | {model}" for name, model in seated.items()]
@@ -163,21 +164,24 @@ async def play(
     host: OpenWebUI, model_server: ModelServer, request: pytest.FixtureRequest
 ) -> AsyncIterator[Play]:
     """The faulty models, listed and limited, and every chosen case under way."""
-    for name, behaviour in STEADY.items():
-        model_server.add(name, behaviour)
-    for fault in FAULTS:
-        if any(fault.calls):
-            model_server.add(fault.model, fault.behaviour)
+    closed = {model for model in FAULTY if model.startswith("closed.")}
+    served = STEADY | {m: FAULTY[m] for m in FAULTY if m not in closed}
+    for name, behaviour in served.items():
+        model_server.add(name, behaviour, listed=False)
     host.create_tool(TROUBLE_ID, TROUBLE)
-    closed = [f.model.removeprefix("closed.") for f in FAULTS if not any(f.calls)]
-    connection = {"prefix_id": "closed", "model_ids": closed}
+    unheard = [model.removeprefix("closed.") for model in closed]
     settings = {
         "openai.api_base_urls": [
             model_server.openai_url,
             f"http://127.0.0.1:{free_port()}/v1",
+            model_server.openai_url,
         ],
-        "openai.api_keys": ["not-a-key"] * 2,
-        "openai.api_configs": {"0": {}, "1": connection},
+        "openai.api_keys": ["not-a-key"] * 3,
+        "openai.api_configs": {
+            "0": {},
+            "1": {"prefix_id": "closed", "model_ids": unheard},
+            "2": {"model_ids": list(served)},
+        },
     }
     playing = Play(host, model_server)
     with host.configured(settings):
@@ -206,8 +210,8 @@ def section_of(reply: Reply, name: str) -> str:
 
 
 def notices(text: str) -> list[str]:
-    """The lines in which failures are reported."""
-    return [line for line in text.splitlines() if line.startswith("> ⚠️ ")]
+    """The lines in which somebody's failure is reported."""
+    return [line for line in text.splitlines() if line.startswith("> ⚠️ **")]
 
 
 def own_words(reply: Reply) -> list[str]:
@@ -233,9 +237,9 @@ def not_plain(reply: Reply) -> Iterator[str]:
 def not_in_its_place(case: Case, reply: Reply) -> Iterator[str]:
     """The failure is named once, where it happened, and what was said stays."""
     fault = case.fault
-    names = NAMES if fault.seat == "all" else ("Rex",)
+    names = list(NAMES) if fault.seat == "all" else ["Rex"]
     if fault.seat == "lead" and case.mode == "manager":
-        names = ()
+        names = []
     for name in names:
         section = section_of(reply, name)
         said = notices(section)

@@ -129,6 +129,12 @@ class Fault:
         """The id of its model; who is never reached sits behind a closed port."""
         return f"fault-{self.name}" if any(self.calls) else f"closed.{self.name}"
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The ids of all who have it: one, or one for each seat and the manager."""
+        names = ("", "-two", "-three", "-lead") if self.seat == "all" else ("",)
+        return tuple(self.model + name for name in names)
+
 
 def at_turns(behaviour: Behaviour, word: str = "fir") -> Behaviour:
     """Go wrong where it answers; ballots and the conclusion are in order."""
@@ -301,7 +307,7 @@ def refused() -> list[Fault]:
         status(404, 1),
         status(408, 2),
         status(413, 1),
-        status(422, 1),
+        status(422, 2),
         status(500, 2),
         status(501, 2),
         Fault(
@@ -327,9 +333,9 @@ def refused() -> list[Fault]:
         ),
         Fault(
             "loop-302",
-            "a redirection to itself",
+            "a redirection to itself, which the host follows ten times",
             plays(Answer(b"", code=307, headers={"Location": "completions"})),
-            ASKED_TWICE,
+            (20, 20, 20, 20),
             "Server Connection Error",
         ),
     ]
@@ -362,7 +368,7 @@ def busy() -> list[Fault]:
             "busy-once",
             "HTTP 429 the first time",
             once(refuses(429, said, Retry_After="0.5"), well),
-            (2, 2, 3, 3),
+            (2, 2, 4, 4),
             said=BEGUN,
         ),
     ]
@@ -524,7 +530,7 @@ def odd() -> list[Fault]:
             "a web page as a stream",
             plays(Answer(PAGE.encode(), "text/event-stream")),
             ASKED_TWICE,
-            "web page",
+            empty,
         ),
         Fault(
             "bare-text",
@@ -642,7 +648,7 @@ def odd() -> list[Fault]:
             "50 MB packed into 50 kB, in one line",
             lambda _: Script([bomb(50)]),
             ASKED_TWICE,
-            "",
+            empty,
             limit=60,
             heavy=True,
         ),
@@ -743,7 +749,7 @@ def of_leaders() -> list[Fault]:
             "all-down",
             "HTTP 500 from everybody",
             down,
-            (6, 6, 6, 6),
+            (6, 10, 6, 6),
             "The shed is locked.",
             seat="all",
         ),
@@ -751,7 +757,7 @@ def of_leaders() -> list[Fault]:
             "all-silent",
             "nobody says anything",
             plays(Headers(), Silence()),
-            (3, 3, 3, 3),
+            (3, 5, 3, 3),
             "it said nothing for 3 s",
             seat="all",
             limit=25,
@@ -761,6 +767,8 @@ def of_leaders() -> list[Fault]:
 
 GROUPS: tuple[Make, ...] = (refused, busy, silent, broken, odd, of_tools, of_leaders)
 FAULTS: tuple[Fault, ...] = tuple(fault for group in GROUPS for fault in group())
+FAULTY = {model: fault.behaviour for fault in FAULTS for model in fault.models}
+"""Every model that has a fault, by its id."""
 
 # --- the table ------------------------------------------------------------------------
 

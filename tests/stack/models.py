@@ -327,6 +327,7 @@ class ModelServer:
         model: str,
         behaviour: Behaviour | None = None,
         surface: Literal["openai", "ollama"] = "openai",
+        listed: bool = True,
     ) -> None:
         """Add or replace a model; without a behaviour the id must be a family's."""
         made = behaviour or of_family(model)
@@ -337,7 +338,7 @@ class ModelServer:
                 self._ollama[model] = made
                 return
             self._behaviours[model] = made
-            if model not in self._listed:
+            if listed and model not in self._listed:
                 self._listed.append(model)
 
     def hold(self, name: str, after: int = 0) -> Hold:
