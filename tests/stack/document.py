@@ -12,19 +12,17 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(rf"(<!-- {name} -->\n)(.*?)(<!-- end of {name} -->)", re.DOTALL)
 
 
-def read_part(name: str) -> str:
+def read_part(name: str, document: Path = RELIABILITY) -> str:
     """What stands in a part; raises `LookupError` where there is no such part."""
-    found = _pattern(name).search(RELIABILITY.read_text("utf-8"))
+    found = _pattern(name).search(document.read_text("utf-8"))
     if found is None:
-        raise LookupError(f"{RELIABILITY.name} has no part {name!r}")
+        raise LookupError(f"{document.name} has no part {name!r}")
     return found[2]
 
 
-def write_part(name: str, text: str) -> None:
+def write_part(name: str, text: str, document: Path = RELIABILITY) -> None:
     """Put a text into a part, in place of what stands there."""
-    read_part(name)
-    document = RELIABILITY.read_text("utf-8")
-    written = _pattern(name).sub(
-        lambda found: f"{found[1]}{text}\n{found[3]}", document
-    )
-    RELIABILITY.write_text(written, "utf-8")
+    read_part(name, document)
+    before = document.read_text("utf-8")
+    after = _pattern(name).sub(lambda at: f"{at[1]}{text}\n{at[3]}", before)
+    document.write_text(after, "utf-8")

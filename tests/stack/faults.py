@@ -225,6 +225,15 @@ class Tools:
         """Raises a cancellation."""
         raise asyncio.CancelledError
 
+    async def clings(self) -> str:
+        """Goes on when it is cancelled, up to three times."""
+        for _ in range(3):
+            try:
+                await asyncio.sleep(20)
+            except asyncio.CancelledError:
+                continue
+        return "late"
+
     async def big(self) -> str:
         """Gives ten megabytes."""
         return "leaf " * 2_000_000
@@ -680,6 +689,12 @@ def of_tools() -> list[Fault]:
             "a tool that raises a cancellation",
             uses("cancel"),
             "it was cancelled from inside",
+        ),
+        fault(
+            "tool-clings",
+            "a tool that goes on when it is cancelled",
+            uses("clings"),
+            "longer than 2 s",
         ),
         fault("tool-odd", "ten tools that return odd types", uses("odd", 10, ODD), ""),
         fault("tool-big", "a tool's result of 10 MB", uses("big"), "leaf leaf", True),
