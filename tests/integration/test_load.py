@@ -12,8 +12,8 @@ from tests.stack.crowd import LEAD, MARK, Plan, ask_all, of_crowd
 from tests.stack.host import Account, OpenWebUI
 from tests.stack.models import ModelServer
 
-PLAN = Plan(count=20, words=30, pace=30)
-NATIVE = Plan(count=20, words=30, pace=30, native=True)
+PLAN = Plan(count=20, words=40, pace=20)
+NATIVE = Plan(count=20, words=40, pace=20, native=True)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ async def test_twenty_conversations_at_once_are_whole_and_apart(
     before = await reached(host.settled_counts)
     ours = await ask_all(host, users, PLAN)
     assert ours.problems == []
-    assert ours.most >= 15
+    assert ours.most >= 10
     prompts = [set(MARK.findall(seen.text)) for seen in model_server.turns()]
     assert len(prompts) >= 20 * 4
     assert all(len(marks) == 1 for marks in prompts)
