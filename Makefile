@@ -16,7 +16,7 @@ export NO_PYTHON
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test faults soak bench bench-quick lint clean
+.PHONY: demo test faults soak fuzz bench bench-quick lint clean
 
 # Without a Chromium, Playwright's own is tried once before the page's tests skip.
 test: .venv/ready
@@ -28,9 +28,14 @@ faults: .venv/ready
 	MMC_FAULTS=all $(RUN) -m pytest tests/integration/test_faults.py
 
 # A hundred at once, then a long mixed run; figures and a plot go into docs/.
-MINUTES = 30
+MINUTES ?= 30
 soak: .venv/ready
 	$(RUN) -m benchmarks.soak --minutes $(MINUTES)
+
+# New input for everything that reads what is foreign: make fuzz SECONDS=3600
+SECONDS ?= 300
+fuzz: .venv/ready
+	FUZZ_SECONDS=$(SECONDS) $(RUN) -m pytest tests/unit/test_fuzz.py -o timeout=0
 
 demo: .venv/ready
 	@exec $(RUN) -m tests.stack.demo

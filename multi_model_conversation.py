@@ -30,6 +30,7 @@ import asyncio
 import json
 import logging
 import re
+import sys
 import time
 from bisect import bisect_right
 from collections import Counter
@@ -38,14 +39,13 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
-    Container,
     Generator,
     Iterable,
     Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -54,14 +54,7 @@ from statistics import fmean
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -130,10 +123,9 @@ The debate is over. Who argued best, yourself excluded? Choose one of: {candidat
 Answer with one JSON object and nothing else:
 {"vote": "<one of these names>", "reason": "<one short sentence>"}"""
 
-MOST_SEATS = 8  # there is a colour for each
-
 Seconds = Annotated[float, AfterValidator(lambda value: max(value, 0.1))]
 Count = Annotated[int, AfterValidator(lambda value: max(value, 1))]
+Seats = Annotated[Count, AfterValidator(lambda value: min(value, 8))]  # as colours
 
 
 class ConversationError(Exception):
@@ -142,12 +134,15 @@ class ConversationError(Exception):
 
 def _setting(default: Any, description: str, **schema: Any) -> Any:
     """A field of the valves; the page makes its title of its name."""
-    extra = schema or None
-    return Field(default=default, description=description, json_schema_extra=extra)
+    return Field(default=default, description=description, json_schema_extra=schema)
 
 
-class SharedSettings(BaseModel):
-    """What the administrator sets for all, and everybody may set for themselves."""
+class UserSettings(BaseModel, extra="allow"):
+    """What everybody may set for themselves; what is not set is as the admin set it.
+
+    Fields of the plugin "Multi Model Conversations v2" that are still stored for a
+    user are kept as extras, for `_read_v2`.
+    """
 
     participants: list[str] = _setting(
         [],
@@ -156,12 +151,10 @@ class SharedSettings(BaseModel):
     )
     team: str = _setting(
         "",
-        "Lines `Alias | model id | persona`, in place of the list above; a model may "
-        "take several seats.",
+        "In place of the list: lines `Alias | model id | persona`; models may repeat.",
     )
     rounds: Count = _setting(
-        2,
-        "How often each speaks. Manager: at most this, times the participants, turns.",
+        2, "How often each speaks. Manager: at most as many turns in all."
     )
     manager_model: str = _setting(
         "",
@@ -169,10 +162,9 @@ class SharedSettings(BaseModel):
         input={"type": "select", "options": "model_options"},
     )
     instructions: str = _setting("", "Added to the system prompt of every participant.")
+    # with a type of its own: the page draws a text box only for a plain one
     temperature: float | None = _setting(
-        None,
-        "Sampling temperature of every participant. Unset: each model keeps its own.",
-        type="number",  # the page draws a text box only for a plain type
+        None, "Sampling temperature of all. Unset: each model's own.", type="number"
     )
     # Not in the panels: the chat's own controls set these; what is stored still counts.
     top_p: SkipJsonSchema[float | None] = None
@@ -180,24 +172,12 @@ class SharedSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_blanks(cls, values: Any) -> Any:
+    def drop_blanks(cls, values: Json) -> Json:
         """The page stores null, "" or [] for a field that is put back to default."""
-        if not isinstance(values, dict):
-            return values
         return {k: v for k, v in values.items() if v not in (None, "", [])}
 
 
-class UserSettings(SharedSettings):
-    """A user's own settings; what is not set here is as the admin set it.
-
-    Fields of the plugin "Multi Model Conversations v2" that are still stored for a
-    user are kept as extras, for `_read_v2`.
-    """
-
-    model_config = ConfigDict(extra="allow")
-
-
-class Settings(SharedSettings):
+class Settings(UserSettings):
     """The admin's settings: defaults for everybody, ceilings and limits, prompts.
 
     Merged with a user's own (`merge_settings`) they are the settings of a run.
@@ -216,12 +196,9 @@ class Settings(SharedSettings):
         "council and debate", "When a last line shows everybody's speed and tokens."
     )
     builtin_tools: Literal["features", "all", "none"] = _setting(
-        "features",
-        "Open WebUI's own tools: of features switched on and knowledge, all, or none.",
+        "features", "Open WebUI's tools: of active features and knowledge, all or none."
     )
-    max_participants: Annotated[Count, AfterValidator(lambda n: min(n, MOST_SEATS))] = (
-        _setting(8, "The most participants of a conversation (1 to 8).")
-    )
+    max_participants: Seats = _setting(8, "The most participants (1 to 8).")
     max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
     max_tool_rounds: Annotated[int, AfterValidator(lambda n: max(n, 0))] = _setting(
         8, "How often a participant may call tools in one turn."
@@ -232,22 +209,12 @@ class Settings(SharedSettings):
     calls_per_ollama: Count = _setting(
         1, "How many models of one Ollama server may answer at the same time."
     )
-    skip_after: float = _setting(
-        45, "Seconds of silence after which you are asked whether to skip. 0: never."
-    )
-    answer_deadline: Seconds = _setting(
-        180, "Seconds after which a council goes on without a member's answer."
-    )
-    first_token_timeout: Seconds = _setting(
-        120, "Seconds a model may take until it says something."
-    )
-    silence_timeout: Seconds = _setting(
-        60, "Seconds a model may pause in the middle of its answer."
-    )
+    skip_after: float = _setting(45, "Seconds of silence until you may skip. 0: never.")
+    answer_deadline: Seconds = _setting(180, "Seconds a council waits for a member.")
+    first_token_timeout: Seconds = _setting(120, "Seconds a model may take to begin.")
+    silence_timeout: Seconds = _setting(60, "Seconds a model may pause in its answer.")
     turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
-    tool_timeout: Seconds = _setting(
-        120, "Seconds of one tool call, or of the shared web search."
-    )
+    tool_timeout: Seconds = _setting(120, "Seconds of one tool call or web search.")
     rules_prompt: str = _setting(
         RULES_PROMPT, "What everybody is told. Knows {name} and {participants}."
     )
@@ -256,12 +223,10 @@ class Settings(SharedSettings):
         "Asks who is next. Knows {history}, {last_speaker} and {participant_list}.",
     )
     review_prompt: str = _setting(
-        REVIEW_PROMPT,
-        "Asks a council's members for a ranking. Knows {question} and {answers}.",
+        REVIEW_PROMPT, "Asks a council for a ranking. Knows {question} and {answers}."
     )
     conclusion_prompt: str = _setting(
-        CONCLUSION_PROMPT,
-        "Asks the chair to conclude. Knows {question}, {answers} and {result}.",
+        CONCLUSION_PROMPT, "Asks the chair. Knows {question}, {answers} and {result}."
     )
     debate_prompt: str = _setting(
         DEBATE_PROMPT, "What is said at each turn of a debate. Knows {question}."
@@ -282,28 +247,23 @@ _V2_NAMES = {
     "Top_k": "top_k",
     "Top_p": "top_p",
 }
+# what a workspace model's custom parameters, or an API client, may set
+_PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
 
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
     """Valves of "Multi Model Conversations v2" -> our names, as far as they are set."""
-    set_there = {name for name, value in stored.items() if value not in (None, "")}
-    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in set_there}
+    found = {ours: stored[v2] for v2, ours in _V2_NAMES.items() if v2 in stored}
     lines = []
     for number in range(1, 6):
-        model = stored.get(f"Participant{number}Model")
-        if model:
+        if model := stored.get(f"Participant{number}Model"):
             alias = stored.get(f"Participant{number}Alias") or f"Participant {number}"
-            persona = str(stored.get(f"Participant{number}SystemMessage") or "")
+            persona = str(stored.get(f"Participant{number}SystemMessage", ""))
             persona = "\\n".join(persona.splitlines())
             lines.append(f"{alias} | {model} | {persona}")
-    with suppress(TypeError, ValueError):  # without a number that can be read: all
-        lines = lines[: int(stored.get("NUM_PARTICIPANTS") or 5)] if lines else lines
-    if lines:
-        found["team"] = "\n".join(lines)
-    return found
-
-
-PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
+    most = stored.get("NUM_PARTICIPANTS")
+    team = "\n".join(lines[:most] if isinstance(most, int) else lines)
+    return found | ({"team": team} if team else {})
 
 
 def merge_settings(
@@ -314,20 +274,17 @@ def merge_settings(
 ) -> Settings:
     """The settings of one run, under the admin's ceilings.
 
-    The `rounds` named in a question win, then what the `request` presets (custom
-    parameters of a workspace model, or an API client's), then the user's fields, then
-    stored v2 fields, then the admin's. Choosing participants is one decision in two
-    fields: who fills only the list does not want the team text below it. Raises
-    `ConversationError` where a stored or preset value cannot be read.
+    The `rounds` named in a question win, then the presets of the `request`, then the
+    user's fields, then stored v2 fields, then the admin's. Choosing participants is one
+    decision in two fields: who fills only the list does not want the team text below
+    it. Raises `ConversationError` where a stored or preset value cannot be read.
     """
     own = user.model_dump(exclude_unset=True) if user else {}
-    chosen = {name: own[name] for name in SharedSettings.model_fields if name in own}
-    preset = {name: request[name] for name in PRESETS if request and request.get(name)}
-    fields = {**admin.model_dump(), **_read_v2(own)}
+    chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
+    preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    fields = admin.model_dump() | _read_v2(own)
     for layer in (chosen, preset):
-        if "participants" in layer and "team" not in layer:
-            layer["team"] = ""
-        fields.update(layer)
+        fields |= ({"team": ""} if "participants" in layer else {}) | layer
     if rounds is not None:
         fields["rounds"] = rounds
     try:
@@ -364,11 +321,9 @@ class ModelFailure(Exception):
 
     midway = False  # whether it had begun to speak
 
-    def __init__(
-        self, reason: str, status: int | None = None, retry_after: float | None = None
-    ) -> None:
+    def __init__(self, reason: str, status: int = 0, retry_after: float = 0) -> None:
         super().__init__(reason)
-        self.status = status  # the provider's HTTP status, where there is one
+        self.status = status  # of HTTP, where there is one; 408 also if it was silent
         self.retry_after = retry_after  # seconds, where the provider names them
 
     @property
@@ -377,21 +332,10 @@ class ModelFailure(Exception):
         return self.status in (429, 503, 529)
 
     @property
-    def names_options(self) -> bool:
-        """Whether the provider rejects `stream_options`, which not all know."""
-        return self.status in (400, 422) and "stream_options" in str(self)
-
-    @property
     def may_work_whole(self) -> bool:
         """Whether the same request may work without streaming."""
-        at_fault = self.status in (400, 401, 403, 404, 413)
+        at_fault = self.status in (400, 401, 403, 404, 408, 413)
         return not (self.midway or self.is_busy or at_fault)
-
-
-class ModelSilent(ModelFailure):
-    """A model took longer than it may; asking again would only take as long."""
-
-    may_work_whole = False
 
 
 class HostFailure(Exception):
@@ -431,13 +375,6 @@ class UsageReport:
     """Token counts of one model call, as the provider reported them."""
 
     usage: Json
-
-
-@dataclass(frozen=True, slots=True)
-class StreamError:
-    """An error object in the stream."""
-
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -519,22 +456,13 @@ class Participant:
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Everybody of one run, in order, and what could not be seated and why."""
+    """Everybody of one run, and what could not be seated and why."""
 
-    participants: tuple[Participant, ...]
+    participants: Mapping[str, Participant]  # by alias, in the order of the seats
     manager: Voice
     problems: tuple[str, ...] = ()
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """The names, in the order of the seats."""
-        return tuple(participant.alias for participant in self.participants)
-
-    def participant(self, alias: str) -> Participant:
-        """Who sits there under this name; names are unique."""
-        return self.participants[self.aliases.index(alias)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -588,16 +516,8 @@ class Ballot:
 
 
 @dataclass(frozen=True, slots=True)
-class LostBallot:
-    """A ballot that did not come, or was none, and why: "it said nothing for 60 s"."""
-
-    voter: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Judge:
-    """Step: members judge each other. Answer: a ballot of each, maybe lost."""
+    """Step: members judge each other. Answer: of each a ballot, or why it was lost."""
 
     papers: tuple[BallotPaper, ...]
     read: Callable[..., Ballot | str]  # an answer -> the ballot, or what is wrong
@@ -621,18 +541,27 @@ class AskManager:
     wrong_answer: str = ""
 
 
-ReplyEvent = (
-    TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | StreamError | SourceFound
-)
+ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
 Step = Speak | AskManager | Judge | Publish
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
 Mode = Steps[str]  # gives why the conversation ended
 
 
+_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
+
+
+def storable(text: str) -> str:
+    """Text as it can be stored: the host drops NUL and halves of characters then."""
+    if (text.isascii() and "\0" not in text) or not _UNSTORABLE.search(text):
+        return text
+    whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return whole.replace("\0", "\ufffd")
+
+
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
-    line = " ".join(str(text).split())
+    line = " ".join(storable(str(text)).split())
     line = re.sub(r"[`<>\[\]]", "", line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
@@ -641,13 +570,9 @@ def plain_line(text: object, limit: int = 300) -> str:
 # ==== 3 Decoding
 # ======================================================================================
 
-_TAG_ATTRIBUTES = r"[ \t][^<>◁\n]{0,200}"
-_LONGEST_TAG = 300  # characters that are held back, with its attributes
+_TAG_ATTRIBUTES = r"(?:[ \t][^<>◁\n]{0,200})?"
 _SSE_FIELDS = (":", "event:", "id:", "retry:")
 _NEXT_OBJECT = re.compile(r"\s*+(?={)")
-_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[][{}]')  # or a string, with what is in it
-
-
 _JSON = json.JSONDecoder()
 
 
@@ -672,14 +597,12 @@ class SSEDecoder:
     """Server-sent events or JSON lines, cut anywhere -> the JSON values they carry.
 
     A value is given out as soon as its line is complete, without waiting for the blank
-    line that ends an event; several `data:` lines of one event are joined, and so are
-    the lines of a JSON body that was printed over several.
+    line that ends an event; one that was printed over several lines, when that comes.
     """
 
     def __init__(self) -> None:
         self._line: list[bytes] = []
         self._event: list[str] = []  # lines of a value that is not complete
-        self._depth = 0  # of brackets that are open in it
         self.used = False  # whether something looked like an event or JSON
 
     def feed(self, piece: bytes | str) -> list[Any]:
@@ -690,50 +613,44 @@ class SSEDecoder:
         for line in lines:
             if self._line:
                 line, self._line = b"".join([*self._line, line]), []
-            if line:
+            if line or self._event:  # every second line is empty: not worth a call
                 values += self._read_line(line)
-            else:  # as every second line of a stream: not worth a call
-                self._event = []
         if rest:
             self._line.append(rest)
         return values
 
-    def close(self) -> Sequence[Any]:
-        """The stream has ended; gives what its last, unfinished line held."""
-        rest, self._line = b"".join(self._line), []
-        return self._read_line(rest)
+    def close(self) -> list[Any]:
+        """The stream has ended; gives what its last line and event held."""
+        return self.feed(b"\n\n")
 
     def _read_line(self, data: bytes) -> Sequence[Any]:
         line = data.decode("utf-8", "replace").rstrip("\r")
         if line.startswith("data:"):
-            return self._read_data(line[5:].removeprefix(" ").rstrip())
-        if not line.strip():
-            self._event = []
-        elif not line.startswith(_SSE_FIELDS) and (self._event or line[0] == "{"):
-            return self._read_data(line)
-        return ()
-
-    def _read_data(self, data: str) -> Sequence[Any]:
-        self.used = True
-        if data in ("", "[DONE]"):
+            line = line[5:].removeprefix(" ").rstrip()
+        elif not line.strip():
+            return self._read_event()
+        elif line.startswith(_SSE_FIELDS) or not (self._event or line[0] == "{"):
             return ()
-        if not self._event or data.startswith("{"):
+        self.used = True
+        if line in ("", "[DONE]"):
+            return ()
+        if not self._event or line.startswith("{"):
             try:
-                value, self._event = parse_json(data), []
-                return (value,)
+                value = parse_json(line)
+                return (*self._read_event(), value) if self._event else (value,)
             except ValueError:
                 pass  # not `suppress`: a tenth of what a chunk costs
-        found = Counter(_BRACKET.findall(data))
-        opened = found["{"] + found["["] - found["}"] - found["]"]
-        self._depth = opened + (self._depth if self._event else 0)
-        self._event.append(data)
-        if self._depth > 0:
-            return ()
-        lines, self._event = self._event, []  # as it stands, or nothing can complete it
-        with suppress(ValueError):
-            return (parse_json("\n".join(lines)),)
-        log.debug("skipped an event that is not JSON")
+        self._event.append(line)
         return ()
+
+    def _read_event(self) -> Sequence[Any]:
+        lines, self._event = self._event, []
+        try:
+            texts = split_objects("\n".join(lines)) if lines else ()
+            return [parse_json(text) for text in texts]
+        except ValueError:
+            log.debug("skipped an event that is not JSON")
+            return ()
 
 
 class ThinkSplitter:
@@ -743,33 +660,27 @@ class ThinkSplitter:
     """
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
-        self._tags = tuple(tags)
-        first = "".join(start[0] for start, _ in self._tags)
-        self._first = re.compile(f"[{re.escape(first)}]" if first else "(?!)")
-        whole, begun = [], []
-        for start, _ in self._tags:
-            name, last = re.escape(start[:-1]), re.escape(start[-1])
-            attributes = _TAG_ATTRIBUTES if start[0] + start[-1] == "<>" else ""
-            begun.append(f"{name}(?:{attributes})?")
-            whole.append(f"({begun[-1]}{last})")
-        self._start = re.compile("|".join(whole))
-        self._begun = re.compile(rf"(?:{'|'.join(begun)})\Z")
-        self._end = ""  # while reasoning, the tag that ends it
+        first = "".join(start[0] for start, _ in tags)
+        self._first = re.compile(rf"[\0\ud800-\udfff{re.escape(first)}]")
+        self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
+        self._ends = [_find_tags([end]) for _, end in tags]
+        self._tag = self._start  # what is looked for
         self._held = ""
         self._trim = False  # between the end of reasoning and the text
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
-        idle = not (self._held or self._end or self._trim)
+        idle = self._tag is self._start and not (self._held or self._trim)
         if idle and not self._first.search(text):
             return [TextDelta(text)]
         text, at = self._held + text, 0
         events: list[ReplyEvent] = []
-        while tag := self._find_tag(text, at):
-            place, after, end = tag
-            events += self._events(text[at:place])
-            self._trim, self._end, at = bool(self._end), end, after
-        cut = len(text) - self._count_undecided(text[at:][-_LONGEST_TAG:])
+        while (found := self._tag.search(text, at)) and found.lastindex:
+            events += self._events(text[at : found.start()])
+            self._trim, at = self._tag is not self._start, found.end()
+            self._tag = self._start if self._trim else self._ends[found.lastindex - 1]
+        is_half = "\ud800" <= text[-1:] < "\udc00"  # of a character cut in two
+        cut = found.start() if found else len(text) - is_half
         self._held = text[cut:]
         return events + self._events(text[at:cut])
 
@@ -779,55 +690,75 @@ class ThinkSplitter:
         return self._events(rest)
 
     def _events(self, text: str) -> list[ReplyEvent]:
+        text = storable(text)
         if self._trim:
             text = text.lstrip()
             self._trim = not text
         if not text:
             return []
-        return [ReasoningDelta(text) if self._end else TextDelta(text)]
-
-    def _find_tag(self, text: str, at: int) -> tuple[int, int, str] | None:
-        """Where the next tag begins and ends, and what ends the reasoning it begins."""
-        if self._end:
-            place = text.find(self._end, at)
-            return None if place < 0 else (place, place + len(self._end), "")
-        if found := self._start.search(text, at):
-            return *found.span(), self._tags[(found.lastindex or 1) - 1][1]
-        return None
-
-    def _count_undecided(self, text: str) -> int:
-        """How many characters at the end of the text could become a tag."""
-        if self._end:
-            return _partial_end(text, self._end)
-        begun = self._begun.search(text)
-        lengths = [_partial_end(text, start) for start, _ in self._tags]
-        return max([*lengths, len(begun[0]) if begun else 0])
+        return [(TextDelta if self._tag is self._start else ReasoningDelta)(text)]
 
 
-def _partial_end(text: str, tag: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `tag`."""
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:length]):
-            return length
-    return 0
+def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
+    """Finds a tag, with a group for each, or at the end what may become one."""
+    whole, begun = [], []
+    for tag in tags:
+        name, last = re.escape(tag[:-1]), re.escape(tag[-1])
+        name += attributes if tag[0] + tag[-1] == "<>" else ""
+        whole.append(f"{name}{last}()")  # behind it: only what begins plainly is fast
+        begun += [name, *(re.escape(tag[:length]) for length in range(1, len(tag) - 1))]
+    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]))
 
 
 def text_of(content: Any) -> str:
     """The text of a message's content: a string, or a list of parts; else nothing."""
     if isinstance(content, str):
         return content
-    if isinstance(content, list):
-        parts = (part.get("text") for part in content if isinstance(part, dict))
-        return "".join(part for part in parts if isinstance(part, str))
-    return ""
+    parts = content if isinstance(content, list) else ()
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+_KEY = re.compile(  # by how it begins, by what stands before it, by its length
+    r"\b(?:(?:sk|pk|rk|gsk|xai|nvapi|pplx|glpat)[-_]|(?:hf|r8|gh[opsu]|github_pat)_"
+    r"|AIza|AKIA|eyJ)[\w*.-]{7,}[\w*]|\b(?=\w*\d)(?=\w*[a-zA-Z])\w{32,}"
+    r"|(?i:(?P<label>\b(?:bearer|basic)\s|(?:key|token)(?: provided)?['\"]?\s?[:=]\s?)"
+    r"['\"]?(?=[\w~+/*-]*[\d*=])[\w.~+/=*-]{7,}[\w=*])"
+    r"|(?i:(?P<name>(?:secret|password|passwd|pwd)['\"]?\s?[:=]\s?)['\"]?[^\s'\",;&]+)"
+)
+_ADDRESS = re.compile(
+    r"(?i)\b[a-z][a-z\d+.-]{1,20}://[^\s'\"<>(){},`]+[^\s'\"<>(){},`.:;\]]"
+    r"|(?<![\w.%+-])[\w.%+-]{1,64}:[^\s@/'\"]{1,64}@[\w.-]+(?::\d+)?"  # with a password
+    r"|(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?(?![\w.]*\d)"
+    # of IPv6: a digit, and "::" or many groups
+    r"|(?<![\w:.])(?=[a-f:]*\d)(?=[\da-f:]*::|(?:[\da-f]+:){4})[\da-f:]{3,}(?:\]:\d+)?"
+    # a host with its port, no model with its size; or a host of a network's own
+    r"|(?<![\w.-])[a-z](?:[\w.-]{0,80}:\d{4,5}|[\w-]{0,60}\.[\w.-]{0,60}:\d+)\b"
+    r"|(?<![\w.-])(?:localhost|[a-z][\w.-]{0,80}\.(?:internal|local|lan|svc))\b"
+)
+_TRACE = re.compile(r"(?m)^Traceback \(|^[ \t]+at \S|^goroutine \d")
+_PAGE = re.compile(r"(?i)<(?:!doctype|html|body|title)\b")
+_TITLE = re.compile(r"(?i)<title[^<>]*>([^<>]*\w[^<>]*)")
+_TAGS = re.compile(r"(?is)<(style|script)\b(?:(?!</\1).)*+|<[^<>]*>")
 
 
 def error_text(error: Any) -> str:
-    """The readable part of an error object, in any of the shapes providers use."""
+    """The readable part of an error object, in any of the shapes providers use.
+
+    One line for everybody to see: without keys, addresses, tags and stack traces.
+    """
     while isinstance(error, dict):
         found = (error[key] for key in ("message", "detail", "error") if error.get(key))
         error = next(found, None) or json.dumps(error, ensure_ascii=False)
-    return plain_line(error) or "an error without a message"
+    text = str(error)
+    if _PAGE.search(text):
+        title = _TITLE.search(text)
+        text = title[1] if title else _TAGS.sub(" ", text)
+    if _TRACE.search(text):  # what went wrong stands at the left edge
+        lines = (line for line in text.splitlines() if not line[:1].isspace())
+        text = "\n".join(line for line in lines if not _TRACE.match(line))
+    text = _ADDRESS.sub("(address)", _KEY.sub(r"\g<label>\g<name>(key)", text))
+    return plain_line(text) or "an error without a message"
 
 
 # what reading a value of an unexpected shape raises
@@ -852,7 +783,7 @@ class ReplyDecoder:
 
     Reads Chat-Completions and Responses-API streams, whole completions, Ollama's
     objects, JSON lines, strings, and objects with `.content`. What makes no sense is
-    skipped with a debug line.
+    skipped with a debug line; an error object raises `ModelFailure`.
     """
 
     def __init__(self, think_tags: Sequence[tuple[str, str]] = ()) -> None:
@@ -868,11 +799,9 @@ class ReplyDecoder:
         plain = isinstance(item, str) and not self._sse.used
         if plain and not item.lstrip().startswith(("{", "data:", *_SSE_FIELDS)):
             yield from self._read_text(item)
-        elif isinstance(item, (bytes, str)):
-            for value in self._sse.feed(item):
-                yield from self._read(value)
-        else:
-            yield from self._read(item)
+            return
+        for value in self._sse.feed(item) if isinstance(item, (bytes, str)) else [item]:
+            yield from self._read(value)
 
     def close(self) -> Iterator[ReplyEvent]:
         """The reply has ended; gives what was held back."""
@@ -891,39 +820,34 @@ class ReplyDecoder:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
 
     def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
-        if isinstance(value, str):
-            yield from self._read_text(value)
-        elif not isinstance(value, dict):
-            yield from self._read_text(text_of(getattr(value, "content", None)))
+        if not isinstance(value, dict):
+            yield from self._read_text(getattr(value, "content", value))
         elif value.get("object") == "error":  # older vLLM
-            yield StreamError(error_text(value))
+            raise ModelFailure(error_text(value))
         elif isinstance(value.get("type"), str) and "choices" not in value:
             yield from self._read_responses_event(value["type"], value)
         else:
             yield from self._read_chunk(value)
 
-    def _read_text(self, text: str) -> Iterator[ReplyEvent]:
-        if text:
+    def _read_text(self, content: Any) -> Iterator[ReplyEvent]:
+        if text := text_of(content):
             self._has_text = True
             yield from self._think.feed(text)
 
     def _read_chunk(self, chunk: Json) -> Iterator[ReplyEvent]:
-        names = ("prompt_eval_count", "eval_count")  # Ollama counts beside the message
-        counts = {name: chunk.get(name) for name in names}
-        yield from _read_usage(chunk.get("usage"), chunk.get("timings"), counts)
+        yield from _read_usage(chunk)
         if chunk.get("error"):
-            yield StreamError(error_text(chunk["error"]))
+            raise ModelFailure(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
         if choice.get("delta"):
             for event in self._read_message(choice["delta"]):
                 self._has_deltas = True
                 yield event
-        elif choice.get("message"):
-            yield from self._read_message(choice["message"], copy=self._has_deltas)
-        elif isinstance(chunk.get("message"), dict):
-            yield from self._read_message(chunk["message"])
-        elif "content" in chunk:
-            yield from self._read_text(text_of(chunk["content"]))
+        else:
+            message = choice.get("message") or chunk.get("message") or chunk
+            yield from self._read_message(message, copy=self._has_deltas)
+        for item in () if self._has_text else chunk.get("output") or ():
+            yield from self._read_value(item)
         sources = chunk.get("sources") or ()
         yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
@@ -931,8 +855,9 @@ class ReplyDecoder:
         """A delta, or a whole message: a `copy` repeats what was already streamed."""
         if not copy:
             keys = ("reasoning_content", "reasoning", "thinking")
-            yield from _read_reasoning(next(filter(None, map(message.get, keys)), ""))
-            yield from self._read_text(text_of(message.get("content")))
+            if thought := text_of(next(filter(None, map(message.get, keys)), "")):
+                yield ReasoningDelta(storable(thought))
+            yield from self._read_text(message.get("content"))
         calls = message.get("tool_calls") or ()
         if message.get("function_call"):
             calls = ({"index": 0, "function": message["function_call"]},)
@@ -945,9 +870,9 @@ class ReplyDecoder:
     def _read_responses_event(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         match kind.removeprefix("response."):
             case "output_text.delta" | "refusal.delta":
-                yield from self._read_text(text_of(event["delta"]))
+                yield from self._read_text(event["delta"])
             case "reasoning_text.delta" | "reasoning_summary_text.delta":
-                yield from _read_reasoning(event["delta"])
+                yield from self._read_message({"reasoning": event["delta"]})
             case "function_call_arguments.delta":
                 index, piece = event["output_index"], event["delta"]
                 self._streamed_calls.add(index)
@@ -956,11 +881,11 @@ class ReplyDecoder:
                 yield from self._read_output_item(kind, event)
             case "failed" | "error":
                 error = event.get("response", event).get("error") or event
-                yield StreamError(error_text(error))
+                raise ModelFailure(error_text(error))
             case "completed" | "incomplete":
-                yield from self._read_response(event["response"])
-            case "message" if "content" in event:
-                yield from self._read_text(text_of(event["content"]))
+                yield from self._read_chunk(event["response"])
+            case "message":
+                yield from self._read_message(event)
 
     def _read_output_item(self, kind: str, event: Json) -> Iterator[ReplyEvent]:
         item, index = event["item"], event.get("output_index")
@@ -973,18 +898,6 @@ class ReplyDecoder:
             for part in item.get("content") or ():
                 yield from _read_annotations(part)
 
-    def _read_response(self, response: Json) -> Iterator[ReplyEvent]:
-        yield from _read_usage(response.get("usage"))
-        if not self._has_text:
-            for item in response.get("output") or ():
-                if item.get("type") == "message":
-                    yield from self._read_text(text_of(item.get("content")))
-
-
-def _read_reasoning(content: Any) -> Iterator[ReplyEvent]:
-    if text := text_of(content):
-        yield ReasoningDelta(text)
-
 
 def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
     """A piece of a tool call from parts of any type; an object becomes JSON text."""
@@ -994,16 +907,14 @@ def _tool_call_delta(index: Any, call_id: Any, function: Json) -> ToolCallDelta:
     return ToolCallDelta(
         index if isinstance(index, int) else None,
         call_id if isinstance(call_id, str) else "",
-        name if isinstance(name, str) else "",
-        arguments or "",
+        storable(name) if isinstance(name, str) else "",
+        storable(arguments or ""),
     )
 
 
 def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
     """URL citations, flat (Responses API) or nested (Chat Completions) -> sources."""
     for annotation in message.get("annotations") or ():
-        if annotation.get("type") != "url_citation":
-            continue
         citation = annotation.get("url_citation", annotation)
         if url := citation.get("url"):
             title = citation.get("title") or url
@@ -1011,10 +922,12 @@ def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
             yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
-def _read_usage(*reports: Any) -> Iterator[ReplyEvent]:
-    """What of these reports of one call can be counted, as one report."""
+def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
+    """What can be counted in a chunk, as one report."""
+    # Ollama counts beside the message
+    ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
     usage: Json = {}
-    for report in reports:
+    for report in (chunk.get("usage"), chunk.get("timings"), ollama):
         usage |= _counts_of(report)
     if usage:
         yield UsageReport(usage)
@@ -1050,17 +963,16 @@ class ToolCallAccumulator:
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int | None, str], OpenCall] = {}
-        self._latest: dict[int | None, OpenCall] = {}
+        self._known: dict[tuple[int | None, str], OpenCall] = {}  # "": the latest
         self._order: list[OpenCall] = []
 
     def feed(self, delta: ToolCallDelta) -> OpenCall:
         """Add a piece; gives the call it belongs to."""
         call = self._find(delta)
         if call is None:
-            call = self._latest[None] = OpenCall(delta.id)
+            call = self._known[None, ""] = OpenCall(delta.id)
             self._order.append(call)
-        self._latest[delta.index] = call
+        self._known[delta.index, ""] = call
         if delta.id:
             call.id = call.id or delta.id
             self._known[delta.index, delta.id] = call
@@ -1076,9 +988,8 @@ class ToolCallAccumulator:
         return [(call, split_objects("".join(call.arguments))) for call in self._order]
 
     def _find(self, delta: ToolCallDelta) -> OpenCall | None:
-        if known := self._known.get((delta.index, delta.id)):
-            return known
-        call = self._latest.get(delta.index)
+        call = self._known.get((delta.index, delta.id))
+        call = call or self._known.get((delta.index, ""))
         if call is None or call.id == delta.id:
             return call
         is_named_anew = delta.index is None and delta.name and call.name
@@ -1137,21 +1048,21 @@ _HIDES_FENCES = re.compile(
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
 
 
+@dataclass(slots=True)
 class _LineTracker:
     """Reads whole lines, and knows in what the next one stands."""
 
-    def __init__(self) -> None:
-        self.closing = ""  # the line that closes the code fence that is open
-        self.is_marked = False  # there is a mark in the paragraph
-        self._in_paragraph = False  # or in a fence directly behind one
-        self._in_list = False
-        self._is_sure = True  # nothing can have hidden a fence, or its end, so far
+    closing: str = ""  # the line that closes the code fence that is open
+    is_marked: bool = False  # there is a mark in the paragraph
+    _in_paragraph: bool = False  # or in a fence directly behind one
+    _in_list: bool = False
+    _is_sure: bool = True  # nothing can have hidden a fence, or its end, so far
 
     @property
     def in_code(self) -> bool:
         """Whether every parser is in code here: its fence stands at the left edge."""
-        begun = self.closing.startswith(("`", "~"))
-        return begun and self._is_sure and not self._in_paragraph
+        is_sure = self._is_sure and not self._in_paragraph
+        return is_sure and self.closing.startswith(("`", "~"))
 
     def read(self, line: str) -> None:
         """Take the next line."""
@@ -1159,8 +1070,7 @@ class _LineTracker:
         if not words:
             self._in_paragraph = self.is_marked = False
             return
-        if not self.in_code:
-            self.is_marked |= any(spelling in line for spelling in _SPELLINGS)
+        self.is_marked |= not self.in_code and any(mark in line for mark in _SPELLINGS)
         fence = self.closing.lstrip()
         if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
             self.closing = fence = ""  # the item is over, and with it the fence
@@ -1557,14 +1467,14 @@ def _judge(
     step: Judge, render: Callable[..., str]
 ) -> Generator[Step, Any, tuple[list[Standing], list[Ballot]]]:
     """The members judge each other; under the table stands whose ballot was lost."""
-    judged: list[Ballot | LostBallot] = yield step
+    judged: list[Ballot | str] = yield step
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally([paper.voter for paper in step.papers], ballots)
     text = render(standings, ballots)
-    for lost in judged:
-        if isinstance(lost, LostBallot):
-            reason = plain_line(lost.reason, 120).removeprefix("it ").rstrip(".")
-            text += f"\n\nNo ballot from {lost.voter}: {reason}."
+    for paper, lost in zip(step.papers, judged, strict=True):
+        if isinstance(lost, str):
+            reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
+            text += f"\n\nNo ballot from {paper.voter}: {reason}."
     yield Publish("ranking", text)
     return standings, ballots
 
@@ -1882,9 +1792,7 @@ def read_history(
     return "\n\n".join(filter(None, prompts)), entries
 
 
-def reply_authors(
-    chain: Iterable[Json], own_models: Container[str]
-) -> list[str | None]:
+def reply_authors(chain: Iterable[Json], own_models: set[str]) -> list[str | None]:
     """Who wrote each reply in a stored chat: None is us, else a name fit for a label.
 
     Ours are the replies whose items have our `speaker`, and those of our own models.
@@ -1902,7 +1810,7 @@ def reply_authors(
     return [_author(reply, own_models) for reply in replies]
 
 
-def _author(reply: Sequence[Json], own_models: Container[str]) -> str | None:
+def _author(reply: Sequence[Json], own_models: set[str]) -> str | None:
     name: Any = None
     for message in reply:
         items, model = _part_of(message, "output", list), message.get("model")
@@ -2174,18 +2082,19 @@ _DELTA_TYPES: dict[BlockKind, str] = {
 
 
 class GrowingText:
-    """A text that grows by pieces: `append` is O(1), `str()` joins."""
+    """A text that grows by pieces, and what of it was sent; `append` is O(1)."""
 
-    __slots__ = ("_compacted", "length", "parts")
+    __slots__ = ("_parts", "_sent", "_sent_parts", "length")
 
-    def __init__(self, text: str = "") -> None:
-        self.parts = [text] if text else []
-        self.length = len(text)
-        self._compacted = 0
+    def __init__(self) -> None:
+        self.length = 0
+        self._parts: list[str] = []
+        self._sent_parts = self._parts  # others, once the text was replaced
+        self._sent = 0  # so many of these
 
     def append(self, piece: str) -> None:
         """Add a piece at the end."""
-        self.parts.append(piece)
+        self._parts.append(piece)
         self.length += len(piece)
 
     def replace(self, text: str) -> None:
@@ -2194,16 +2103,23 @@ class GrowingText:
         if text.startswith(now):
             self.append(text[len(now) :])
         else:
-            self.parts, self.length, self._compacted = [text], len(text), 0
+            self._parts, self.length = [text], len(text)
 
-    def compact(self) -> None:
-        """Join the pieces that came since the last time: thousands cost memory."""
-        if len(self.parts) - self._compacted > 1:
-            self.parts[self._compacted :] = ["".join(self.parts[self._compacted :])]
-        self._compacted = len(self.parts)
+    def unsent(self) -> str | None:
+        """What was not sent; None if what was sent is no longer a beginning."""
+        if self._sent_parts is self._parts:
+            return "".join(self._parts[self._sent :])
+        sent, now = "".join(self._sent_parts[: self._sent]), str(self)
+        return now[len(sent) :] if now.startswith(sent) else None
+
+    def mark_sent(self) -> None:
+        """All was sent; the pieces that are new become one: thousands cost memory."""
+        known = self._sent if self._sent_parts is self._parts else 0
+        self._parts[known:] = ["".join(self._parts[known:])]
+        self._sent_parts, self._sent = self._parts, len(self._parts)
 
     def __str__(self) -> str:
-        return "".join(self.parts)
+        return "".join(self._parts)
 
 
 @dataclass(slots=True, eq=False)
@@ -2218,8 +2134,14 @@ class Block:
     speaker: str
     section: int
     index: int  # in the transcript
-    text: GrowingText
     fields: Json
+    sent_fields: Json | None = None  # None: the client does not have the block
+    text: GrowingText = field(default_factory=GrowingText)
+
+    def mark_sent(self) -> None:
+        """The client has all of it."""
+        self.text.mark_sent()
+        self.sent_fields = dict(self.fields)
 
 
 class Transcript:
@@ -2233,25 +2155,21 @@ class Transcript:
         self.blocks: list[Block] = []
         self.prefix = prefix
         self._sections = 0
-        self._growing: set[int] = set()
+        self.growing: set[int] = set()  # the sections that are not closed
 
     def open_section(self) -> int:
         """A new section at the end, which grows until it is closed."""
         self._sections += 1
-        self._growing.add(self._sections)
+        self.growing.add(self._sections)
         return self._sections
 
     def close_section(self, section: int) -> None:
         """Nothing more comes into a section."""
-        self._growing.discard(section)
-
-    def is_closed(self, section: int) -> bool:
-        """Whether nothing more comes into a section."""
-        return section not in self._growing
+        self.growing.discard(section)
 
     def is_next(self, block: Block) -> bool:
         """Whether all sections before this block's are closed."""
-        return block.section <= min(self._growing, default=block.section)
+        return block.section <= min(self.growing, default=block.section)
 
     def add(
         self, kind: BlockKind, speaker: str, section: int = 0, **fields: Any
@@ -2259,7 +2177,7 @@ class Transcript:
         """A new, empty block at the end of a section."""
         index = bisect_right(self.blocks, section, key=lambda block: block.section)
         block_id = f"{self.prefix}_{len(self.blocks)}"
-        block = Block(kind, block_id, speaker, section, index, GrowingText(), fields)
+        block = Block(kind, block_id, speaker, section, index, fields)
         for later in self.blocks[index:]:
             later.index += 1
         self.blocks.insert(index, block)
@@ -2268,11 +2186,9 @@ class Transcript:
 
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
-    text, fields = str(block.text), dict(block.fields)
+    text, fields = str(block.text), {"status": "in_progress", **block.fields}
     content = [{"type": "output_text", "text": text}]
     item: Json = {"type": block.kind, "id": block.id, "speaker": block.speaker}
-    if block.kind != "function_call_output":
-        item["status"] = "in_progress"
     match block.kind:
         case "message":
             item |= {"role": "assistant", "content": content}
@@ -2287,87 +2203,79 @@ def render_item(block: Block) -> Json:
     return item | fields
 
 
-def render_items(transcript: Transcript) -> list[Json]:
-    """The whole transcript as output items."""
-    return [render_item(block) for block in transcript.blocks]
-
-
 def render_markdown(transcript: Transcript) -> str:
     """The transcript's headings and texts, as a client without a page reads them."""
     texts = (str(block.text) for block in transcript.blocks if block.kind == "message")
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What the client has of a block: so many parts of this text, and these fields."""
-
-    parts: list[str]
-    count: int
-    fields: Json
-
-
-def take_snapshot(block: Block) -> Snapshot:
-    """What the client has once everything of a block was sent."""
-    block.text.compact()
-    return Snapshot(block.text.parts, len(block.text.parts), dict(block.fields))
-
-
-def _new_text(block: Block, shown: Snapshot | None) -> str | None:
-    """The text the client still lacks; None if its text is no longer a beginning."""
-    if shown is None:
-        return str(block.text)
-    if shown.parts is block.text.parts:
-        return "".join(shown.parts[shown.count :])
-    before, now = "".join(shown.parts[: shown.count]), str(block.text)
-    return now[len(before) :] if now.startswith(before) else None
-
-
-def plan_items(block: Block, shown: Snapshot | None) -> Json | None:
+def plan_items(block: Block) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": block.index}
-    suffix = _new_text(block, shown)
-    is_same = shown is not None and shown.fields == block.fields
+    suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
     if is_same and suffix and block.kind in _DELTA_TYPES:
         event |= {"type": _DELTA_TYPES[block.kind], "item_id": block.id}
         event |= {} if block.kind == "function_call" else {"content_index": 0}
         return event | {"delta": suffix}
-    verb = "added" if shown is None else "done"
+    verb = "added" if block.sent_fields is None else "done"
     return event | {"type": f"response.output_item.{verb}", "item": render_item(block)}
 
 
-def plan_chunk(block: Block, shown: Snapshot | None) -> Json | None:
+def plan_chunk(block: Block) -> Json | None:
     """The same for an API client, which can only append: a Chat-Completions delta.
 
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
     shown, because a client would take them for its own to run.
     """
-    suffix = _new_text(block, shown)
+    suffix = block.text.unsent()
     if not suffix or block.fields.get("passing"):
         return None
-    match block.kind:
-        case "message":
-            gap = "\n\n" if shown is None and block.index else ""
-            return {"content": gap + suffix}
-        case "reasoning":
-            return {"reasoning_content": suffix}
-    return None
+    if block.kind == "message":
+        gap = "\n\n" if block.sent_fields is None and block.index else ""
+        return {"content": gap + suffix}
+    return {"reasoning_content": suffix} if block.kind == "reasoning" else None
 
 
 # ======================================================================================
 # ==== 6 Open WebUI
 # ======================================================================================
 
+if sys.modules.get("open_webui"):  # there is none where the unit tests run
+    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
+    from open_webui.internal.db import get_db
+    from open_webui.main import app
+    from open_webui.models.chats import Chats
+    from open_webui.models.config import Config
+    from open_webui.models.groups import GroupMember
+    from open_webui.models.models import Models
+    from open_webui.models.users import Users
+    from open_webui.utils import middleware
+    from open_webui.utils.access_control import has_permission
+    from open_webui.utils.chat import generate_chat_completion
+    from open_webui.utils.files import get_image_base64_from_url
+    from open_webui.utils.misc import get_message_list
+    from open_webui.utils.models import get_filtered_models
+    from open_webui.utils.payload import (
+        apply_model_params_to_body_openai,
+        resolve_system_prompt,
+    )
+    from open_webui.utils.response import merge_usage
+    from open_webui.utils.tools import (
+        get_builtin_tools,
+        get_tools,
+        get_updated_tool_function,
+    )
+
 _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
 )
-_BUILTINS_OF_FEATURES = ("web_search", "image_generation", "code_interpreter")
+_BUILTINS = ("web_search", "image_generation", "code_interpreter", "knowledge")
 _CITING_TOOLS = (  # where the host does not name them (0.11)
     "search_web fetch_url view_file view_knowledge_file query_knowledge_files "
     "query_chat_files"
@@ -2380,8 +2288,6 @@ _SAMPLING_NAMES = (  # the host's
     "num_predict num_keep num_batch num_thread num_gpu think keep_alive"
 )
 SAMPLING = tuple(_SAMPLING_NAMES.split())  # what a chat's controls set for the models
-APPROVAL_TIMEOUT = 250  # s; the host itself gives a person 60 to 240
-CLOSE_TIMEOUT = 5  # s for a foreign reply to let go of its connection
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
 
 
@@ -2415,7 +2321,7 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         detail = getattr(error, "detail", None) or reason or type(error).__name__
         failed = failure(error_text(detail))
         if isinstance(failed, ModelFailure):
-            failed.status = getattr(error, "status_code", None)
+            failed.status = getattr(error, "status_code", 0)
         raise failed from error
 
 
@@ -2444,120 +2350,68 @@ class Host:
     @staticmethod
     async def load_user(user_id: str) -> Any:
         """The user, with the variables that prompts may name."""
-        from open_webui.models.users import Users
-
         return await Users.get_user_by_id(user_id)
 
     @staticmethod
-    def model_options(user: Json) -> list[dict[str, str]]:
+    def model_options(__user__: Json) -> list[dict[str, str]]:
         """The models a user may use, for the inputs of the valves (synchronous)."""
-        from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
-        from open_webui.internal.db import get_db
-        from open_webui.main import app
-        from open_webui.models.groups import GroupMember
-
-        everything = BYPASS_MODEL_ACCESS_CONTROL or user.get("role") == "admin"
-        me = {("user", "*"), ("user", user.get("id"))}
+        everything = BYPASS_MODEL_ACCESS_CONTROL or __user__.get("role") == "admin"
+        me = {("user", "*"), ("user", __user__.get("id"))}
         if not everything:
             with get_db() as session:
                 groups = session.query(GroupMember.group_id)
-                mine = groups.filter(GroupMember.user_id == user.get("id"))
+                mine = groups.filter(GroupMember.user_id == __user__.get("id"))
                 me |= {("group", group_id) for (group_id,) in mine}
         models = dict(app.state.MODELS.items())
-        own = _own_models(models, own_function_id())
+        cards = _cards_of(models.values(), models, own_function_id())
         return [
-            {"value": model_id, "label": model.get("name") or model_id}
-            for model_id, model in models.items()
-            if model_id not in own
-            and (everything or _may_read(model.get("info") or {}, me))
+            {"value": card.id, "label": card.name}
+            for card in cards.values()
+            if not card.is_self
+            and (everything or _may_read(card.entry.get("info") or {}, me))
         ]
 
     async def model_cards(self, own_id: str) -> dict[str, ModelCard]:
         """All models this user may use, by id, in one look-up."""
-        from open_webui.utils.models import get_filtered_models
-
         models = dict(self.request.app.state.MODELS.items())
-        own = _own_models(models, own_id)
-        cards = {}
         with foreign_errors(HostFailure):
             readable = await get_filtered_models(list(models.values()), self.user)
-        for model in readable:
-            model_id = model["id"]
-            meta = (model.get("info") or {}).get("meta") or {}
-            unusual = model.get("arena") or meta.get("hidden")
-            cards[model_id] = ModelCard(
-                model_id,
-                model.get("name") or model_id,
-                is_self=model_id in own,
-                by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
-                connection=_connection_of(models, model),
-                entry=model,
-            )
-        return cards
+        return _cards_of(readable, models, own_id)
 
     async def model_params(self, ids: Iterable[str]) -> tuple[dict[str, Json], Json]:
         """The parameters each of these models sets itself, and the host's for all."""
-        from open_webui.models.config import Config
-        from open_webui.models.models import Models
-
         with foreign_errors(HostFailure):
-            records, defaults = await asyncio.gather(
-                Models.get_models_by_ids(list(ids)),
-                Config.get("models.default_params", {}),
-            )
+            records = await Models.get_models_by_ids(list(ids))
             own = {record.id: record.params.model_dump() for record in records}
-        return own, defaults or {}
+            return own, await Config.get("models.default_params", {}) or {}
 
-    async def voices(
-        self,
-        cards: Sequence[ModelCard],
-        params: Mapping[str, Json],
-        defaults: Json,
-        settings: Settings,
-    ) -> dict[str, Voice | str]:
-        """What each of these models brings, or why it cannot be prepared.
-
-        `params` are those a model sets itself, over the `defaults` for all.
-        """
-
-        async def prepare(card: ModelCard) -> Voice | str:
-            try:
-                own = params.get(card.id, {})
-                return await self._voice(card, own, defaults, settings)
-            except HostFailure as failure:
-                return str(failure)
-
-        found = await asyncio.gather(*map(prepare, cards))
-        return dict(zip((card.id for card in cards), found, strict=True))
-
-    async def _voice(
+    async def voice(
         self, card: ModelCard, own: Json, defaults: Json, settings: Settings
-    ) -> Voice:
-        from open_webui.utils.payload import (
-            apply_model_params_to_body_openai,
-            resolve_system_prompt,
-        )
+    ) -> Voice | str:
+        """What a model brings, or why it cannot be prepared.
 
-        meta = (card.entry.get("info") or {}).get("meta") or {}
+        `own` are the parameters it sets itself, over the `defaults` for all.
+        """
+        meta = _meta_of(card.entry)
         capabilities = meta.get("capabilities") or {}
         params = {**defaults, **own}
         legacy = params.get("function_calling") == "legacy"
         missing = {name: value for name, value in defaults.items() if name not in own}
-        with foreign_errors(HostFailure):
-            system, (tools, problems) = await asyncio.gather(
-                resolve_system_prompt(params.get("system"), self.metadata, self.user),
-                self._tools(card.entry, meta, settings),
-            )
-            taken = apply_model_params_to_body_openai(missing, {})
+        try:
+            with foreign_errors(HostFailure):
+                prompt = params.get("system")
+                system = await resolve_system_prompt(prompt, self.metadata, self.user)
+                taken = apply_model_params_to_body_openai(missing, {})
+                tools, problems = await self._tools(card.entry, settings)
+        except HostFailure as failure:
+            return str(failure)
         knowledge = "" if legacy else _knowledge_prompt(meta)
+        specs = [tool.get("spec", {}) for tool in tools.values()]
         return Voice(
             model_id=card.id,
             system="\n\n".join(filter(None, (system, knowledge))),
             tools=tools,
-            specs=tuple(
-                {"type": "function", "function": tool.get("spec", {})}
-                for tool in tools.values()
-            ),
+            specs=tuple({"type": "function", "function": spec} for spec in specs),
             defaults=taken,
             legacy=legacy,
             connection=card.connection,
@@ -2571,17 +2425,15 @@ class Host:
     @staticmethod
     def think_tags(own: Any = None) -> tuple[tuple[str, str], ...]:
         """A model's `reasoning_tags`: its own pair, False for none, else the usual."""
-        from open_webui.utils.middleware import DEFAULT_REASONING_TAGS
-
-        return _read_think_tags(own, DEFAULT_REASONING_TAGS)
+        if isinstance(own, list) and len(own) == 2 and all(own):
+            return ((str(own[0]), str(own[1])),)
+        return () if own is False else tuple(middleware.DEFAULT_REASONING_TAGS)
 
     async def _tools(
-        self, model: Json, meta: Json, settings: Settings
+        self, model: Json, settings: Settings
     ) -> tuple[dict[str, Json], list[str]]:
-        """The chat's tools, the model's own, and the built-in ones that are allowed;
-        and a sentence for each that could not be loaded."""
-        chosen: Mapping[str, Json] = self.metadata.get("tools") or {}
-        tools = {n: tool for n, tool in chosen.items() if tool.get("type") != "builtin"}
+        """The built-in tools that are allowed, the model's own, and the chat's; and a
+        sentence for each that could not be loaded."""
         extra: Json = {
             "__user__": self.user.model_dump(),
             "__metadata__": self.metadata,
@@ -2594,83 +2446,64 @@ class Host:
             "__messages__": [],
             "__files__": self.metadata.get("files") or [],
         }
-        own, problems = await self._own_tools(meta.get("toolIds") or [], extra)
-        builtin: dict[str, Json] = {}
-        try:
-            builtin = await self._builtin_tools(model, meta, settings, extra)
-        except HostFailure:
-            problems.append("Open WebUI's own tools could not be loaded")
-        return {**builtin, **own, **tools}, problems
-
-    async def _own_tools(
-        self, ids: list[str], extra: Json
-    ) -> tuple[dict[str, Json], list[str]]:
-        """The tools of a workspace model; one that fails costs only itself."""
-        from open_webui.utils.tools import get_tools
-
+        tools: dict[str, Json] = {}
+        problems: list[str] = []
+        features = self.metadata.get("features") or {}
+        seen = _builtins_model(model, self.metadata, settings)
         try:
             with foreign_errors(HostFailure):
-                return await get_tools(self.request, ids, self.user, extra), []
+                if seen:
+                    tools |= await get_builtin_tools(
+                        self.request, extra, features, seen
+                    )
+        except HostFailure:
+            problems.append("Open WebUI's own tools could not be loaded")
+        ids = _meta_of(model).get("toolIds") or []
+        tools |= await self._own_tools(ids, extra, problems)
+        chosen = (self.metadata.get("tools") or {}).items()
+        tools |= {n: tool for n, tool in chosen if tool.get("type") != "builtin"}
+        return tools, problems
+
+    async def _own_tools(
+        self, ids: list[str], extra: Json, problems: list[str]
+    ) -> dict[str, Json]:
+        """The tools of a workspace model; one that fails costs only itself."""
+        tools: dict[str, Json] = {}
+        try:
+            with foreign_errors(HostFailure):
+                tools |= await get_tools(self.request, ids, self.user, extra)
         except HostFailure:
             if len(ids) == 1:
                 name = plain_line(ids[0], 60)
-                return {}, [f'its tool "{name}" could not be loaded']
-        tools: dict[str, Json] = {}
-        problems: list[str] = []
-        for tool_id in ids:
-            found, failed = await self._own_tools([tool_id], extra)
-            tools, problems = {**tools, **found}, problems + failed
-        return tools, problems
-
-    async def _builtin_tools(
-        self, model: Json, meta: Json, settings: Settings, extra: Json
-    ) -> dict[str, Json]:
-        from open_webui.utils.tools import get_builtin_tools
-
-        team = (self.metadata.get("model") or {}).get("info") or {}
-        knowledge = list(meta.get("knowledge") or ())
-        knowledge += (team.get("meta") or {}).get("knowledge") or ()
-        meta = {**meta, "knowledge": knowledge}
-        allowed = _builtins_model(model, meta, self.metadata, settings)
-        if not allowed:
-            return {}
-        features = self.metadata.get("features") or {}
-        with foreign_errors(HostFailure):
-            found: dict[str, Json] = await get_builtin_tools(
-                self.request, extra, features, allowed
-            )
-        return found
+                problems.append(f'its tool "{name}" could not be loaded')
+                return {}
+            for tool_id in ids:
+                tools |= await self._own_tools([tool_id], extra, problems)
+        return tools
 
     async def stored_replies(self) -> list[Json]:
         """The stored messages that led to this question, the first one first.
 
         None for a chat that is not saved; then only our headings tell who spoke.
         """
-        from open_webui.models.chats import Chats
-
         names = ("regeneration_message_id", "assistant_message_id", "user_message_id")
         ids = [self.metadata.get(name) for name in names]
-        messages: Json = {}
         with suppress(HostFailure), foreign_errors(HostFailure):
             chat_id = self.metadata.get("chat_id") or ""
             messages = await Chats.get_messages_map_by_chat_id(chat_id) or {}
-        chain: list[Json] = []
-        at = next((each for each in ids if each in messages), None)
-        while at in messages and len(chain) < len(messages):
-            chain.append(messages[at])
-            at = messages[at].get("parentId")
-        return chain[::-1]
+            last = next((each for each in ids if each in messages), None)
+            return list(get_message_list(messages, last))
+        return []
 
     # -- asking a model ----------------------------------------------------------------
 
     def _inner_request(self) -> Request:
         """A request of its own: flags and metadata travel on its state, which calls
         running at the same time would read from each other."""
-        state = dict(self.request.scope.get("state") or {})
+        state = {**(self.request.scope.get("state") or {}), INNER_RUN: True}
         for name in ("metadata", "bypass_filter", "bypass_system_prompt", "model_id"):
             state.pop(name, None)
-        scope = {**self.request.scope, "state": {**state, INNER_RUN: True}}
-        return Request(scope, self.request.receive)
+        return Request({**self.request.scope, "state": state}, self.request.receive)
 
     @asynccontextmanager
     async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
@@ -2678,8 +2511,6 @@ class Host:
 
         Raises `ModelFailure` with the reason where the host or the provider refused.
         """
-        from open_webui.utils.chat import generate_chat_completion
-
         # nothing that lets an inner pipe write into our message
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
@@ -2691,32 +2522,25 @@ class Host:
                 self.user,
                 bypass_system_prompt=True,
             )
-        items = reply_items(response)
-        reader = _guarded(items)
         try:
-            yield reader
+            async with aclosing(reply_items(response)) as items:
+                yield items
         finally:
-            await reader.aclose()
-            await _close_reply(response, items)
+            await _close_reply(response)
 
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
         """The usage of one more model call added to what there was, as the host adds
         it up; what cannot be read adds nothing."""
-        from open_webui.utils.response import merge_usage, normalize_usage
-
-        merged = total
+        names = ("input_tokens", "output_tokens", "total_tokens")
         with suppress(HostFailure), foreign_errors(HostFailure):
-            counted = {
+            merged = merge_usage(total, report)
+            return {
                 name: value
-                for name, value in normalize_usage(report).items()
-                if name in ("input_tokens", "output_tokens", "total_tokens")
-                or name.endswith(("_details", "cost"))
+                for name, value in merged.items()
+                if name in names or name.endswith(("_details", "cost"))
             }
-            merged = merge_usage(total, counted) if counted else total
-        for name in ("prompt_tokens", "completion_tokens"):  # of the last call only
-            merged.pop(name, None)
-        return merged
+        return total
 
     # -- the page ----------------------------------------------------------------------
 
@@ -2726,8 +2550,9 @@ class Host:
         One that is not done shimmers, for which the page paints every frame: only for
         work that nothing else shows.
         """
-        status = {"description": text, "done": done}
-        await self._emit({"type": "status", "data": status})
+        await self._emit(
+            {"type": "status", "data": {"description": text, "done": done}}
+        )
 
     async def show_sources(self, sources: Iterable[Json]) -> None:
         """Cite sources in the message, each in the host's shape."""
@@ -2748,13 +2573,12 @@ class Host:
 
     async def confirm(self, question: Json) -> bool:
         """Ask the person at the page; no answer is a no."""
-        answer: Any = None
         if self.caller:
+            asked = {"type": "confirmation", "data": question}
             with suppress(HostFailure), foreign_errors(HostFailure):
-                async with asyncio.timeout(APPROVAL_TIMEOUT):
-                    asked = {"type": "confirmation", "data": question}
-                    answer = await self.caller(asked)
-        return answer is True
+                async with asyncio.timeout(250):  # s; the host gives a person 60 to 240
+                    return await self.caller(asked) is True
+        return False
 
     # -- search and tools --------------------------------------------------------------
 
@@ -2764,16 +2588,12 @@ class Host:
         Gives nothing where it is off in the chat, not allowed, or was done by the host
         already, as it is for legacy function calling. Raises `ModelFailure`.
         """
-        from open_webui.models.config import Config
-        from open_webui.utils import middleware
-        from open_webui.utils.access_control import has_permission
-
         features = self.metadata.get("features") or {}
         calling = (self.metadata.get("params") or {}).get("function_calling")
         if not features.get("web_search") or calling == "legacy" or not self.in_chat:
             return "", []
         messages = [{"role": "user", "content": question}]
-        extra = {"__event_emitter__": self.emitter, "__chat_id__": None}
+        extra = {"__event_emitter__": self.emitter}
         body: Json = {"model": model_id, "messages": messages, "files": []}
         request = self._inner_request()
         with foreign_errors(ModelFailure):
@@ -2800,40 +2620,31 @@ class Host:
 
         Raises `ToolFailure` with what it said.
         """
-        from open_webui.utils.tools import get_updated_tool_function
-
         if tool.get("type") != "mcp":  # MCP servers check their arguments themselves
             spec = (tool.get("spec") or {}).get("parameters") or {}
             known = spec.get("properties") or {}
             arguments = {name: arguments[name] for name in arguments if name in known}
         with foreign_errors(ToolFailure):
             if tool.get("direct"):
-                return await self._run_in_page(tool, call, arguments)
+                if not self.caller:
+                    raise ToolFailure("the user's browser, where it runs, is not here.")
+                asked = {
+                    "id": str(uuid4()),
+                    "name": call.name,
+                    "params": arguments,
+                    "server": tool.get("server", {}),
+                    "session_id": self.metadata.get("session_id"),
+                }
+                return await self.caller({"type": "execute:tool", "data": asked})
             files = self.metadata.get("files") or []
-            context = {"__messages__": messages, "__files__": files}
-            function = await get_updated_tool_function(tool["callable"], context)
+            extra = {"__messages__": messages, "__files__": files}
+            function = await get_updated_tool_function(tool["callable"], extra)
             return await function(**arguments)
-
-    async def _run_in_page(self, tool: Json, call: ToolCall, arguments: Json) -> Any:
-        if not self.caller:
-            raise ToolFailure(
-                "This tool runs in the user's browser, which is not here."
-            )
-        asked = {
-            "id": str(uuid4()),
-            "name": call.name,
-            "params": arguments,
-            "server": tool.get("server", {}),
-            "session_id": self.metadata.get("session_id"),
-        }
-        return await self.caller({"type": "execute:tool", "data": asked})
 
     async def read_tool_result(
         self, tool: Json, call: ToolCall, arguments: Json, value: Any
     ) -> ToolResult:
         """What a tool gave -> text, files, embeds; citations and the like go out."""
-        from open_webui.utils import middleware
-
         kind, direct = tool.get("type", ""), bool(tool.get("direct"))
         with foreign_errors(ToolFailure):
             text, files, embeds = await middleware.process_tool_result(
@@ -2843,96 +2654,72 @@ class Host:
                 call.name, arguments, text, self.emitter
             )
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
-            readable = await self._readable_images([image["url"] for image in images])
-            for image in images:
-                image["url"] = await self._store_image(image["url"])
-        text = "" if text is None else str(text)
+            readable = [await self._keep_image(image) for image in images]
+        text = "" if text is None else storable(str(text))
         failed = isinstance(value, dict) and bool(value.get("error"))
         stored = tuple(image["url"] for image in images)
         return ToolResult(
             text, failed, tuple(files), tuple(embeds), tuple(readable), stored
         )
 
-    async def _readable_images(self, urls: list[str]) -> list[str]:
-        """Images as data URLs: a provider cannot open a path of the host."""
-        from open_webui.utils import middleware
-
-        if not urls:
-            return []
-        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-        body: Json = {"messages": [{"role": "user", "content": parts}]}
-        body = await middleware.convert_url_images_to_base64(body, user=self.user)
-        return [part["image_url"]["url"] for part in body["messages"][0]["content"]]
-
-    async def _store_image(self, url: str) -> str:
-        """Keep an image out of the chat's JSON, where the host can (from 0.12)."""
-        from open_webui.utils import middleware
-
+    async def _keep_image(self, image: Json) -> str:
+        """Keep an image out of the chat's JSON, where the host can (from 0.12); gives
+        it as data, since a provider cannot open a path of the host."""
+        url = data = image["url"]
+        if not url.startswith("data:image/"):
+            data = await get_image_base64_from_url(url, user=self.user) or url
         store = getattr(middleware, "store_tool_result_image", None)
-        if store is None:
-            return url
-        return str(await store(self.request, url, self.metadata, self.user))
+        if store:
+            image["url"] = await store(self.request, url, self.metadata, self.user)
+        return str(data)
 
     async def cite(
         self, tool: Json, call: ToolCall, arguments: Json, text: str
     ) -> None:
         """Show the sources of a tool that reads documents or pages."""
-        from open_webui.utils import middleware
-
         names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
-        if not self.in_chat or call.name not in names or not text:
-            return
-        sources: list[Json] = []
-        with suppress(HostFailure), foreign_errors(HostFailure):
-            sources = middleware.get_citation_source_from_tool_result(
-                call.name, arguments, text, tool.get("tool_id", "")
-            )
-        await self.show_sources(sources)
+        if call.name in names and text:
+            with suppress(HostFailure), foreign_errors(HostFailure):
+                sources = middleware.get_citation_source_from_tool_result(
+                    call.name, arguments, text, tool.get("tool_id", "")
+                )
+                await self.show_sources(sources)
 
     async def use_legacy_tools(
-        self,
-        voice: Voice,
-        messages: list[Json],
-        run: Callable[[str, Json, Json], Awaitable[Any]],
+        self, voice: Voice, messages: list[Json], run: Callable[..., Awaitable[Any]]
     ) -> tuple[list[Json], list[Json]]:
         """The host's prompt-based tool use: messages with what the tools gave, sources.
 
         Every tool runs through `run`: by its name, the tool, and the arguments. Raises
         `ModelFailure`.
         """
-        from open_webui.utils import middleware
 
-        def wrapped(name: str, tool: Json) -> Json:
-            async def function(**arguments: Any) -> Any:
-                return await run(name, tool, arguments)
-
-            return {**tool, "callable": function}
+        async def run_one(name: str, /, **arguments: Any) -> Any:
+            return await run(name, voice.tools[name], arguments)
 
         async def in_page(event: Json) -> Any:
-            name = event["data"]["name"]
-            return await run(name, voice.tools[name], event["data"]["params"])
+            return await run_one(event["data"]["name"], **event["data"]["params"])
 
+        tools = {
+            name: {**tool, "callable": partial(run_one, name)}
+            for name, tool in voice.tools.items()
+        }
         request = self._inner_request()
         extra = {
             "__event_emitter__": self.emitter,
             "__event_call__": in_page,
             "__metadata__": self.metadata,
-            "__user__": self.user.model_dump(),
-            "__request__": request,
         }
         body = {"model": voice.model_id, "messages": messages, "metadata": {}}
-        tools = {name: wrapped(name, tool) for name, tool in voice.tools.items()}
         with foreign_errors(ModelFailure):
             _, flags = await middleware.chat_completion_tools_handler(
                 request, body, extra, self.user, self.request.app.state.MODELS, tools
             )
             sources = flags.get("sources") or []
-            if sources:
-                copies = [dict(message) for message in messages]
-                question = text_of(messages[-1]["content"])
-                messages = await middleware.apply_source_context_to_messages(
-                    request, copies, sources, question
-                )
+            copies = [dict(message) for message in messages]
+            messages = await middleware.apply_source_context_to_messages(
+                request, copies, sources, text_of(messages[-1]["content"])
+            )
         return messages, sources
 
 
@@ -2942,16 +2729,37 @@ def own_function_id() -> str:
     return found[1] if found else __name__
 
 
-def _own_models(models: Mapping[str, Json], own_id: str) -> set[str]:
-    """Ids of this function's models and of all workspace models based on them."""
-    own = {i for i in models if i == own_id or i.startswith(f"{own_id}.")}
-    bases = {
-        model_id: (model.get("info") or {}).get("base_model_id")
-        for model_id, model in models.items()
-    }
-    while based := {i for i, base in bases.items() if base in own} - own:
-        own |= based
-    return own
+def _meta_of(model: Json) -> Json:
+    """What the workspace says of a model, beside its parameters."""
+    return (model.get("info") or {}).get("meta") or {}
+
+
+def _with_bases(models: Mapping[str, Json], model_id: str) -> list[str]:
+    """A model, what it is based on, and so on: their ids."""
+    chain: list[str] = []
+    while model_id and model_id not in chain:
+        chain.append(model_id)
+        info = (models.get(model_id) or {}).get("info") or {}
+        model_id = info.get("base_model_id") or ""
+    return chain
+
+
+def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, ModelCard]:
+    """A card of each of these models, by id; `own_id` is that of this function."""
+    cards = {}
+    for model in some:
+        model_id = model["id"]
+        bases = _with_bases(models, model_id)
+        unusual = model.get("arena") or _meta_of(model).get("hidden")
+        cards[model_id] = ModelCard(
+            model_id,
+            model.get("name") or model_id,
+            is_self=any(base.partition(".")[0] == own_id for base in bases),
+            by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
+            connection=_connection_of(models.get(bases[-1]) or {}),
+            entry=model,
+        )
+    return cards
 
 
 def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
@@ -2965,25 +2773,12 @@ def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
     )
 
 
-def _read_think_tags(
-    own: Any, usual: Iterable[tuple[str, str]]
-) -> tuple[tuple[str, str], ...]:
-    if isinstance(own, list) and len(own) == 2 and all(own):
-        return ((str(own[0]), str(own[1])),)
-    return () if own is False else tuple(usual)
-
-
-def _connection_of(models: Mapping[str, Json], model: Json) -> str:
-    """Which connection serves a model or what it is based on: kind and number."""
-    for _ in range(5):
-        base = (model.get("info") or {}).get("base_model_id")
-        if not base or base == model.get("id"):
-            break
-        model = models.get(base) or {}
-    if model.get("owned_by") == "ollama":
-        urls = (model.get("ollama") or {}).get("urls") or [0]
-        return f"{OLLAMA} {urls[0]}"
-    return f"{model.get('owned_by')} {model.get('urlIdx')}"
+def _connection_of(model: Json) -> str:
+    """Which connection serves a model: its kind and number."""
+    kind, number = model.get("owned_by"), model.get("urlIdx")
+    if kind == OLLAMA:
+        number = ((model.get("ollama") or {}).get("urls") or [0])[0]
+    return f"{kind} {number}"
 
 
 def _knowledge_prompt(meta: Json) -> str:
@@ -3007,9 +2802,7 @@ class _OnlyThese(dict[str, bool]):
         return super().get(name, False)
 
 
-def _builtins_model(
-    model: Json, meta: Json, metadata: Json, settings: Settings
-) -> Json | None:
+def _builtins_model(model: Json, metadata: Json, settings: Settings) -> Json | None:
     """The model as `get_builtin_tools` should see it; None if it would give nothing.
 
     Every built-in tool costs tokens in every prompt of every turn, so by default a
@@ -3017,73 +2810,66 @@ def _builtins_model(
     in the chat (memory is on by itself, so it does not count) and that the model is
     capable of, and of knowledge attached to it, to the team's model or to the folder.
     """
-    own = meta.get("builtinTools") or {}
-    if settings.builtin_tools == "none":
-        return None
+    meta, team = _meta_of(model), _meta_of(metadata.get("model") or {})
+    own, choice = meta.get("builtinTools") or {}, settings.builtin_tools
+    knowledge = [*(meta.get("knowledge") or ()), *(team.get("knowledge") or ())]
     categories = {**own, "user_input": False}  # a question would stop the whole run
-    if settings.builtin_tools == "features":
-        features = metadata.get("features") or {}
-        wanted = [name for name in _BUILTINS_OF_FEATURES if features.get(name)]
-        if meta.get("knowledge") or metadata.get("folder_knowledge"):
-            wanted.append("knowledge")
-        if not wanted:
-            return None
+    if choice == "features":
+        attached = knowledge or metadata.get("folder_knowledge")
+        asked = {**(metadata.get("features") or {}), "knowledge": attached}
+        wanted = (name for name in _BUILTINS if asked.get(name))
         categories = _OnlyThese({name: own.get(name, True) for name in wanted})
-    info = {**(model.get("info") or {}), "meta": {**meta, "builtinTools": categories}}
-    return {**model, "info": info}
-
-
-def reply_items(response: Any) -> AsyncIterator[Any]:
-    """The items of whatever a completion returned; raises `ModelFailure` for an error
-    response."""
-    if isinstance(response, StreamingResponse):
-        return aiter(response.body_iterator)
-    if not isinstance(response, Response):
-        return _one_item(response)
-    body = bytes(response.body).decode("utf-8", "replace")
-    try:
-        value = parse_json(body)
-    except ValueError:
-        value = body
-    if response.status_code >= 400:
-        raise ModelFailure(
-            f"{error_text(value)} (HTTP {response.status_code})",
-            response.status_code,
-            read_seconds(response.headers.get("retry-after")),
-        )
-    return _one_item(value)
-
-
-def read_seconds(text: str | None) -> float | None:
-    """The seconds of a `Retry-After` header; None for a date, nonsense or nothing."""
-    try:
-        seconds = float(text or "")
-    except ValueError:
+    if choice == "none" or not categories:
         return None
-    return seconds if 0 <= seconds < float("inf") else None
+    meta = {**meta, "knowledge": knowledge, "builtinTools": categories}
+    return {**model, "info": {**(model.get("info") or {}), "meta": meta}}
 
 
-async def _one_item(value: Any) -> AsyncGenerator[Any, None]:
-    yield value
+async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
+    """The items of whatever a completion returned.
 
-
-async def _guarded(items: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-    """The same items; what the foreign iterator raises becomes a `ModelFailure`, and
-    a cancellation that it swallowed is raised again."""
+    Raises `ModelFailure` for an error response, and for whatever a foreign iterator
+    raises; a cancellation that it swallowed is raised again.
+    """
+    if not isinstance(response, StreamingResponse):
+        yield _read_whole(response)
+        return
     task = asyncio.current_task()  # `was_cancelled` would look it up for each item
     with foreign_errors(ModelFailure):
-        async for item in items:
+        async for item in response.body_iterator:
             if task and task.cancelling():
                 raise asyncio.CancelledError
             yield item
 
 
-async def _close_reply(response: Any, items: AsyncIterator[Any]) -> None:
+def _read_whole(response: Any) -> Any:
+    if not isinstance(response, Response):
+        return response
+    value: Any = bytes(response.body).decode("utf-8", "replace")
+    with suppress(ValueError):
+        value = parse_json(value)
+    if response.status_code >= 400:
+        reason = f"{error_text(value)} (HTTP {response.status_code})"
+        pause = read_seconds(response.headers.get("retry-after"))
+        raise ModelFailure(reason, response.status_code, pause)
+    return value
+
+
+def read_seconds(text: str | None) -> float:
+    """The seconds of a `Retry-After` header; 0 for a date, nonsense or nothing."""
+    try:
+        seconds = float(text or "")
+    except ValueError:
+        return 0
+    return seconds if 0 <= seconds < float("inf") else 0
+
+
+async def _close_reply(response: Any) -> None:
     """Free the upstream connection, also of a reply that was not read to its end."""
-    close = getattr(items, "aclose", None)
+    close = getattr(getattr(response, "body_iterator", None), "aclose", None)
     background = getattr(response, "background", None)
     with suppress(HostFailure), foreign_errors(HostFailure):
-        async with asyncio.timeout(CLOSE_TIMEOUT):
+        async with asyncio.timeout(5):  # s; it is foreign code
             if close:
                 await close()
             if background:
@@ -3099,11 +2885,7 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
     The host mixes them with its defaults for all and with the parameters of the pipe's
     `own` model; a value that equals one of these was not set.
     """
-
-    def flat(params: Json) -> Json:
-        return {**params, **(params.get("custom_params") or {})}
-
-    known = (flat(defaults), flat(own))
+    known = [{**each, **(each.get("custom_params") or {})} for each in (defaults, own)]
     return {
         name: body[name]
         for name in SAMPLING
@@ -3113,11 +2895,7 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
 
 
 async def resolve_cast(
-    host: Host,
-    settings: Settings,
-    cards: Mapping[str, ModelCard],
-    body: Json,
-    chat_system: str,
+    host: Host, settings: Settings, cards: dict[str, ModelCard], body: Json, system: str
 ) -> Cast:
     """Everybody of the run, with everything they bring, looked up once.
 
@@ -3136,7 +2914,10 @@ async def resolve_cast(
             problems.append(f"Manager: {error}. {first}'s model leads instead.")
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
     params, defaults = await host.model_params([*wanted, pipe_id])
-    voices = await host.voices([cards[i] for i in wanted], params, defaults, settings)
+    prepared = await asyncio.gather(
+        *(host.voice(cards[i], params.get(i, {}), defaults, settings) for i in wanted)
+    )
+    voices = dict(zip(wanted, prepared, strict=True))
     usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     for seat in seats:
         lost = (f"its model cannot be prepared: {voices[seat.model_id]}",)
@@ -3150,14 +2931,14 @@ async def resolve_cast(
             "in the valves of this model, or ask an admin for access to models."
         )
     aliases = [seat.alias for seat in present]
-    participants = []
+    participants = {}
     for colour, seat in zip(COLOURS, present, strict=False):
         voice = usable[seat.model_id]
-        system = render_system(settings, seat, aliases, voice, chat_system)
-        participants.append(Participant(seat.alias, colour, system, voice))
+        told = render_system(settings, seat, aliases, voice, system)
+        participants[seat.alias] = Participant(seat.alias, colour, told, voice)
     return Cast(
-        tuple(participants),
-        usable.get(leader, participants[0].voice),
+        participants,
+        usable.get(leader, usable[present[0].model_id]),
         tuple(dict.fromkeys(problems)),
         by_default,
         chat_sampling(body, defaults, params.get(pipe_id, {})),
@@ -3169,25 +2950,20 @@ async def resolve_cast(
 # ======================================================================================
 
 
-MOST_INTERVALS = 4.0  # what the costliest update waits: 0.4 s is still seen to flow
-
-
 class Emitter:
     """Makes the client's copy of the transcript follow the real one, at its pace.
 
     `emit_replace` is the one verb: it only notes that a block now reads so. At most
-    every `interval` seconds the noted blocks are compared with what was sent, and per
-    block nothing, the new suffix, or the block whole goes out: never the transcript.
-    The interval is longer where an update costs the page more: it draws a changed
-    block anew, and copies the message and paints some frames, which takes the longer
-    the more text there is.
+    every `interval` seconds, and less often where an update costs the page more, the
+    noted blocks are compared with what was sent, and per block nothing, the new suffix,
+    or the block whole goes out: never the transcript.
     A block the client does not have yet goes out at once. `may_send` holds back what
     a client that can only append must not get yet. `flushes` counts them.
     """
 
     def __init__(
         self,
-        plan: Callable[[Block, Snapshot | None], Json | None],
+        plan: Callable[[Block], Json | None],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
         may_send: Callable[[Block], bool] | None = None,
@@ -3197,7 +2973,7 @@ class Emitter:
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
-        self._shown: dict[Block, Snapshot | None] = {}  # None: held back
+        self._shown: set[Block] = set()  # also those that are held back
         self._noted: set[Block] = set()
         self._due = asyncio.Event()
         self._nearly_due = asyncio.Event()
@@ -3239,24 +3015,22 @@ class Emitter:
         self.flushes += 1
         events = []
         for block in sorted(noted, key=lambda block: block.index):
-            shown = self._shown.setdefault(block)
+            self._shown.add(block)
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
                 continue
-            event = self._plan(block, shown)
-            self._shown[block] = take_snapshot(block)
+            event = self._plan(block)
+            block.mark_sent()
             if event is not None:
                 events.append(event)
-        self._cost = self._cost_of(noted)
-        return events
-
-    def _cost_of(self, noted: Iterable[Block]) -> float:
-        """What an update of these blocks costs the page, in intervals."""
-        # Tuned with row 12 of the benchmarks, what the page is busy with: three blocks
-        # that grow at once, 5,000 characters of one, or a message of 60,000 cost one.
+        # The page draws the noted blocks anew, and copies all. Tuned with row 12 of the
+        # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
+        # characters of one, or a message of 60,000 cost one interval. The costliest
+        # update waits for four: 0.4 s is still seen to flow.
         drawn = sum(0.3 + block.text.length / 5000 for block in noted)
         whole = sum(block.text.length for block in self._shown) / 60_000
-        return min(max(drawn + whole, 1.0), MOST_INTERVALS)
+        self._cost = min(max(drawn + whole, 1.0), 4.0)
+        return events
 
     async def frames(self) -> AsyncIterator[Json]:
         """The events as they are due, until `close`; the consumer sets the pace."""
@@ -3342,7 +3116,7 @@ class Screen:
     def publish(self, key: str, text: str, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
         block = self.ours.get(key)
-        if block and (self.in_chat or not self.transcript.is_closed(block.section)):
+        if block and (self.in_chat or block.section in self.transcript.growing):
             self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
@@ -3381,17 +3155,15 @@ class Figures:
     streaming: float = 0.0
     streamed: int = 0
 
-    def count(
-        self, begun: float, first: float | None, ended: float, tokens: int
-    ) -> None:
+    def count(self, begun: float, first: float | None, end: float, tokens: int) -> None:
         """Add one model call; `first` is when its first token came, if it did."""
         self.calls += 1
         if first is None:
             return
         if self.first_token is None:
             self.first_token = first - begun
-        if ended - first > 0.2:  # s; a shorter reply came all at once
-            self.streaming += ended - first
+        if end - first > 0.2:  # s; a shorter reply came all at once
+            self.streaming += end - first
             self.streamed += tokens
 
     def report(self) -> Json:
@@ -3422,10 +3194,9 @@ class Ledger:
     def count_call(self, speaker: str, usage: Json, deadline: ReplyDeadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
-        now = asyncio.get_running_loop().time()
         counted = self.add_usage({}, usage) if usage else {}
         tokens = counted.get("output_tokens", 0)
-        figures.count(deadline.begun, deadline.first_at, now, tokens)
+        figures.count(deadline.begun, deadline.first_at, deadline.now(), tokens)
         if counted:
             self.usage = self.add_usage(self.usage, counted)
             figures.usage = self.add_usage(figures.usage, counted)
@@ -3440,8 +3211,13 @@ class Ledger:
 # -- the limits of a reply -------------------------------------------------------------
 
 
+def _move(timeout: asyncio.Timeout, when: float | None) -> None:
+    with suppress(RuntimeError):  # it is over
+        timeout.reschedule(when)
+
+
 class _Deadline:
-    """A limit in time that moves; who runs into it gets `ModelSilent` with a reason."""
+    """A limit in time that moves; who runs into it gets a `ModelFailure`."""
 
     def __init__(self, seconds: float, reason: str) -> None:
         self.seconds = seconds
@@ -3455,11 +3231,7 @@ class _Deadline:
             async with asyncio.timeout(self.seconds) as self._timeout:
                 yield
         except TimeoutError as error:
-            raise ModelSilent(self._reason) from error
-
-    def _move(self, when: float | None) -> None:
-        with suppress(RuntimeError):  # it is over
-            self._timeout.reschedule(when)
+            raise ModelFailure(self._reason, 408) from error  # Request Timeout
 
 
 class TurnClock(_Deadline):
@@ -3476,14 +3248,14 @@ class TurnClock(_Deadline):
         now = asyncio.get_running_loop().time
         if (when := self._timeout.when()) is not None:
             self._left = when - now()
-            self._move(None)
+            _move(self._timeout, None)
         self._pauses += 1
         try:
             yield
         finally:
             self._pauses -= 1
             if not self._pauses:
-                self._move(now() + self._left)
+                _move(self._timeout, now() + self._left)
 
 
 class ReplyDeadline(_Deadline):
@@ -3491,33 +3263,29 @@ class ReplyDeadline(_Deadline):
 
     def __init__(self, first: float, silence: float) -> None:
         super().__init__(first, f"it said nothing for {first:g} s")
-        self._now = asyncio.get_running_loop().time
-        self.begun = self._heard_at = self._now()
+        self.now = asyncio.get_running_loop().time
+        self.begun = self.heard_at = self.now()
         self.first_at: float | None = None
-        self.spoke = asyncio.Event()  # set whenever it says something
+        self.dialog: asyncio.Timeout | None = None  # ends when it says something
         self._silence = silence
-
-    @property
-    def silence(self) -> float:
-        """How long the model has said nothing, in s."""
-        return self._now() - self._heard_at
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
-        now = self._now()
+        now = self.now()
         if self.first_at is None:
             self.first_at = now
             self._reason = f"it said nothing for {self._silence:g} s"
-        elif now - self._heard_at < min(0.25, self._silence / 4):
+        elif now - self.heard_at < min(0.25, self._silence / 4):
             return
-        self._heard_at = now
-        self.spoke.set()
-        self._move(now + self._silence)
+        self.heard_at = now
+        if self.dialog:
+            _move(self.dialog, now)
+        _move(self._timeout, now + self._silence)
 
     def skip(self) -> None:
         """End the waiting now."""
         self._reason = "it was skipped"
-        self._move(self._now())
+        _move(self._timeout, self.now())
 
 
 class ConnectionGate:
@@ -3559,12 +3327,10 @@ class ConnectionGate:
         self._admit()
 
     def _admit(self) -> None:
-        while True:
-            queue = self._queue = [each for each in self._queue if not each[2].done()]
-            spare = self._free > 1
-            may = [each for each in queue if spare or each[0] >= self._stage]
-            if not (self._free and may):
-                return
+        self._queue = [each for each in self._queue if not each[2].done()]
+        spare = self._free > 1
+        may = [each for each in self._queue if spare or each[0] >= self._stage]
+        if self._free and may:  # there is never room for two who wait
             best = max(may, key=lambda each: (each[0], each[1] == self._model))
             self._free -= 1
             self._model = best[1]
@@ -3605,13 +3371,9 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     given: Json = {**call.voice.defaults, **valves, **call.parameters}
     if call.voice.connection.startswith(OLLAMA):  # the host looks for them there only
         given = {"options": given}
-    payload = {
-        **given,
-        "model": call.voice.model_id,
-        "messages": call.messages,
-        "stream": streams,
-    }
-    return payload | ({"tools": list(call.specs)} if call.specs else {})
+    payload = given | {"model": call.voice.model_id, "messages": call.messages}
+    tools = {"tools": list(call.specs)} if call.specs else {}
+    return payload | {"stream": streams} | tools
 
 
 class Reply:
@@ -3627,7 +3389,7 @@ class Reply:
         self._parts: list[str] = []
 
     def apply(self, event: ReplyEvent) -> None:
-        """Take one event; raises `ModelFailure` if it is an error."""
+        """Take one event."""
         match event:
             case TextDelta(text):
                 self.spoke = True
@@ -3638,8 +3400,6 @@ class Reply:
                 self.usage |= usage
             case SourceFound(source):
                 self.sources.append(source)
-            case StreamError(reason):
-                raise ModelFailure(reason)
 
     def end(self) -> None:
         """Nothing more comes: `text` and `calls` are there."""
@@ -3673,51 +3433,66 @@ class ModelCalls:
     async def complete(
         self, call: ModelCall, begin: Callable[[], Reply], streams: bool = True
     ) -> Reply:
-        """A model's reply, begun anew for each attempt: an empty one is asked for once
-        more, a stream that failed at once without streaming; raises `ModelFailure`."""
-        failure = ModelFailure("it gave an empty answer, asked twice")
-        for _ in range(2):
-            try:
-                reply = await self._retry_while_busy(call, begin, streams)
-                if reply.text or reply.calls:
-                    return reply
-            except ModelFailure as error:
-                failure = error
-                if not (streams and failure.may_work_whole):
-                    break
-                streams = False
-        raise failure
+        """A model's reply, begun anew for each attempt; raises `ModelFailure`.
 
-    async def _retry_while_busy(
-        self, call: ModelCall, begin: Callable[[], Reply], streams: bool
-    ) -> Reply:
-        """A reply; asked for again after a pause where the provider is overloaded, and
-        at once without `stream_options` where it rejects these."""
-        waited = 0.0
-        model_id = call.voice.model_id
+        It is asked again after a pause where the provider is overloaded, at once
+        without `stream_options` where it rejects these, and once more where the answer
+        was empty, or, without streaming, where the stream failed at once.
+        """
+        model_id, waited, asked_twice = call.voice.model_id, 0.0, False
         while True:
             reply = begin()
             try:
                 await self._read(call, reply, streams)
-                return reply
-            except ModelFailure as failure:
+                if reply.text or reply.calls:
+                    return reply
+                failure = ModelFailure("it gave an empty answer, asked twice")
+                empty = True
+            except ModelFailure as error:
+                failure, empty = error, False
                 failure.midway = reply.spoke
-                if streams and failure.names_options and model_id not in self._plain:
-                    self._plain.add(model_id)
-                    continue
-                pause = max(failure.retry_after or 0, waited, 1.0)  # s, so few tries
-                over = waited + pause > self.settings.busy_patience
-                if failure.midway or not failure.is_busy or over:
-                    raise
-            waited += pause
-            await asyncio.sleep(pause)
+            pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
+            patient = waited + pause <= self.settings.busy_patience
+            rejected = "stream_options" in str(failure) and not failure.midway
+            if streams and rejected and model_id not in self._plain:
+                self._plain.add(model_id)
+            elif failure.is_busy and not failure.midway and patient:
+                waited += pause
+                await asyncio.sleep(pause)
+            elif not asked_twice and (empty or streams and failure.may_work_whole):
+                asked_twice, streams = True, streams and empty
+            else:
+                raise failure
 
     async def _read(self, call: ModelCall, reply: Reply, streams: bool) -> None:
-        """One model call, from the first byte to the last."""
-        settings, voice = self.settings, call.voice
-        payload = build_payload(settings, call, streams)
+        voice = call.voice
+        payload = build_payload(self.settings, call, streams)
         if streams and voice.counts_usage and voice.model_id not in self._plain:
             payload["stream_options"] = {"include_usage": True}
+        decoder = ReplyDecoder(voice.think_tags)
+        async with (
+            self._place(call, reply, streams) as deadline,
+            self.limits(call.speaker, deadline),
+            self.host.completion(payload) as items,
+        ):
+            pace = Pace(self.emitter) if self.emitter else None
+            async for item in items:
+                for event in decoder.feed(item):
+                    reply.apply(event)
+                    deadline.heard()
+                if pace:
+                    await pace.keep()
+            for event in decoder.close():
+                reply.apply(event)
+        await self.host.show_sources(reply.sources)
+
+    @asynccontextmanager
+    async def _place(
+        self, call: ModelCall, reply: Reply, streams: bool
+    ) -> AsyncIterator[ReplyDeadline]:
+        """A place at the model's connection; with it begins the time of the reply, and
+        when it is given up the reply has ended and is counted."""
+        settings, voice = self.settings, call.voice
         of_ollama = voice.connection.startswith(OLLAMA)
         most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
         gate = self._gates.setdefault(voice.connection, ConnectionGate(most))
@@ -3727,75 +3502,51 @@ class ModelCalls:
         deadline = ReplyDeadline(first, settings.silence_timeout)
         self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
         try:
-            async with (
-                self.limits(call.speaker, deadline),
-                self.host.completion(payload) as items,
-            ):
-                decoder = ReplyDecoder(voice.think_tags)
-                await self._read_items(items, decoder, reply, deadline)
+            yield deadline
         finally:
             gate.leave()
             reply.end()
             self.ledger.count_call(call.speaker, reply.usage, deadline)
-        await self.host.show_sources(reply.sources)
-
-    async def _read_items(
-        self,
-        items: AsyncIterator[Any],
-        decoder: ReplyDecoder,
-        reply: Reply,
-        deadline: ReplyDeadline,
-    ) -> None:
-        pace = Pace(self.emitter) if self.emitter else None
-        async for item in items:
-            for event in decoder.feed(item):
-                reply.apply(event)
-                deadline.heard()
-            if pace:
-                await pace.keep()
-        for event in decoder.close():
-            reply.apply(event)
 
     @asynccontextmanager
     async def limits(self, name: str, deadline: ReplyDeadline) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
-        watch = asyncio.create_task(self._offer_to_skip(name, deadline))
+        watch = []
+        if self.settings.skip_after > 0 and self.host.can_ask:
+            watch.append(asyncio.create_task(self._offer_to_skip(name, deadline)))
         try:
             async with deadline.running():
                 yield
         finally:
-            await end_tasks(watch)
+            await end_tasks(*watch)
 
     async def _offer_to_skip(self, name: str, deadline: ReplyDeadline) -> None:
         """Ask the person at the page whenever there is silence for long. Who says no is
         asked again after as long a silence."""
-        limit = wait = self.settings.skip_after
-        while limit > 0 and self.host.can_ask:
-            await asyncio.sleep(max(wait - deadline.silence, 0.05))
+        limit, asked_at = self.settings.skip_after, 0.0
+        while True:
+            silence = deadline.now() - max(deadline.heard_at, asked_at)
+            await asyncio.sleep(max(limit - silence, 0.05))
             async with self._dialog:  # one at a time
-                if deadline.silence < wait:
-                    wait = limit
-                elif await self._ask_to_skip(name, deadline):
+                if deadline.now() - max(deadline.heard_at, asked_at) < limit:
+                    continue
+                if await self._ask_to_skip(name, deadline):
                     deadline.skip()
                     return
-                else:
-                    wait = deadline.silence + limit
+                asked_at = deadline.now()
 
     async def _ask_to_skip(self, name: str, deadline: ReplyDeadline) -> bool:
         """One dialog, which closes by itself when the model speaks."""
-        deadline.spoke.clear()
-        silence = f"{name} has said nothing for {deadline.silence:.0f} s."
+        silence = deadline.now() - deadline.heard_at
         question = {
             "title": f"Skip {name}?",
-            "message": f"{silence} Skip it and go on without it?",
+            "message": f"{name} has said nothing for {silence:.0f} s. "
+            "Skip it and go on without it?",
         }
-        asking = asyncio.create_task(self.host.confirm(question))
-        speaking = asyncio.create_task(deadline.spoke.wait())
-        try:
-            await asyncio.wait({asking, speaking}, return_when=asyncio.FIRST_COMPLETED)
-            return asking.done() and asking.result()
-        finally:
-            await end_tasks(asking, speaking)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None) as deadline.dialog:
+                return await self.host.confirm(question)
+        return False
 
 
 # -- a participant's turn --------------------------------------------------------------
@@ -3855,37 +3606,33 @@ class Section:
     def record(self, reply: Reply, results: Sequence[ToolResult]) -> list[Json]:
         """What a reply and its tool results are in the participant's own view."""
         message: Json = {"role": "assistant", "content": reply.text}
-        messages, calls, images = [message], [], []
+        messages = [message]
+        urls: list[str] = []
         for call, result in zip(reply.calls, results, strict=True):
             function = {"name": call.name, "arguments": echo_arguments(call.arguments)}
-            calls.append({"id": call.id, "type": "function", "function": function})
-            messages.append(
-                {"role": "tool", "tool_call_id": call.id, "content": result.text}
-            )
-            for url in result.images if self.participant.voice.sees else ():
-                images.append({"type": "image_url", "image_url": {"url": url}})
-        if calls:
-            message["tool_calls"] = calls
-        if images:
+            made = {"id": call.id, "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(made)
+            answer = {"role": "tool", "tool_call_id": call.id, "content": result.text}
+            messages.append(answer)
+            urls += result.images
+        if urls and self.participant.voice.sees:
+            images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
             note = {"type": "text", "text": TOOL_IMAGES}
             messages.append({"role": "user", "content": [note, *images]})
         self._messages += messages
         self._reply = None
         return messages
 
-    def show_result(self, call: ToolCall, result: ToolResult) -> None:
+    def show_result(self, call_id: str, result: ToolResult) -> None:
         """A tool call has its answer."""
-        status = "failed" if result.failed else "completed"
-        card = self._unanswered.pop(call.id)
-        card.fields["status"] = status
+        fields: Json = {"call_id": call_id}
+        fields["status"] = "failed" if result.failed else "completed"
+        card = self._unanswered.pop(call_id)
+        card.fields |= fields
         self.screen.emitter.emit_replace(card, card.text)
-        fields: Json = {
-            "files": list(result.files),
-            "embeds": list(result.embeds),
-            "images": result.image_urls,
-        }
-        fields = {name: found for name, found in fields.items() if found}
-        fields |= {"call_id": call.id, "status": status}
+        given = {"files": result.files, "embeds": result.embeds}
+        given["images"] = result.image_urls
+        fields |= {name: list(found) for name, found in given.items() if found}
         block = self.add("function_call_output", **fields)
         self.screen.emitter.emit_replace(block, result.text)
 
@@ -3895,9 +3642,8 @@ class Section:
         self._failure = reason
         if self._reply and self._reply.text:
             self._messages.append({"role": "assistant", "content": self._reply.text})
-        for call_id, card in list(self._unanswered.items()):
-            call = ToolCall(call_id, card.fields["name"], "")
-            self.show_result(call, ToolResult(f"Error: {reason}", True))
+        for call_id in list(self._unanswered):
+            self.show_result(call_id, ToolResult(f"Error: {reason}", True))
         if self._has_heading:
             turn = self.turn()
             what = "broke off" if turn.text else "could not answer"
@@ -3905,8 +3651,7 @@ class Section:
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
-        alias = self.participant.alias
-        self.screen.add_line(alias, line, self.number, notice=True)
+        self.screen.add_line(self.participant.alias, line, self.number, notice=True)
 
     def turn(self) -> Turn:
         """What is left of the section for the rest of the conversation."""
@@ -3934,7 +3679,7 @@ class ShownReply(Reply):
         self._opened_at = 0.0
 
     def apply(self, event: ReplyEvent) -> None:
-        """Show one event; raises `ModelFailure` if it is an error."""
+        """Show one event."""
         match event:
             case TextDelta(text):
                 self._add_text(self._guard.feed(text))
@@ -4043,8 +3788,6 @@ class Run:
     late: list[Section] = field(default_factory=list)  # these go on after their step
     tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
 
-    # -- from the beginning to the end -------------------------------------------------
-
     async def converse(self, mode: Mode) -> None:
         """The whole conversation, shown on the screen, whose emitter it closes."""
         host, reason = self.host, _STOPPED
@@ -4052,7 +3795,7 @@ class Run:
             for problem in self.cast.problems:
                 self.screen.notice(problem)
             if self.cast.by_default:
-                names = ", ".join(self.cast.aliases)
+                names = ", ".join(self.cast.participants)
                 text = f"No participants are chosen, so {names} talk: choose others "
                 text += "with the Valves button beside the input"
                 await host.show_status(text, done=False)
@@ -4106,7 +3849,7 @@ class Run:
                 case AskManager():
                     result = await self._ask_manager(step, stage)
                 case Judge():
-                    result = await self._collect_ballots(step, stage)
+                    result = await self._judge(step, stage)
                 case Publish(key, text):
                     self.screen.publish(key, text)
                     result = None
@@ -4123,7 +3866,6 @@ class Run:
         screen.fix()
 
     def _describe_end(self, reason: str) -> str:
-        """The last status line: why it ended, turns, time, tokens and calls."""
         ledger = self.ledger
         seconds = time.monotonic() - ledger.begun
         plural = "" if ledger.turns == 1 else "s"
@@ -4137,10 +3879,9 @@ class Run:
         return " · ".join(parts)
 
     def _describe_figures(self) -> str:
-        """The small line under a conversation: everybody's speed and tokens, calls."""
         lines = []
         calls, everybody = self.ledger.calls, self.ledger.figures
-        for speaker in dict.fromkeys((*self.cast.aliases, *everybody)):
+        for speaker in dict.fromkeys((*self.cast.participants, *everybody)):
             report = everybody.get(speaker, Figures()).report()
             words = [text for name, text in _FIGURES.items() if name in report]
             if words:
@@ -4157,65 +3898,52 @@ class Run:
             await self.host.show_status(f"{who} · {step.note}", done=True)
         if len(step.aliases) > 1:
             self.screen.publish_progress("answered", f"waiting for {who}")
-        sections: dict[str, Section] = {}
-        tasks: dict[str, asyncio.Task[Turn]] = {}
+        sections, tasks = {}, {}
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
-            speaker = self.cast.participant(alias)
+            speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role)
             if not step.concludes:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
             sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
-        await self._wait_in_view(tasks, "answered", stage, step.quorum)
-        turns = []
-        for alias, task in tasks.items():
-            if task.done():
-                turns.append(task.result())
-            else:
-                self.late.append(sections[alias])
-                turns.append(Turn(alias, "", failure="it was late", late=True))
+        done = await self._wait_in_view(tasks, "answered", stage, step.quorum)
+        self.late.extend(sections[alias] for alias in sections if alias not in done)
+        late = partial(Turn, text="", failure="it was late", late=True)
+        turns = [done.get(alias) or late(alias) for alias in step.aliases]
         if step.joins:
             self.entries.extend(turns)
         return turns
 
-    async def _collect_ballots(
-        self, step: Judge, stage: int
-    ) -> list[Ballot | LostBallot]:
+    async def _judge(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.publish_progress("judged", "the members judge each other")
-        tasks = {
-            paper.voter: self.tasks.create_task(
-                self._cast_ballot(paper, step.read, stage)
-            )
-            for paper in step.papers
-        }
-        await self._wait_in_view(tasks, "judged", stage)
-        ballots = [
-            task.result() if task.done() else LostBallot(voter, "it was late")
-            for voter, task in tasks.items()
-        ]
+        tasks = {}
+        for paper in step.papers:
+            ballot = self._cast_ballot(paper, step.read, stage)
+            tasks[paper.voter] = self.tasks.create_task(ballot)
+        done = await self._wait_in_view(tasks, "judged", stage, 0)
         await end_tasks(*tasks.values())
-        return ballots
+        return [done.get(who, "it was late") for who in tasks]
 
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
-    ) -> Ballot | LostBallot:
+    ) -> Ballot | str:
         """A voter's ballot: asked, asked again with what was wrong, read leniently."""
-        voter = self.cast.participant(paper.voter)
+        voter = self.cast.participants[paper.voter]
         messages = messages_for(voter, self.entries, paper.brief)
         for lenient in (False, True):
             try:
                 text = await self._ask(voter.alias, voter.voice, messages, stage)
             except ModelFailure as failure:
-                return LostBallot(voter.alias, str(failure))
+                return str(failure)
             ballot = read(text, paper, lenient)
             if isinstance(ballot, Ballot):
                 return ballot
             answer = {"role": "assistant", "content": text}
             messages = [*messages, answer, {"role": "user", "content": ballot}]
-        return LostBallot(voter.alias, "it could not be read")
+        return "it could not be read"
 
     async def _ask_manager(self, step: AskManager, stage: int) -> str | None:
         """The manager's answer, or None where there is none."""
@@ -4233,17 +3961,15 @@ class Run:
         return await self.models.text(ModelCall(speaker, voice, messages, clock, stage))
 
     async def _wait_in_view(
-        self,
-        tasks: Mapping[str, asyncio.Task[Any]],
-        what: str,
-        stage: int,
-        quorum: int = 0,
-    ) -> None:
-        """Wait until the quorum is there, everybody is done, or has had its time since
-        its call was let in; shows once a second who of several is waited for."""
+        self, tasks: Mapping[str, asyncio.Task[Any]], what: str, stage: int, quorum: int
+    ) -> Json:
+        """What is there by name once the quorum is, or everybody is done or has had its
+        time since its call was let in; shows once a second who of several is missing.
+        """
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
         begun = shown_at = clock()
-        there: dict[str, float] = {}  # and after how long
+        done: Json = {}
+        there: dict[str, float] = {}  # who did not fail, and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
             wait, one = max(shown_at + 1 - clock(), 0), asyncio.FIRST_COMPLETED
             await asyncio.wait(pending, timeout=wait, return_when=one)
@@ -4253,10 +3979,8 @@ class Run:
                 match result:
                     case Turn(failure=None) | Ballot():
                         there.setdefault(who, now - begun)
-            admitted = self.models.admitted
-            since = {
-                who: admitted.get((stage, who)) for who in tasks if who not in done
-            }
+            silent = [who for who in tasks if who not in done]
+            since = {who: self.models.admitted.get((stage, who)) for who in silent}
             late = all(at is not None and now - at > limit for at in since.values())
             if (quorum and len(there) >= quorum) or (late and there):
                 break
@@ -4268,14 +3992,13 @@ class Run:
                 text = _describe_progress(of_all, there, since)
                 self.screen.publish_progress(what, text)
         self.screen.hide_progress()
+        return done
 
     # -- a turn ------------------------------------------------------------------------
 
     async def _take_turn(self, section: Section, brief: str, stage: int) -> Turn:
-        """One participant's turn; its failure is part of the turn, not an exception.
-
-        However it ends, every tool call has an answer: the host would run an open one.
-        """
+        """One participant's turn; its failure is part of it, and however it ends every
+        tool call has an answer: the host would run an open one."""
         failure: str | None = "it was ended by an internal error"
         try:
             async with section.clock.running():
@@ -4326,7 +4049,7 @@ class Run:
         async def run_one(call: ToolCall) -> ToolResult:
             async with gate:
                 result = await self._run_tool(section, call, messages)
-            section.show_result(call, result)
+            section.show_result(call.id, result)
             return result
 
         async with asyncio.TaskGroup() as group:
@@ -4338,11 +4061,10 @@ class Run:
     ) -> ToolResult:
         """One tool call -> one result, whatever happens."""
         voice, host = section.participant.voice, self.host
-        if call.name not in voice.tools:
-            name = plain_line(call.name)
-            return ToolResult(f'Error: there is no tool "{name}".', True)
-        tool = voice.tools[call.name]
         try:
+            if call.name not in voice.tools:
+                raise ToolFailure(f'there is no tool "{plain_line(call.name)}".')
+            tool = voice.tools[call.name]
             async with self._tool_limits(section, call, tool) as arguments:
                 value = await host.run_tool(tool, call, arguments, messages)
                 result = await host.read_tool_result(tool, call, arguments, value)
@@ -4387,28 +4109,21 @@ class Run:
 # ======================================================================================
 
 
-class _ModelChoices:
-    """Fills the model fields of the valves; the host calls it when it draws them."""
-
-    @classmethod
-    def model_options(cls, __user__: Json | None = None) -> list[dict[str, str]]:
-        """The models this user may use, as `{"value": id, "label": name}`."""
-        return Host.model_options(__user__ or {})
-
-
 class Pipe:
     """A model in the picker per row of `MODES`; one object for all users."""
 
-    class Valves(_ModelChoices, Settings):
-        """The admin's valves."""
+    class Valves(Settings):
+        """The admin's valves; the page fills their lists with `model_options`."""
 
-    class UserValves(_ModelChoices, UserSettings):
+        model_options = staticmethod(Host.model_options)
+
+    class UserValves(UserSettings):
         """A user's valves."""
 
-    def __init__(self) -> None:
-        self.type = "manifold"
-        self.name = "Conversation · "
-        self.valves = self.Valves()
+        model_options = staticmethod(Host.model_options)
+
+    name = "Conversation · "  # stands before the names of `pipes`
+    valves = Valves()
 
     def pipes(self) -> list[dict[str, str]]:
         """The models this function offers."""
@@ -4450,12 +4165,6 @@ class Pipe:
         return stream_chunks(run, mode, body["model"])
 
 
-def _default_mode(user_settings: UserSettings | None) -> str:
-    """The mode where the model names none: as v2's switch was set, else in turns."""
-    extra = (user_settings.model_extra if user_settings else None) or {}
-    return "manager" if extra.get("UseGroupChatManager") else "round_robin"
-
-
 def _refuse(
     error: ConversationError, stream: bool
 ) -> AsyncGenerator[Json, None] | StreamingResponse:
@@ -4463,7 +4172,7 @@ def _refuse(
     the host would answer an exception with status 200 and a shape of its own."""
     body = {"error": {"message": str(error), "type": "invalid_request_error"}}
     if stream:
-        return _one_item(body)
+        return reply_items(body)
     text = iter([json.dumps(body, ensure_ascii=False)])
     return StreamingResponse(text, status_code=400, media_type="application/json")
 
@@ -4473,7 +4182,9 @@ async def _prepare(
 ) -> tuple[Run, Mode]:
     """A run that is ready to go, with its mode; raises `ConversationError`."""
     own_id, _, mode_id = body["model"].partition(".")
-    mode_id = mode_id or _default_mode(user_settings)
+    if not mode_id:  # then as the switch of v2 was set
+        is_managed = getattr(user_settings, "UseGroupChatManager", False)
+        mode_id = "manager" if is_managed else "round_robin"
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
@@ -4484,8 +4195,7 @@ async def _prepare(
         replied = any(m.get("role") == "assistant" for m in body["messages"])
         stored = await host.stored_replies() if replied and host.in_chat else []
         own = {card.id for card in cards.values() if card.is_self}
-        authors = reply_authors(stored, own)
-        system, entries = read_history(body["messages"], authors)
+        system, entries = read_history(body["messages"], reply_authors(stored, own))
         entries, asked = read_rounds(entries)
         settings = merge_settings(valves, user_settings, body, asked)
         cast = await resolve_cast(host, settings, cards, body, system)
@@ -4501,11 +4211,10 @@ async def _prepare(
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
     run = _make_run(host, settings, cast, entries, row.drafts)
-    before = entries[-1] if entries else None
-    last = before.alias if isinstance(before, Turn) else None
+    aliases, question = tuple(cast.participants), last_question(entries)
+    last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    question = last_question(entries)
-    return run, row.begin(Agenda(cast.aliases, question, settings, last, seed))
+    return run, row.begin(Agenda(aliases, question, settings, last, seed))
 
 
 def _make_run(
@@ -4516,10 +4225,9 @@ def _make_run(
     transcript = Transcript(uuid4().hex[:8])
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
-    if host.in_chat:
-        emitter = Emitter(plan_items, interval)
-    else:
-        emitter = Emitter(plan_chunk, interval, may_send=transcript.is_next)
+    plan = plan_items if host.in_chat else plan_chunk
+    may_send = None if host.in_chat else transcript.is_next
+    emitter = Emitter(plan, interval, may_send=may_send)
     screen = Screen(transcript, emitter, host.in_chat, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
@@ -4538,8 +4246,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
         clock = TurnClock(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
-        messages = body["messages"]
-        call = ModelCall("task", voice, messages, clock, parameters=sampling)
+        call = ModelCall("task", voice, body["messages"], clock, parameters=sampling)
         models = ModelCalls(host, settings, Ledger(host.add_usage))
         return await models.text(call, streams=False)
     except (HostFailure, ModelFailure) as failure:
@@ -4552,10 +4259,10 @@ async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
     Stop arrives as a cancellation: what is left to send still goes out.
     """
 
-    def rest() -> list[Json]:
-        usage = {"usage": run.ledger.report()}
-        last = {"type": "response.completed", "response": usage}
-        return [*run.screen.emitter.flush(), *([last] if usage["usage"] else [])]
+    def rest() -> Iterator[Json]:
+        yield from run.screen.emitter.flush()
+        if usage := run.ledger.report():
+            yield {"type": "response.completed", "response": {"usage": usage}}
 
     task = asyncio.create_task(run.converse(mode))
     try:
@@ -4595,7 +4302,7 @@ async def reply_whole(run: Run, mode: Mode, model: str) -> Json:
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     completion = _completion_head("chat.completion", model) | {"choices": [choice]}
     if run.host.in_chat:
-        completion["output"] = render_items(transcript)
+        completion["output"] = list(map(render_item, transcript.blocks))
     if usage := run.ledger.report():
         completion["usage"] = _openai_usage(usage)
     return completion

@@ -57,7 +57,7 @@ def make_section(tools: int = 0) -> mmc.Section:
     table = {f"tool_{at}": make_tool(print, place="string") for at in range(tools)}
     run, _ = make_run(tools=table)
     clock = mmc.TurnClock(600.0)
-    return mmc.Section(run.screen, run.cast.participants[0], clock)
+    return mmc.Section(run.screen, next(iter(run.cast.participants.values())), clock)
 
 
 def consume(section: mmc.Section, items: Iterable[bytes]) -> int:

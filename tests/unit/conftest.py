@@ -1,4 +1,9 @@
-"""Property tests that say the same on every machine, and forget nothing on disk."""
+"""Property tests that say the same on every machine, and keep nothing on disk.
+
+`make fuzz` instead tries what was never tried before, for as long as it is told.
+"""
+
+import os
 
 from hypothesis import HealthCheck, settings
 
@@ -10,4 +15,7 @@ settings.register_profile(
     max_examples=150,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("unit")
+settings.register_profile(
+    "fuzz", settings.get_profile("unit"), derandomize=False, max_examples=1000
+)
+settings.load_profile("fuzz" if os.environ.get("FUZZ_SECONDS") else "unit")

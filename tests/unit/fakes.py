@@ -142,10 +142,10 @@ def make_run(
         tools=tools or {},
         specs=tuple({"type": "function", "function": {"name": n}} for n in tools or {}),
     )
-    participants = tuple(
-        mmc.Participant(alias, colour, f"You are {alias}.", voice)
+    participants = {
+        alias: mmc.Participant(alias, colour, f"You are {alias}.", voice)
         for alias, colour in zip(aliases, mmc.COLOURS, strict=False)
-    )
+    }
     settings = mmc.merge_settings(mmc.Settings(**fields), None)
     transcript = mmc.Transcript("t")
     emitter = mmc.Emitter(mmc.plan_items if in_chat else mmc.plan_chunk, 0.0)

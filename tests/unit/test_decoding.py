@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -67,18 +67,24 @@ def read_item(item: Any) -> Any:
     return item
 
 
-def decode(items: Iterable[Any]) -> list[mmc.ReplyEvent]:
-    """All events of a reply."""
+def decode(items: Iterable[Any]) -> list[mmc.ReplyEvent | mmc.ModelFailure]:
+    """All events of a reply; an error that ended it is the last."""
     decoder = mmc.ReplyDecoder(HOST_TAGS)
-    events = [event for item in items for event in decoder.feed(item)]
-    return [*events, *decoder.close()]
+    events: list[mmc.ReplyEvent | mmc.ModelFailure] = []
+    try:
+        for item in items:
+            events.extend(decoder.feed(item))
+        events.extend(decoder.close())
+    except mmc.ModelFailure as failure:
+        events.append(failure)
+    return events
 
 
-def joined(events: Iterable[mmc.ReplyEvent], kind: type[Any]) -> str:
+def joined(events: Iterable[Any], kind: type[Any]) -> str:
     return "".join(event.text for event in events if isinstance(event, kind))
 
 
-def calls_of(events: Iterable[mmc.ReplyEvent]) -> list[list[str]]:
+def calls_of(events: Iterable[Any]) -> list[list[str]]:
     """The calls as (id, name, arguments), as a section would run them."""
     calls = mmc.ToolCallAccumulator()
     for event in events:
@@ -100,7 +106,7 @@ def outcome(items: Iterable[Any]) -> dict[str, Any]:
         "reasoning": joined(events, mmc.ReasoningDelta),
         "calls": calls_of(events),
         "usage": usages[-1] if usages else None,
-        "errors": [e.reason for e in events if isinstance(e, mmc.StreamError)],
+        "errors": [str(e) for e in events if isinstance(e, mmc.ModelFailure)],
     }
 
 
@@ -288,7 +294,7 @@ def check_counts(usage: dict[str, Any]) -> None:
             assert type(value) in (int, float) and math.isfinite(value)
 
 
-def check(event: mmc.ReplyEvent) -> None:
+def check(event: mmc.ReplyEvent | mmc.ModelFailure) -> None:
     """Every part of an event is of the type it says."""
     match event:
         case mmc.TextDelta(text) | mmc.ReasoningDelta(text):
@@ -298,8 +304,8 @@ def check(event: mmc.ReplyEvent) -> None:
             assert all(isinstance(part, str) for part in (call_id, name, arguments))
         case mmc.UsageReport(usage):
             check_counts(usage)
-        case mmc.StreamError(reason):
-            assert reason and "\n" not in reason
+        case mmc.ModelFailure():
+            assert str(event) and "\n" not in str(event)
         case mmc.SourceFound(source):
             assert isinstance(source, dict)
 
@@ -367,6 +373,61 @@ def test_an_error_is_one_readable_line(error: Any, text: str) -> None:
 
 def test_a_very_long_error_is_cut() -> None:
     assert len(mmc.error_text("x" * 1000)) == 300
+
+
+# -- what cannot be stored -------------------------------------------------------------
+
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+
+@pytest.mark.parametrize(
+    ("text", "storable"),
+    [
+        ("Oaks grow 🌳\n", "Oaks grow 🌳\n"),
+        ("a\0b", "a\ufffdb"),
+        ("\ud83c\udf33", "🌳"),
+        ("\ud83c", "\ufffd"),
+        ("a\udf33b\ud83c", "a\ufffdb\ufffd"),
+        ("🌳\0\ud83c🌳", "🌳\ufffd\ufffd🌳"),
+    ],
+)
+def test_what_no_database_takes_is_replaced_and_seen(text: str, storable: str) -> None:
+    assert mmc.storable(text) == storable
+    assert mmc.plain_line(text) == storable.strip()
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\0", "x\ud83c", "\udf33 y", "<\0think>"])
+@pytest.mark.parametrize("tags", [HOST_TAGS, ()])
+def test_no_event_has_what_cannot_be_stored(
+    text: str, tags: Sequence[tuple[str, str]]
+) -> None:
+    function = {"name": text, "arguments": text}
+    call = {"index": 0, "id": "a", "function": function}
+    deltas: list[Any] = [
+        {"content": text},
+        {"reasoning_content": text},
+        {"content": f"<think>{text}</think>{text}"},
+        {"tool_calls": [call]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": {"a": text}}}]},
+    ]
+    chunks = [{"choices": [{"delta": delta}]} for delta in deltas]
+    for as_stream in (True, False):
+        decoder = mmc.ReplyDecoder(tags)
+        lines = [f"data: {json.dumps(chunk)}\n\n".encode() for chunk in chunks]
+        items: list[Any] = lines if as_stream else [*chunks, text]
+        events = [event for item in items for event in decoder.feed(item)]
+        with pytest.raises(mmc.ModelFailure) as failure:
+            list(decoder.feed({"error": text}))
+        events += [*decoder.close(), *failure.value.args]
+        assert "\ufffd" in str(events)
+        assert not UNSTORABLE.search(str(events).replace("\\x00", "\0"))
+        assert "\\ud83c" not in str(events) and "\\udf33" not in str(events)
+
+
+def test_a_character_that_was_cut_in_two_is_put_together_again() -> None:
+    pieces = ["Oaks \ud83c", "\udf33", " <b \ud83c", "", "\udf33", "\ud83c", "x"]
+    assert split(pieces) == ("Oaks 🌳 <b 🌳\ufffdx", "")
+    assert split(["<think>\ud83c", "\udf33</think>\ud83c"]) == ("\ufffd", "🌳")
 
 
 # -- usage -----------------------------------------------------------------------------
@@ -502,10 +563,12 @@ def test_a_model_may_have_tags_of_its_own_or_none(
 
 @given(st.text("<a", max_size=8), st.text("<a>", min_size=1, max_size=6))
 def test_the_end_that_could_become_a_tag_is_found(text: str, tag: str) -> None:
+    assume(tag not in text)
     longest = max(
         (n for n in range(len(tag)) if n and text.endswith(tag[:n])), default=0
     )
-    assert mmc._partial_end(text, tag) == longest
+    given_out = mmc.ThinkSplitter([(tag, "</>")]).feed(text)
+    assert joined(given_out, mmc.TextDelta) == text[: len(text) - longest]
 
 
 # -- tool calls ------------------------------------------------------------------------

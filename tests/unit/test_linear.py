@@ -67,12 +67,11 @@ def arguments_in_pieces(pieces: Sequence[str]) -> None:
 def growing_text(pieces: Sequence[str]) -> None:
     """A block that is flushed at every hundredth piece."""
     block = mmc.Transcript("t").add("message", "Ann")
-    shown = mmc.take_snapshot(block)
     for number, piece in enumerate(pieces):
         block.text.append(piece)
         if number % 100 == 0:
-            mmc.plan_items(block, shown)
-            shown = mmc.take_snapshot(block)
+            mmc.plan_items(block)
+            block.mark_sent()
 
 
 READERS: dict[str, Reader] = {
@@ -140,7 +139,11 @@ UNITS: dict[str, list[str]] = {  # what is repeated, for each reader
     "split_objects": ["{}", "{} ", '{"a":1}', "{", '{"a":', "[", "{}{", " "],
     "parse_json": ["[", '{"a":', '"', "9"],
     "parse_json_at": ["[", '{"a":', '"', "9", "{}"],
-    "error_text": ["<", " ", "`", "a "],
+    "error_text": [
+        *("<", " ", "`", "a ", "\n", "\n at x", "<title", "<title>", "<html><script>"),
+        *("a.", "a:", "a:a@", "a@", "a://", "http://.", "1.", "1.1.1.1", "::1", "f:"),
+        *("sk-", "sk-.", "eyJ", "a1", "key=", "key: 1", "Bearer 1", "pwd=", "a-a.a "),
+    ],
     "calls with ids": ["abc"],
     "arguments in pieces": ["{", '{"a": 1}'],
     "growing text": ["a"],
@@ -150,6 +153,8 @@ CASES: list[tuple[str, Maker]] = [
     ("ThinkSplitter", again("<", before="<think>")),
     ("ThinkSplitter", again("</thin", before="<think>")),
     ("ThinkSplitter", again(" ", before="<think></think>")),
+    *(("error_text", again(u, before="<html>")) for u in ("<", "<script>", "a ")),
+    ("error_text", again("\n at x", before="Traceback (")),
     ("SSEDecoder", again("x", before='data: {"a": "')),
     ("SSEDecoder", again('data: "a}",\n', before="data: {\n")),
     ("SSEDecoder", again("data: x}\n", before='data: {"a": [\n')),

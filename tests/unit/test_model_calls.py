@@ -151,7 +151,7 @@ async def test_a_place_is_not_given_to_who_was_cancelled_just_before() -> None:
 
 
 async def test_a_turn_may_not_take_longer_than_its_time() -> None:
-    with pytest.raises(mmc.ModelSilent, match="it took longer than 0.01 s"):
+    with pytest.raises(mmc.ModelFailure, match="it took longer than 0.01 s"):
         async with mmc.TurnClock(0.01).running():
             await asyncio.Event().wait()
 
@@ -159,7 +159,7 @@ async def test_a_turn_may_not_take_longer_than_its_time() -> None:
 async def test_the_clock_stands_still_until_the_last_of_several_goes_on() -> None:
     clock = mmc.TurnClock(0.02)
     first, second = clock.paused(), clock.paused()
-    with pytest.raises(mmc.ModelSilent):
+    with pytest.raises(mmc.ModelFailure):
         async with clock.running():
             first.__enter__()
             second.__enter__()
@@ -173,7 +173,7 @@ async def test_the_clock_stands_still_until_the_last_of_several_goes_on() -> Non
 
 async def test_a_pause_that_ends_after_the_time_was_over_moves_nothing() -> None:
     clock = mmc.TurnClock(0.01)
-    with pytest.raises(mmc.ModelSilent):
+    with pytest.raises(mmc.ModelFailure):
         async with clock.running():
             try:
                 await asyncio.Event().wait()
@@ -193,7 +193,7 @@ class Door:
         self.models = self.run.models
 
     def call(self, speaker: str = "Ann") -> mmc.ModelCall:
-        voice = self.run.cast.participant("Ann").voice
+        voice = self.run.cast.participants["Ann"].voice
         return mmc.ModelCall(speaker, voice, [], mmc.TurnClock(5.0))
 
     async def text(self) -> str:
@@ -205,8 +205,15 @@ class Door:
         return [payload["stream"] for payload in self.host.payloads]
 
 
-async def test_stream_options_that_are_rejected_are_not_sent_again() -> None:
-    rejected = mmc.ModelFailure("Unrecognized argument: stream_options", 400)
+UNKNOWN = "Unrecognized argument: stream_options"
+
+
+@pytest.mark.parametrize(
+    "rejected", [mmc.ModelFailure(UNKNOWN, 400), {"error": {"message": UNKNOWN}}]
+)
+async def test_stream_options_that_are_rejected_are_not_sent_again(
+    rejected: Exception | Json,
+) -> None:
     door = Door([rejected], text("Oaks."), text("Elms."))
     assert [await door.text(), await door.text()] == ["Oaks.", "Elms."]
     assert door.streamed == [True, True, True]
@@ -214,7 +221,7 @@ async def test_stream_options_that_are_rejected_are_not_sent_again() -> None:
     assert sent == [True, False, False]
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 413])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 413])
 async def test_a_request_that_is_at_fault_is_made_once(status: int) -> None:
     door = Door([mmc.ModelFailure("no", status)])
     with pytest.raises(mmc.ModelFailure, match="no"):
@@ -235,6 +242,19 @@ async def test_a_model_that_fails_whole_too_is_not_asked_a_third_time() -> None:
     assert door.streamed == [True, False]
 
 
+async def test_a_model_that_fails_and_then_says_nothing_is_asked_twice() -> None:
+    door = Door([mmc.ModelFailure("boom", 500)], [])
+    with pytest.raises(mmc.ModelFailure, match="empty answer, asked twice"):
+        await door.text()
+    assert door.streamed == [True, False]
+
+
+async def test_a_model_that_says_nothing_is_asked_once_more_in_the_same_way() -> None:
+    door = Door([], text("Oaks."))
+    assert await door.text() == "Oaks."
+    assert door.streamed == [True, True]
+
+
 @pytest.mark.parametrize("begun", [text("Oaks"), [call("look")]])
 async def test_who_is_busy_in_the_middle_is_not_asked_again(begun: list[Json]) -> None:
     door = Door([*begun, mmc.ModelFailure("busy", 429)])
@@ -252,7 +272,7 @@ async def test_who_is_busy_for_longer_than_the_patience_is_not_asked_again() -> 
 
 @pytest.mark.parametrize("header", ["nan", "inf", "-1", "soon", ""])
 async def test_a_pause_that_is_no_number_is_none(header: str) -> None:
-    assert mmc.read_seconds(header) is None
+    assert mmc.read_seconds(header) == 0
 
 
 # -- what is counted -------------------------------------------------------------------
@@ -311,7 +331,7 @@ async def complete(door: Door, section: mmc.Section) -> mmc.ModelFailure:
 
 
 def section_of(run: mmc.Run) -> mmc.Section:
-    return mmc.Section(run.screen, run.cast.participant("Ann"), mmc.TurnClock(5.0))
+    return mmc.Section(run.screen, run.cast.participants["Ann"], mmc.TurnClock(5.0))
 
 
 async def test_a_plain_reply_that_breaks_off_has_its_text() -> None:
@@ -335,7 +355,7 @@ async def test_a_shown_reply_that_breaks_off_leaves_nothing_open() -> None:
     failure = await complete(door, section)
     assert failure.midway
     section.fail(str(failure))
-    *items, notice = mmc.render_items(door.run.screen.transcript)
+    *items, notice = list(map(mmc.render_item, door.run.screen.transcript.blocks))
     assert [item["type"] for item in items] == [
         "message",
         "reasoning",
@@ -403,7 +423,7 @@ def watched(person: Person, *replies: Any) -> tuple[mmc.ModelCalls, mmc.ModelCal
 async def test_a_silent_model_is_skipped_once_the_person_says_so() -> None:
     person = Person(False, True)
     models, silent = watched(person, [asyncio.Event()])
-    with pytest.raises(mmc.ModelSilent, match="it was skipped"):
+    with pytest.raises(mmc.ModelFailure, match="it was skipped"):
         await models.text(silent)
     assert person.asked == ["Skip Ann?", "Skip Ann?"]
 
@@ -421,6 +441,16 @@ async def test_the_offer_goes_away_when_the_model_speaks() -> None:
     assert await asking == "Oaks."
 
 
+async def test_nothing_watches_a_model_where_nobody_can_be_asked() -> None:
+    hangs = TellingEvent()
+    door = Door([hangs], skip_after=0.01)
+    before = len(asyncio.all_tasks())
+    asking = asyncio.create_task(door.text())
+    await hangs.awaited.wait()
+    assert len(asyncio.all_tasks()) == before + 1
+    await mmc.end_tasks(asking)
+
+
 # -- who is late -----------------------------------------------------------------------
 
 
@@ -433,7 +463,7 @@ async def test_a_member_that_is_queued_is_not_late() -> None:
         return mmc.Turn(name, "Oaks.")
 
     tasks = {name: asyncio.create_task(turn(name)) for name in done}
-    waiting = asyncio.create_task(run._wait_in_view(tasks, "answered", 1))
+    waiting = asyncio.create_task(run._wait_in_view(tasks, "answered", 1, 0))
     long_ago = asyncio.get_running_loop().time() - 60
     run.models.admitted |= {(1, "Ann"): long_ago, (1, "Cat"): long_ago}
     done["Ann"].set()

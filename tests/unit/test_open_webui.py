@@ -15,7 +15,7 @@ from tests.unit.plugin import mmc
 Json = dict[str, Any]
 
 
-# -- which models are this very pipe ---------------------------------------------------
+# -- the cards of models ---------------------------------------------------------------
 
 
 def test_models_based_on_the_pipe_are_the_pipe_through_any_number_of_steps() -> None:
@@ -29,13 +29,39 @@ def test_models_based_on_the_pipe_are_the_pipe_through_any_number_of_steps() -> 
         "a": "b",
         "b": "a",
     }
-    models = {i: {"info": {"base_model_id": base}} for i, base in bases.items()}
-    models["bare"] = {}
-    assert mmc._own_models(models, "talk") == {
+    models: dict[str, Json] = {
+        model_id: {"id": model_id, "info": {"base_model_id": base}}
+        for model_id, base in bases.items()
+    }
+    models["bare"] = {"id": "bare"}
+    cards = mmc._cards_of(models.values(), models, "talk")
+    assert set(cards) == set(models)
+    assert {card.id for card in cards.values() if card.is_self} == {
         "talk.manager",
         "talk.round_robin",
         "mine",
         "yours",
+    }
+
+
+def test_the_connection_of_a_model_is_that_of_what_it_is_based_on() -> None:
+    ollama = {"owned_by": "ollama", "urlIdx": 1, "ollama": {"urls": [2, 3]}}
+    models: dict[str, Json] = {
+        "oak-1": {"id": "oak-1", "owned_by": "openai", "urlIdx": 0},
+        "oak": {"id": "oak", "info": {"base_model_id": "oak-1"}},
+        "my oak": {"id": "my oak", "info": {"base_model_id": "oak"}},
+        "elm": {"id": "elm", **ollama},
+        "fir": {"id": "fir", "owned_by": "ollama"},
+        "lost": {"id": "lost", "info": {"base_model_id": "gone"}},
+    }
+    cards = mmc._cards_of(models.values(), models, "talk")
+    assert {card.id: card.connection for card in cards.values()} == {
+        "oak-1": "openai 0",
+        "oak": "openai 0",
+        "my oak": "openai 0",
+        "elm": "ollama 2",
+        "fir": "ollama 0",
+        "lost": "None None",
     }
 
 
@@ -64,6 +90,12 @@ def test_a_model_may_be_read_by_its_owner_and_by_whom_it_was_granted(
     assert mmc._may_read(info, me) is allowed
 
 
+class HostWithOnePairOfTags:
+    """The host's part that names the usual think tags, where there is no host."""
+
+    DEFAULT_REASONING_TAGS = [("<think>", "</think>")]
+
+
 @pytest.mark.parametrize(
     ("tags", "expected"),
     [
@@ -78,10 +110,11 @@ def test_a_model_may_be_read_by_its_owner_and_by_whom_it_was_granted(
     ],
 )
 def test_a_models_own_think_tags_are_taken_where_they_make_sense(
-    tags: Any, expected: Any
+    tags: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual = (("<think>", "</think>"),)
-    found = mmc._read_think_tags(tags, usual)
+    monkeypatch.setattr(mmc, "middleware", HostWithOnePairOfTags, raising=False)
+    found = mmc.Host.think_tags(tags)
+    usual = tuple(HostWithOnePairOfTags.DEFAULT_REASONING_TAGS)
     assert found == (usual if expected is None else expected)
     mmc.ReplyDecoder(found)
 
@@ -95,7 +128,7 @@ def builtins(
     """The built-in categories of a model of this meta in a chat with features."""
     settings = mmc.Settings.model_validate({"builtin_tools": choice})
     model = {"id": "oak", "info": {"meta": meta}}
-    found = mmc._builtins_model(model, meta, {"features": features}, settings)
+    found = mmc._builtins_model(model, {"features": features}, settings)
     return None if found is None else found["info"]["meta"]["builtinTools"]
 
 
@@ -243,7 +276,7 @@ async def test_a_reply_that_swallows_its_cancellation_ends_all_the_same() -> Non
                 yield "I go on."
 
     async def read() -> None:
-        async for _ in mmc._guarded(stubborn()):
+        async for _ in mmc.reply_items(StreamingResponse(stubborn())):
             raise AssertionError("nothing may come after the cancellation")
 
     task = asyncio.create_task(read())

@@ -91,7 +91,7 @@ async def test_the_last_frame_is_exact() -> None:
     emitter.close()
     for event in await rest_of(emitter.frames()):
         output = apply_response_event(output, event)
-    assert output == mmc.render_items(transcript)
+    assert output == list(map(mmc.render_item, transcript.blocks))
 
 
 async def test_a_slow_reader_gets_fewer_and_bigger_events() -> None:
@@ -233,7 +233,7 @@ async def test_whatever_the_rhythm_the_page_ends_with_the_transcript(
             await asyncio.sleep(0)
     emitter.close()
     await soon(reader)
-    assert output == mmc.render_items(transcript)
+    assert output == list(map(mmc.render_item, transcript.blocks))
 
 
 async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece() -> (
@@ -325,7 +325,9 @@ async def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
 
 
 def section_of(run: mmc.Run, alias: str = "Ann") -> mmc.Section:
-    section = mmc.Section(run.screen, run.cast.participant(alias), mmc.TurnClock(600.0))
+    section = mmc.Section(
+        run.screen, run.cast.participants[alias], mmc.TurnClock(600.0)
+    )
     section.show_heading()
     return section
 
@@ -338,7 +340,7 @@ def said(words: str, *calls: mmc.ToolCall) -> mmc.Reply:
 
 
 def items_of(run: mmc.Run) -> list[Json]:
-    items: list[Json] = mmc.render_items(run.screen.transcript)
+    items: list[Json] = list(map(mmc.render_item, run.screen.transcript.blocks))
     return items
 
 
@@ -467,7 +469,7 @@ def test_a_result_completes_its_card_and_brings_files_and_embeds() -> None:
     reply.end()
     (made,) = reply.calls
     section.show_result(
-        made, mmc.ToolResult("tall", files=({"url": "x"},), embeds=("e",))
+        made.id, mmc.ToolResult("tall", files=({"url": "x"},), embeds=("e",))
     )
     card, result = items_of(run)[1:]
     assert card["status"] == result["status"] == "completed"
@@ -575,7 +577,7 @@ def test_every_call_is_answered_and_every_turn_is_read_back(
                 break
             results = [mmc.ToolResult("tall") for _ in reply.calls]
             for made, result in zip(reply.calls, results, strict=True):
-                section.show_result(made, result)
+                section.show_result(made.id, result)
             section.record(reply, results)
         if breaks:
             section.fail("it broke")
@@ -599,7 +601,7 @@ def test_every_call_is_answered_and_every_turn_is_read_back(
 
 
 def agenda(run: mmc.Run, rounds: int = 1) -> mmc.Agenda:
-    return mmc.Agenda(run.cast.aliases, "", mmc.Settings(rounds=rounds))
+    return mmc.Agenda(tuple(run.cast.participants), "", mmc.Settings(rounds=rounds))
 
 
 async def converse(
@@ -628,7 +630,7 @@ def lines_of(output: Output) -> list[str]:
 async def test_participants_answer_in_turn_and_hear_each_other() -> None:
     run, host, output = await converse([text("Oa", "ks."), text("Elms.")])
     assert lines_of(output) == ["### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
-    assert output == mmc.render_items(run.screen.transcript)
+    assert output == list(map(mmc.render_item, run.screen.transcript.blocks))
     assert host.payloads[0]["messages"] == [
         {"role": "system", "content": "You are Ann."},
         {"role": "user", "content": "Which tree?"},
@@ -888,7 +890,7 @@ async def test_stop_answers_every_call_and_shows_the_last_frame() -> None:
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await soon(reader)
-    assert output == mmc.render_items(run.screen.transcript)
+    assert output == list(map(mmc.render_item, run.screen.transcript.blocks))
     calls = [i["call_id"] for i in output if i["type"] == "function_call"]
     answers = [i["call_id"] for i in output if i["type"] == "function_call_output"]
     assert sorted(calls) == sorted(answers)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
 
+from tests.unit.fakes import ScriptedHost
 from tests.unit.plugin import mmc
 
 PANELS: dict[str, type[BaseModel]] = {
@@ -256,11 +258,38 @@ def test_stored_v2_valves_are_understood() -> None:
     ]
 
 
-def test_v2s_switch_chooses_the_mode_where_the_model_names_none() -> None:
-    assert mmc._default_mode(mmc.Pipe.UserValves.model_validate(V2_STORED)) == "manager"
-    off = V2_STORED | {"UseGroupChatManager": False}
-    assert mmc._default_mode(mmc.Pipe.UserValves.model_validate(off)) == "round_robin"
-    assert mmc._default_mode(None) == "round_robin"
+class Preparing(ScriptedHost):
+    """A host that knows the models of `CARDS`, which bring nothing of their own."""
+
+    async def model_cards(self, own_id: str) -> dict[str, mmc.ModelCard]:
+        return CARDS
+
+    async def model_params(self, ids: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {}, {}
+
+    async def voice(self, card: mmc.ModelCard, *_: Any) -> mmc.Voice | str:
+        return mmc.Voice(card.id)
+
+
+@pytest.mark.parametrize(
+    ("stored", "model", "first"),
+    [
+        (V2_STORED, "talk", mmc.AskManager),
+        (V2_STORED, "talk.round_robin", mmc.Speak),
+        (V2_STORED | {"UseGroupChatManager": False}, "talk", mmc.Speak),
+        (None, "talk", mmc.Speak),
+    ],
+)
+async def test_v2s_switch_chooses_the_mode_where_the_model_names_none(
+    stored: dict[str, Any] | None, model: str, first: type
+) -> None:
+    request = Request({"type": "http", "headers": [], "state": {}})
+    host = Preparing(request, None, {"chat_id": "chat", "message_id": "message"})
+    user = None if stored is None else mmc.Pipe.UserValves.model_validate(stored)
+    asked = [{"role": "user", "content": "Which tree?"}]
+    body = {"model": model, "messages": asked}
+    _, mode = await mmc._prepare(host, mmc.Pipe.Valves(), user, body)
+    assert isinstance(next(mode), first)
 
 
 def test_stored_v2_valves_survive_a_save_of_the_new_panel() -> None:

@@ -102,7 +102,6 @@ def test_it_loads_under_the_name_the_host_gives_it(function_id: str) -> None:
         "debate",
     ]
     assert pipe.name + pipe.pipes()[1]["name"] == "Conversation · Manager"
-    assert pipe.type == "manifold"
     assert module.own_function_id() == function_id
     assert not hasattr(module.Turn("Ann", ""), "__dict__")
 

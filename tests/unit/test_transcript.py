@@ -25,12 +25,11 @@ class Client:
 
     def __init__(self) -> None:
         self.output: Output = []
-        self._shown: dict[str, mmc.Snapshot] = {}
 
     def follow(self, block: mmc.Block) -> Json | None:
         """Plan for one block, remember it as sent, apply it; the event."""
-        event = mmc.plan_items(block, self._shown.get(block.id))
-        self._shown[block.id] = mmc.take_snapshot(block)
+        event = mmc.plan_items(block)
+        block.mark_sent()
         if event is not None:
             self.output = apply_response_event(self.output, event)
             assert self.output[event["output_index"]]["id"] == block.id
@@ -109,7 +108,7 @@ def test_a_page_that_applies_every_event_has_exactly_the_transcript(
                 before = client.output[block.index] if known else None
                 event = client.follow(block)
                 check_event(event, before, mmc.render_item(block))
-            assert client.output == mmc.render_items(transcript)
+            assert client.output == list(map(mmc.render_item, transcript.blocks))
 
 
 def test_the_items_of_each_kind_are_the_hosts() -> None:
@@ -118,7 +117,7 @@ def test_the_items_of_each_kind_are_the_hosts() -> None:
         transcript.add(kind, "Ann").text.append(kind)
     transcript.blocks[1].fields |= {"status": "completed", "duration": 1.5}
     text = {"type": "output_text", "text": "message"}
-    assert mmc.render_items(transcript) == [
+    assert list(map(mmc.render_item, transcript.blocks)) == [
         {
             "type": "message",
             "id": "t_0",
@@ -147,6 +146,7 @@ def test_the_items_of_each_kind_are_the_hosts() -> None:
             "type": "function_call_output",
             "id": "t_3",
             "speaker": "Ann",
+            "status": "in_progress",
             "output": [{"type": "input_text", "text": "function_call_output"}],
         },
     ]
@@ -204,12 +204,11 @@ def test_a_text_that_is_said_again_whole_sends_only_what_is_new() -> None:
 
 def chunks_of(transcript: mmc.Transcript, steps: Iterator[None]) -> list[Json]:
     """What an API client gets, when each block is planned after every step."""
-    shown: dict[str, mmc.Snapshot] = {}
     chunks = []
     for _ in steps:
         for block in transcript.blocks:
-            chunk = mmc.plan_chunk(block, shown.get(block.id))
-            shown[block.id] = mmc.take_snapshot(block)
+            chunk = mmc.plan_chunk(block)
+            block.mark_sent()
             chunks += [chunk] if chunk else []
     return chunks
 
