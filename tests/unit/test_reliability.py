@@ -1,5 +1,6 @@
 """The document on reliability says what the list of faults and the settings say."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from tests.stack import document, faults
 from tests.stack.crowd import Plan, of_crowd, speech
 from tests.stack.faults import FAULTS, MODES, row
 from tests.stack.scripts import Text
-from tests.unit.plugin import mmc
+from tests.unit.plugin import SOURCE, mmc
 
+WAITS = ("asyncio.timeout", "asyncio.wait", "asyncio.wait_for")
 TEXT = document.RELIABILITY.read_text("utf-8")
 
 
@@ -44,6 +46,19 @@ def test_a_part_is_written_in_place_of_what_was_there(tmp_path: Path) -> None:
         document.write_part("y", "", path)
 
 
+def fixed_limits() -> set[float]:
+    """The seconds that the code itself gives a wait, as numbers or named numbers."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in WAITS:
+            named = [word.value for word in node.keywords if word.arg == "timeout"]
+            for limit in (*node.args, *named):
+                name = limit.id if isinstance(limit, ast.Name) else ""
+                value = getattr(mmc, name, getattr(limit, "value", None))
+                found |= {float(value)} if isinstance(value, int | float) else set()
+    return found
+
+
 def test_every_limit_in_time_is_listed_with_its_default() -> None:
     listed = TEXT.split("## Every wait has a limit")[1].split("\n## ")[0]
     fields = mmc.Settings.model_fields
@@ -51,8 +66,8 @@ def test_every_limit_in_time_is_listed_with_its_default() -> None:
     assert len(named) >= 6
     for name in named:
         assert f"`{name}`, {fields[name].default:g} s" in listed, name
-    assert f"{mmc.APPROVAL_TIMEOUT} s; the turn's clock" in listed
-    assert f"| {mmc.CLOSE_TIMEOUT} s | it is left to the host |" in listed
+    for seconds in fixed_limits():
+        assert re.search(rf"\| {seconds:g} s\b", listed), seconds
 
 
 def test_the_limits_of_the_run_are_told() -> None:
