@@ -31,6 +31,8 @@ START_TIMEOUT = 120.0
 """Seconds a server may take from its start to its first answer."""
 STOP_TIMEOUT = 15.0
 """Seconds a server may take to end after SIGTERM."""
+KEPT_ALIVE = httpx.Limits(keepalive_expiry=2.0)
+"""The server closes a connection after five idle seconds; who asks just then fails."""
 LOG_LINES = 60
 """Lines of the server's log that an error shows."""
 PROBE = Path(__file__).parent / "probe"
@@ -203,7 +205,9 @@ class Api:
     def __init__(self, url: str):
         self.url = url
         self._admin: Account | None = None
-        self._client = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        self._client = httpx.Client(
+            base_url=url, timeout=60, trust_env=False, limits=KEPT_ALIVE
+        )
 
     @property
     def admin(self) -> Account:

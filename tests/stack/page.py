@@ -21,7 +21,7 @@ from uuid import uuid4
 import httpx
 import socketio
 
-from tests.stack.host import Account, Api, Json
+from tests.stack.host import KEPT_ALIVE, Account, Api, Json
 from tests.stack.structured_output import Output, apply_response_event, get_output_text
 
 TIMEOUT = 60.0
@@ -476,6 +476,7 @@ class Page:
             headers={"Authorization": f"Bearer {account.token}"},
             timeout=120,
             trust_env=False,
+            limits=KEPT_ALIVE,
         )
 
     # -- the socket ----------------------------------------------------------------
