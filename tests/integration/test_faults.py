@@ -42,7 +42,7 @@ NAMES = ("Ann", "Rex", "Ben")
 KEYS = re.compile(r"sk-[\w-]{8,}|Bearer \S{8,}")
 ADDRESSES = re.compile(r"\d{1,3}(\.\d{1,3}){3}|localhost|https?://|/srv/")
 TAGS = re.compile(r"<[a-zA-Z/!]|!DOCTYPE|/html|/body")
-TRACES = re.compile(r"Traceback|line \d+, in |0x[0-9a-f]{6}|\w+(Error|Exception)\b")
+TRACES = re.compile(r"Traceback|File \"|line \d+, in |0x[0-9a-f]{6}|errno|\.py\b")
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,7 +121,7 @@ class Fault:
     said: str = ""
     card: str = ""
     seat: Seat = "one"
-    limit: float = 12.0
+    limit: float = 15.0
     heavy: bool = False
 
     @property
@@ -314,7 +314,7 @@ def refused() -> list[Fault]:
         status(401, 1),
         status(403, 1),
         status(404, 1),
-        status(408, 2),
+        status(408, 1),
         status(413, 1),
         status(422, 2),
         status(500, 2),
@@ -339,6 +339,7 @@ def refused() -> list[Fault]:
             refuses(500, "<details open><b>No</b></details> " + "no " * 350_000),
             ASKED_TWICE,
             "No",
+            heavy=True,
         ),
         Fault(
             "loop-302",
@@ -670,7 +671,7 @@ def of_tools() -> list[Fault]:
     def fault(
         name: str, what: str, behaviour: Behaviour, card: str, heavy: bool = False
     ) -> Fault:
-        limit = 60.0 if heavy else 12.0
+        limit = 60.0 if heavy else 15.0
         return Fault(
             name, what, behaviour, CALLS_A_TOOL, "", BEGUN, card, "one", limit, heavy
         )
