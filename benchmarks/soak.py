@@ -87,6 +87,7 @@ class Soak:
 
     async def run(self, minutes: float) -> None:
         """Work and rest by turns; a sample at each rest."""
+        await asyncio.to_thread(self.host.counts, memory=True)
         gap = max(minutes * 60 / SAMPLES, LEAST_GAP)
         begun = time.monotonic()
         people = zip(range(WORKERS), self.accounts, strict=False)
@@ -109,9 +110,10 @@ class Soak:
                 await asyncio.sleep(0.1)
 
     async def _sample(self, minute: float) -> None:
+        # first, since counting the memory holds everything up
+        stall = (await asyncio.to_thread(self.host.counts, watch=True)).stall
         await asyncio.to_thread(self.host.settled_counts)
         now: Counts = await asyncio.to_thread(self.host.counts, memory=True)
-        stall = (await asyncio.to_thread(self.host.counts, watch=True)).stall
         sample = Sample(
             round(minute, 2),
             self.done.total(),
@@ -119,7 +121,7 @@ class Soak:
             now.tasks,
             now.threads,
             now.files,
-            round(max(stall, now.stall), 3),
+            round(stall, 3),
         )
         self.samples.append(sample)
         print(sample, flush=True)
@@ -280,6 +282,7 @@ def crowd_table(ours: Crowd, native: Crowd, memory: tuple[float, float]) -> str:
             f"{median(words) * 1000:,.0f} ms",
             f"{percentile(words, 0.95) * 1000:,.0f} ms",
             f"{crowd.stall * 1000:,.0f} ms",
+            f"{crowd.collection * 1000:,.0f} ms",
             f"{crowd.seconds:.0f} s",
         ]
 
@@ -289,6 +292,7 @@ def crowd_table(ours: Crowd, native: Crowd, memory: tuple[float, float]) -> str:
         "first word, median",
         "first word, 95th percentile",
         "longest stall of the event loop",
+        "longest collection of garbage",
         "all of them",
     ]
     rows = zip(names, cells(ours), cells(native), strict=True)

@@ -87,6 +87,9 @@ class Crowd:
     problems: list[str] = field(default_factory=list)
     seconds: float = 0.0
     stall: float = 0.0
+    """The longest delay of the server's event loop."""
+    collection: float = 0.0
+    """The longest collection of garbage, in which the loop stands still."""
     most: int = 0
     """How many were under way at the same time."""
 
@@ -121,7 +124,8 @@ async def ask_all(host: OpenWebUI, accounts: Sequence[Account], plan: Plan) -> C
             crowd.most = max(crowd.most, under_way)
         await asyncio.gather(*(watching for _, watching in asked))
     crowd.seconds = time.monotonic() - begun
-    crowd.stall = (await asyncio.to_thread(host.counts, watch=True)).stall
+    counts = await asyncio.to_thread(host.counts, watch=True)
+    crowd.stall, crowd.collection = counts.stall, counts.collection
     return crowd
 
 
