@@ -65,9 +65,9 @@ class Counts:
     of the host's look-ups by name (`Models.get_model_by_id`, `get_tools`, ...) except
     those made inside its own `generate_chat_completion`, which are in `inside`.
     `memory` is bytes in use, where asked for. `tasks`, `threads` and `files` are those
-    of now, tasks of sockets left out. Once `watch` was asked for, `stall` is the longest
-    delay of the event loop and `collection` the longest collection of garbage, in
-    seconds, since the last question.
+    of now, tasks of sockets left out. Once `watch` was asked for, `stall` is the
+    longest delay of the event loop and `collection` the longest collection of garbage,
+    in seconds, since the last question.
     """
 
     sql: dict[str, int] = field(default_factory=dict)
@@ -149,7 +149,8 @@ class ServerProcess:
     def __init__(self, data_dir: Path, environment: Mapping[str, str], port: int):
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = data_dir / "server.log"
-        program = Path(sys.executable).parent / "open-webui"
+        installed = Path(sys.executable).parent / "open-webui"
+        program = os.environ.get("MMC_OPEN_WEBUI", installed)  # or another version's
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [str(program), "serve", "--host", "127.0.0.1", "--port", str(port)],
@@ -261,6 +262,10 @@ class Api:
     def sign_in_without_login(self) -> Account:
         """The only account of a server that runs with `WEBUI_AUTH=False`."""
         return self._sign_in("signin", {"email": "", "password": ""})
+
+    def adopt(self, account: Account) -> None:
+        """Go on as an administrator that signed in before a restart."""
+        self._admin = account
 
     def add_user(self, name: str, role: str = "user") -> Account:
         """Create another account, signed in."""
