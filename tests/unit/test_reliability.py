@@ -13,7 +13,9 @@ from tests.stack.faults import FAULTS, MODES, row
 from tests.stack.scripts import Text
 from tests.unit.plugin import SOURCE, mmc
 
-WAITS = ("asyncio.timeout", "asyncio.wait", "asyncio.wait_for")
+WAITS = ("asyncio.timeout", "asyncio.wait", "asyncio.wait_for", "apart", "end_tasks")
+LIMITS = ("timeout", "seconds")
+SIZES = ("MOST_SAID", "MOST_IN_ALL", "MOST_RESULT", "MOST_FAILURES")
 TEXT = document.RELIABILITY.read_text("utf-8")
 
 
@@ -51,7 +53,7 @@ def fixed_limits() -> set[float]:
     found = set()
     for node in ast.walk(ast.parse(SOURCE)):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in WAITS:
-            named = [word.value for word in node.keywords if word.arg == "timeout"]
+            named = [word.value for word in node.keywords if word.arg in LIMITS]
             for limit in (*node.args, *named):
                 name = limit.id if isinstance(limit, ast.Name) else ""
                 value = getattr(mmc, name, getattr(limit, "value", None))
@@ -68,6 +70,11 @@ def test_every_limit_in_time_is_listed_with_its_default() -> None:
         assert f"`{name}`, {fields[name].default:g} s" in listed, name
     for seconds in fixed_limits():
         assert re.search(rf"\| {seconds:g} s\b", listed), seconds
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_limit_in_size_is_listed(name: str) -> None:
+    assert f"| `{name}`, {getattr(mmc, name):,}" in TEXT
 
 
 def test_the_limits_of_the_run_are_told() -> None:
