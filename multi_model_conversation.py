@@ -2337,10 +2337,11 @@ _GRACE = 0.1  # s; a query of the host's takes some milliseconds
 WRITE_TIMEOUT = 15  # s for a write of the host's; SQLite itself waits for 5
 MOST_RESULT = 200_000  # characters of a tool's result; a prompt holds no more
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
-
-
-_DATABASES = ("sqlalchemy", "sqlite3", "psycopg", "asyncpg", "redis")
 _AWAY = "Open WebUI's database does not answer"
+_SAID_PLAINLY = {  # an error of these packages, whose words are for developers
+    **dict.fromkeys(("sqlalchemy", "sqlite3", "psycopg", "asyncpg", "redis"), _AWAY),
+    "aiohttp": "the connection broke off",
+}
 
 
 def was_cancelled() -> bool:
@@ -2369,12 +2370,13 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         if was_cancelled():  # also in place of our cancellation
             raise asyncio.CancelledError from error
         log.debug("foreign code failed", exc_info=True)
-        away = type(error).__module__.split(".")[0] in _DATABASES
+        plain = _SAID_PLAINLY.get(type(error).__module__.split(".")[0])
         reason = "it timed out" if isinstance(error, TimeoutError) else str(error)
         detail = getattr(error, "detail", None) or reason or type(error).__name__
-        failed = failure(_AWAY if away else error_text(detail))
+        failed = failure(plain or error_text(detail))
         if isinstance(failed, ModelFailure):
-            failed.status = 503 if away else getattr(error, "status_code", 0)
+            status = getattr(error, "status_code", 0)
+            failed.status = 503 if plain == _AWAY else status
         raise failed from error
 
 
@@ -2968,6 +2970,9 @@ async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
 
 def _read_whole(response: Any) -> Any:
     if not isinstance(response, Response):
+        begins = response[:99].lstrip().lower() if isinstance(response, str) else ""
+        if begins.startswith(("<!doctype html", "<html")):
+            raise ModelFailure("it sent a web page in place of an answer")
         return response
     value: Any = bytes(response.body).decode("utf-8", "replace")
     with suppress(ValueError):
