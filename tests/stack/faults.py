@@ -47,7 +47,7 @@ MODES = ("round_robin", "manager", "council", "debate")
 VALVES = {
     "first_token_timeout": 3,
     "silence_timeout": 2,
-    "turn_timeout": 6,
+    "turn_timeout": 9,
     "tool_timeout": 2,
     "busy_patience": 3,
     "skip_after": 0,
@@ -387,7 +387,7 @@ def busy() -> list[Fault]:
 def silent() -> list[Fault]:
     """Those who keep everybody waiting."""
     nothing, pause = "it said nothing for 3 s", "it said nothing for 2 s"
-    long = "it took longer than 6 s"
+    long = "it took longer than 9 s"
     return [
         Fault("silent", "no answer at all", plays(Silence()), NEVER_SPEAKS, nothing),
         Fault(
@@ -659,7 +659,7 @@ def odd() -> list[Fault]:
             "50 MB packed into 50 kB, in one line",
             lambda _: Script([bomb(50)]),
             ASKED_TWICE,
-            empty,
+            "one piece of its answer has over 32 MB",
             limit=60,
             heavy=True,
         ),
