@@ -22,12 +22,18 @@ COLOURS = {
     "tasks": "#2563b8",
     "threads": "#c2570c",
     "files": "#a31f5a",
+    "mean rank": "#2563b8",
+    "majority": "#c2570c",
+    "mean score": "#a31f5a",
 }
 NAMES = {
     "ours": "this plugin",
     "native": "native, one model",
     "message": "message per token",
     "replace": "replace per token",
+    "mean rank": "mean rank (before)",
+    "majority": "most first places",
+    "mean score": "mean score",
 }
 HELD = {
     "memory": "memory in use",
@@ -173,6 +179,7 @@ MEMBERS = Plot("First word of a model on the page", "members", "milliseconds")
 SOAK = Plot(
     "What a server at rest holds, over a long run", "minutes", "times the first sample"
 )
+VERDICTS = Plot("How often the best answer is found", "members", "per cent")
 PAGE = Plot("Busy time of the page (600 tokens/s)", LENGTH, "seconds of main thread")
 
 
@@ -189,6 +196,7 @@ DRAWN: dict[str, tuple[str, Plot, Callable[[Mapping[str, Any]], dict[str, Points
     "cpu.svg": ("by_length", CPU, lambda of: column(of, 2)),
     "first_word.svg": ("by_members", MEMBERS, lambda of: column(of, 1)),
     "page.svg": ("page", PAGE, lambda of: column(of, 1)),
+    "verdicts.svg": ("verdicts", VERDICTS, lambda of: column(of, 1)),
 }
 """File -> the curves it needs, what it says, how its points are read."""
 

@@ -242,7 +242,7 @@ async def test_whatever_foreign_code_raises_is_a_failure_that_says_why(
         ("redis.exceptions", "Open WebUI's database does not answer", 503),
     ],
 )
-def test_errors_in_words_for_developers_are_said_plainly(
+async def test_errors_in_words_for_developers_are_said_plainly(
     package: str, reason: str, status: int
 ) -> None:
     error = type("LibraryError", (Exception,), {"__module__": package})
