@@ -29,8 +29,9 @@ RIVALS: dict[Side, str] = {
 }
 MODELS = (
     "tokens-20-0",
-    "tokens-50-0",
+    "tokens-50-200",
     "tokens-400-0",
+    "tokens-400-1600",
     "tokens-100-10",
     "tokens-200-10",
     "tokens-400-50",
