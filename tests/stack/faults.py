@@ -45,6 +45,7 @@ from tests.stack.scripts import (
 MODES = ("round_robin", "manager", "council", "debate")
 
 VALVES = {
+    "fold_drafts": False,
     "first_token_timeout": 3,
     "silence_timeout": 2,
     "turn_timeout": 9,
