@@ -3607,7 +3607,9 @@ class Reply:
             case TextDelta(text) | ReasoningDelta(text):
                 self.size += len(text)
             case ToolCallDelta():
-                self.size += len(event.arguments)
+                self.size += len(event.name) + len(event.arguments)
+            case SourceFound(source):
+                self.size += len(str(source))
         self.apply(event)
         if self.size > MOST_SAID:
             raise ModelFailure(f"it said over {MOST_SAID:,} characters")
@@ -3643,8 +3645,8 @@ def counted_run(user_id: str, settings: Settings) -> Iterator[None]:
     """One more run, unless there are as many as may be; raises `ConversationError`."""
     if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
         raise ConversationError(
-            f"You have {_RUNS[user_id]} conversations going, as many as you may have "
-            "at a time. Wait until one ends, or stop one, and ask again."
+            "You have as many conversations going as you may have at a time. Wait "
+            "until one ends, or stop one, and ask again."
         )
     if 0 < settings.max_runs <= _RUNS.total():
         raise ConversationError(
@@ -4375,7 +4377,8 @@ class Run:
         call = ToolCall(f"call_{uuid4().hex}", name, json.dumps(arguments))
         try:
             async with self._tool_limits(section, call, tool) as arguments:
-                return await self.host.run_tool(tool, call, arguments, [])
+                value = await self.host.run_tool(tool, call, arguments, [])
+            return value[:MOST_RESULT] if isinstance(value, str) else value
         except ToolFailure as failure:
             return {"error": str(failure)}
 
