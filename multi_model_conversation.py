@@ -3051,10 +3051,8 @@ def _tell_problems(
 ) -> list[str]:
     """What is told of seats and a leader that cannot be had; what is in settings that
     the user may not read is not told."""
-    if (
-        problems
-        and ("team" if settings.team.strip() else "participants") not in readable
-    ):
+    whose = "team" if settings.team.strip() else "participants"
+    if problems and whose not in readable:
         plural = "s" if problems[1:] else ""
         problems = [f"{len(problems)} seat{plural} of this team cannot be used."]
     if misled and "manager_model" not in readable:
