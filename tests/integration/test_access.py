@@ -7,7 +7,7 @@ that was asked would be seen; all that the user gets is searched for its marks.
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,7 +86,7 @@ ODD = {
     "a pattern": "vault-*",
     "a query": "' OR 1=1 --",
     "very long": f"{HIDDEN} " * 10_000,
-    "a surrogate": f"{HIDDEN}\ud83d",
+    "a NUL": f"{HIDDEN}\0",
     "itself": ITSELF,
     "on itself": "open-on-itself",
     "shared": SHARED,
@@ -209,7 +209,7 @@ async def attempt(talk: Talk, page: Page, tried: Attempt) -> Got:
     talk.models.clear()
     valves = {"rounds": 1, **tried.valves} if tried.valves or not tried.admin else {}
     talk.host.set_user_valves(talk.account, FUNCTION_ID, valves)
-    talk.admin_sets(busy_patience=0, **tried.admin)
+    talk.admin_sets(show_figures="never", **tried.admin)
     model = tried.model or f"{FUNCTION_ID}.{tried.mode}"
     reply = await page.send(
         model, tried.question, background_tasks={}, extra=tried.body
@@ -263,9 +263,8 @@ async def test_what_the_admin_has_chosen_is_not_quoted(
     got = await attempt(talk, desk, tried)
     assert not any(seen.model == HIDDEN for seen in talk.models.requests)
     assert HIDDEN not in got.everything and NAME not in got.everything
-    shown = [each for each in re.findall(rf"[^\s]* {MARK}", got.everything)]
-    seated = {f"P{n} {MARK}" for n in range(8)} if tried.name == "crowd" else set()
-    assert set(shown) <= seated
+    seated = rf"\bP[1-7] {MARK}" if tried.name == "crowd" else "(?!)"
+    assert MARK not in re.sub(seated, "", got.everything)
     known = "cannot be used", "is not here", "Nobody can take part"
     assert any(words in got.said for words in known)
 
@@ -329,6 +328,17 @@ def complete(talk: Talk, body: Json) -> str:
     return answer.text
 
 
+def content(answer: str) -> str:
+    """What is said in an answer of the API, in one piece or a stream."""
+    lines = [line.removeprefix("data: ") for line in answer.splitlines()]
+    said = []
+    for value in (json.loads(line) for line in lines if line.startswith("{")):
+        for choice in value.get("choices", [{"message": {"content": as_text(value)}}]):
+            message = choice.get("message") or choice.get("delta") or {}
+            said.append(message.get("content") or "")
+    return "".join(said)
+
+
 TASKS = "/api/v1/tasks/{}/completions"
 CLIENTS: dict[str, Callable[[str], Json]] = {
     "whole": lambda word: teams(word),
@@ -363,9 +373,8 @@ def test_an_api_client_gets_no_further(talk: Talk, vault: None, way: str) -> Non
         said = complete(talk, CLIENTS[way](word))
         assert not any(map(is_hidden, talk.models.requests))
         assert NAME not in said and MARK not in said
-        said = re.sub(r'"(id|created)": ?("[^"]*"|\d+)', "", said.replace(word, "…"))
-        told.append(re.sub(r"[\d.,]*\d", "0", said))
-    assert told[0] == told[1]
+        told.append(Got(said, content(said)).without(word))
+    assert told[0] == told[1] != ""
 
 
 def test_an_api_client_is_not_told_the_admins_team(talk: Talk, vault: None) -> None:
@@ -438,7 +447,7 @@ async def test_anothers_chat_is_neither_read_nor_written(
 ) -> None:
     owner, reply = theirs
     chat_id = reply.chat.id or ""
-    before = talk.host.chat(owner, chat_id)
+    before = talk.host.chat(owner, chat_id)["chat"]
     talk.seat("Ann | alice")
     messages = [
         {"role": "user", "content": QUESTION},
@@ -446,11 +455,11 @@ async def test_anothers_chat_is_neither_read_nor_written(
     ]
     forged = {"messages": messages, **FORGED[way](chat_id, reply.id)}
     mine = await desk.send(ROUND_ROBIN, QUESTION, background_tasks={}, extra=forged)
+    said = complete(talk, {"session_id": "none", **forged, "id": reply.id})
     await reached(lambda: talk.models.wait_for(lambda models: models.in_flight == 0))
-    body = {"stream": False, "session_id": "none", **forged}
-    said = complete(talk, {**body, "id": reply.id})
-    await desk.stop_all()
-    assert talk.host.chat(owner, chat_id) == before
+    with suppress(httpx.HTTPStatusError):  # it has begun nothing that could be stopped
+        await desk.stop_all()
+    assert talk.host.chat(owner, chat_id)["chat"] == before
     got = as_text([mine.message, [event.data for event in mine.events], said])
     assert MARK not in got
     assert not [seen for seen in talk.models.requests if MARK in seen.text]
