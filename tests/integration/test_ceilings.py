@@ -155,7 +155,7 @@ async def test_a_model_that_failed_twice_is_no_longer_a_chair(talk: Talk) -> Non
     # two answers, two ballots that fail, and then it is not asked to conclude
     assert len(talk.models.turns("broken-oak")) == 4
     assert "chaired by Cy" in reply.text
-    assert len(talk.models.turns("whole-elm")) == 3
+    assert talk.order()[-1] == "whole-elm"
 
 
 async def test_a_manager_that_failed_twice_is_no_longer_asked(talk: Talk) -> None:

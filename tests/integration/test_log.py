@@ -140,7 +140,8 @@ async def test_not_even_at_debug_is_a_key_logged(
     with OpenWebUI.start(tmp_path / "debug", url, extra_env=level) as host:
         admin = host.sign_up_admin()
         host.install_function(FUNCTION_ID, FUNCTION_NAME, FUNCTION.read_text("utf-8"))
-        host.create_tool("garden", GARDEN.replace("PIXEL", ""))
+        wrong = GARDEN.replace("The shed is locked.", f"Your key {KEY} is wrong.")
+        host.create_tool("garden", wrong)
         host.set_valves(FUNCTION_ID, {"busy_patience": 0})
         async with Page(host, admin) as page:
             log = await run_all(host, model_server, page)
