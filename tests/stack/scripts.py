@@ -7,7 +7,7 @@ wire it came in by) and returns a `Script`; the server plays it and a wire rende
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from uuid import uuid4
@@ -143,7 +143,7 @@ class Style:
 class Script:
     """Steps in order, at `pace` tokens per second (0: as fast as it can)."""
 
-    steps: Sequence[Step]
+    steps: Iterable[Step]
     pace: float = 0.0
     style: Style = Style()
 
