@@ -3279,7 +3279,7 @@ class Saver:
     the end. `before` is the output of the reply that is continued here.
     """
 
-    EVERY = 20  # s
+    EVERY = 20.0  # s
 
     host: Host
     transcript: Transcript
