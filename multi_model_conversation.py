@@ -3307,11 +3307,11 @@ class Saver:
     async def finish(self, patience: float) -> None:
         """The run is over: wait for a database that is away, so that the host's own
         save, which comes next, finds it."""
-        for _ in range(int(patience)):
-            if not self.is_behind:
-                return
-            await asyncio.sleep(1)
-            await self._save()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self.is_behind:
+                    await asyncio.sleep(1)
+                    await self._save()
 
     async def _save(self) -> None:
         items = render_checkpoint(self.transcript)

@@ -152,3 +152,10 @@ async def test_a_run_ends_only_when_the_database_is_there_again() -> None:
     run, host = keeping_run([text("Oaks."), text("Elms.")], failures=[None] * 3)
     await play(run)
     assert "Elms." in host.texts()[-1]
+
+
+async def test_a_run_ends_though_the_database_stays_away() -> None:
+    run, host = keeping_run([text("Oaks."), text("Elms.")], failures=[None] * 1000)
+    settings = run.settings.model_copy(update={"busy_patience": 1.5})
+    await asyncio.wait_for(play(replace(run, settings=settings)), 5)
+    assert host.saved == []
