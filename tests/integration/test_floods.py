@@ -27,7 +27,7 @@ def event(**delta: str) -> bytes:
 WORDS = "and on and on it goes " * 40
 FLOODS = {
     "text": event(content=WORDS),
-    "one line": b"data: " + b"x" * 65_536,
+    "one event": b'data: "' + b"x" * 60_000 + b'",\n',
     "reasoning": event(reasoning_content=WORDS),
     "tags": event(content="<think>" + WORDS),
 }
@@ -66,7 +66,9 @@ async def test_a_model_that_never_ends_loses_its_turn(
     print(f"{kind}: {grown / MB:.0f} MB more memory at most")
     assert grown < MOST_MEMORY
     assert headings(reply) == ["🔵 Ann", "🔴 Ben", "🟢 Cy"]
-    reason = "one piece of its answer" if kind == "one line" else "it said over 500,000"
+    reason = (
+        "one piece of its answer" if kind == "one event" else "it said over 500,000"
+    )
     assert f": {reason}" in reply.text and "**Ben** " in reply.text
     assert "Carol here." in reply.text and len(reply.text) < 600_000
 

@@ -89,7 +89,8 @@ async def test_every_page_shows_the_same_text_whenever_it_came(
 
 def longest_gap(reply: Reply) -> float:
     """The longest time, in seconds, between two events that brought text."""
-    times = [e.at for e in reply.events if e.type == "response:completion"]
+    texts = [e for e in reply.events if "output_index" in (e.data or ())]
+    times = [event.at for event in texts]
     return max(later - at for at, later in zip(times, times[1:], strict=False))
 
 
@@ -146,6 +147,6 @@ async def test_a_model_that_goes_in_mid_run_costs_its_seat(
     if loss == "revoked":
         host.delete_model("goes")
     assert headings(reply) == in_rounds(2, "🔵 Ann", "🔴 Ben", "🟢 Cy")
-    assert reply.text.count("Bob here.") == 1
+    assert reply.text.count("### 🔴 Ben\nBob here.") == 1
     assert reply.text.count("**Ben** could not answer: ") == 1
     assert talk.order() == ["alice", "bob", "carol", "alice", "carol"]

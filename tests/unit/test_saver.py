@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.fakes import ScriptedHost, call, make_run, text, tool
+from tests.unit.fakes import ScriptedHost, call, make_run, text, tool, usage
 from tests.unit.plugin import mmc
 
 Json = dict[str, Any]
@@ -18,17 +18,19 @@ class KeepingHost(ScriptedHost):
     """A host that keeps what is saved; the first writes fail, as often as it says."""
 
     saved: list[list[Json]] = field(default_factory=list)
+    usages: list[Json] = field(default_factory=list)
     failures: list[None] = field(default_factory=list)
     is_ours: bool = True
 
     async def may_save(self) -> bool:
         return self.is_ours
 
-    async def save_output(self, items: list[Json]) -> bool:
+    async def save_output(self, items: list[Json], usage: Json) -> bool:
         if self.failures:
             self.failures.pop()
             return False
         self.saved.append(items)
+        self.usages.append(usage)
         return True
 
     def texts(self) -> list[str]:
@@ -56,7 +58,8 @@ def keeping_run(
     host = KeepingHost(
         old.request, None, old.metadata, replies=list(replies), **host_fields
     )
-    saver = HastySaver(host, run.screen.transcript, run.screen.emitter)
+    screen, report = run.screen, run.ledger.report
+    saver = HastySaver(host, screen.transcript, screen.emitter, report)
     models = replace(run.models, host=host)
     return replace(run, host=host, saver=saver, models=models), host
 
@@ -159,3 +162,19 @@ async def test_a_run_ends_though_the_database_stays_away() -> None:
     settings = run.settings.model_copy(update={"busy_patience": 1.5})
     await asyncio.wait_for(play(replace(run, settings=settings)), 5)
     assert host.saved == []
+
+
+async def test_stop_saves_the_usage_of_all_calls_so_far() -> None:
+    hold = asyncio.Event()
+    run, host = keeping_run(
+        [[*text("Oaks."), usage(10, 5)], [usage(7, 1), *text("El"), hold]]
+    )
+    playing = asyncio.create_task(play(run))
+    blocks = run.screen.transcript.blocks
+    await until(lambda: any(str(block.text) == "El" for block in blocks))
+    playing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await playing
+    assert host.usages[0]["total_tokens"] == 15
+    assert host.usages[-1]["total_tokens"] == 23
+    assert "El" in host.texts()[-1]
