@@ -74,7 +74,7 @@ async def test_a_model_that_never_ends_loses_its_turn(
 
 
 async def test_comments_without_end_cost_no_memory(talk: Talk, host: OpenWebUI) -> None:
-    comment = (b": still thinking\n" * 4000) + b"\n"
+    comment = b": " + b"." * 4000 + b"\n\n"
     said = Text("Here I am.")
     talk.add_model("mumbles", lambda body: pours(comment, WAITED_OUT, said))
     talk.seat("Ann | mumbles")
