@@ -37,7 +37,7 @@ async def writes(talk: Talk, rounds: int, model: str, temporary: bool = False) -
 
 async def test_a_turn_is_one_write_whatever_is_said(talk: Talk) -> None:
     grown = []
-    for model in ("tokens-40-200", "tokens-800-4000"):
+    for model in ("tokens-20-0", "tokens-600-0"):
         talk.add_model(model)
         two, four = [await writes(talk, rounds, model) for rounds in (2, 4)]
         grown.append(four - two)

@@ -13,7 +13,14 @@ from typing import Self
 import pytest
 
 from tests.conftest import FUNCTION_ID
-from tests.integration.talk import Talk, finish, items, reached, results
+from tests.integration.talk import (
+    Talk,
+    finish,
+    items,
+    last_status,
+    reached,
+    results,
+)
 from tests.stack.host import Counts, OpenWebUI
 from tests.stack.members import member
 from tests.stack.page import Page, Reply
@@ -78,7 +85,7 @@ async def test_stop_at_any_moment(
     team = ("Ann | stops-ann", "Ben | stops-ben", "Cy | stops-cy")
     talk.seat(*team, rounds=2, manager_model="manager")
     chance = random.Random(mode)
-    longest_stop = 0.0
+    longest_stop, cut_off = 0.0, 0
     async with talk.page() as page:
         await finish(page, await begin(page, mode, garden))
         before = await reached(host.settled_counts)
@@ -87,8 +94,11 @@ async def test_stop_at_any_moment(
                 reply = await begin(page, mode, garden)
                 took = await stop(talk, page, reply, chance.randrange(1, 60))
                 longest_stop = max(longest_stop, took)
-        print(f"{mode}: closed after {longest_stop:.2f} s at most,", end=" ")
+                cut_off += last_status(reply).startswith("Stopped")
+        print(f"{mode}: {cut_off} of {STOPS} cut off", end=", ")
+        print(f"closed after {longest_stop:.2f} s at most", end=", ")
         print(f"the database locked for {monitor.longest:.2f} s at most")
+        assert cut_off >= STOPS / 2
         assert longest_stop < 0.5
         assert monitor.longest < 1.0
         back = partial(is_back, host, before)
