@@ -16,7 +16,10 @@ export NO_PYTHON
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz bench bench-quick lint clean
+# The versions that `make compat` checks.
+VERSIONS = $(shell sed -n 's/^open-webui==//p' constraints.txt)
+
+.PHONY: demo test fuzz cluster test-cluster compat bench bench-quick lint clean
 
 # Without a Chromium, Playwright's own is tried once before the page's tests skip.
 test: .venv/ready
@@ -30,6 +33,16 @@ fuzz: .venv/ready
 
 demo: .venv/ready
 	@exec $(RUN) -m tests.stack.demo
+
+# These two need PostgreSQL, Redis and nginx: apt install postgresql redis-server nginx
+cluster: .venv/ready
+	@exec $(RUN) -m tests.cluster
+
+test-cluster: .venv/ready
+	$(RUN) -m pytest tests/cluster
+
+compat: .venv/ready
+	$(RUN) -m tests.compat $(VERSIONS)
 
 bench: .venv/ready
 	$(RUN) -m benchmarks

@@ -31,6 +31,8 @@ MODELS = (
     "tokens-20-0",
     "tokens-50-0",
     "tokens-400-0",
+    "tokens-100-10",
+    "tokens-200-10",
     "tokens-400-50",
     "tokens-1600-50",
     "tokens-1000-50",

@@ -146,7 +146,8 @@ class ServerProcess:
     def __init__(self, data_dir: Path, environment: Mapping[str, str], port: int):
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = data_dir / "server.log"
-        program = Path(sys.executable).parent / "open-webui"
+        installed = Path(sys.executable).parent / "open-webui"
+        program = os.environ.get("MMC_OPEN_WEBUI", installed)  # or another version's
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [str(program), "serve", "--host", "127.0.0.1", "--port", str(port)],

@@ -524,9 +524,10 @@ class Page:
     async def _beat(self) -> None:
         features = self._config.get("features") or {}
         interval = features.get("websocket_heartbeat_interval") or 30
-        while True:
-            await asyncio.sleep(interval)
+        await asyncio.sleep(interval)
+        while self._socket.connected:
             await self._socket.emit("heartbeat", {})
+            await asyncio.sleep(interval)
 
     async def _join(self, chat: Chat) -> None:
         if chat.id and not chat.temporary and chat.id not in self._joined:
