@@ -3743,6 +3743,8 @@ class Reply:
         """Take one event; raises `ModelFailure` where it never ends."""
         match event:
             case TextDelta(text) | ReasoningDelta(text):
+                if len(text) > (room := MOST_SAID - self.size):
+                    event = type(event)(text[:room])
                 self.size += len(text)
             case ToolCallDelta():
                 self.size += len(event.arguments)
@@ -3911,7 +3913,7 @@ class ModelCalls:
                 yield deadline
             finally:
                 reply.end()
-                self._said += reply.size
+                self._said += min(reply.size, MOST_SAID)
                 self.ledger.count_call(call.speaker, reply.usage, deadline)
 
     @asynccontextmanager

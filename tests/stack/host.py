@@ -65,8 +65,9 @@ class Counts:
     of the host's look-ups by name (`Models.get_model_by_id`, `get_tools`, ...) except
     those made inside its own `generate_chat_completion`, which are in `inside`.
     `memory` is bytes in use, where asked for. `tasks`, `threads` and `files` are those
-    of now; `stall` is the longest delay of the event loop, in seconds, since the last
-    question, once `watch` was asked for.
+    of now, tasks of sockets left out. Once `watch` was asked for, `stall` is the
+    longest delay of the event loop and `collection` the longest collection of garbage,
+    in seconds, since the last question.
     """
 
     sql: dict[str, int] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class Counts:
     threads: int = 0
     files: int = 0
     stall: float = 0.0
+    collection: float = 0.0
 
     @property
     def writes(self) -> int:
@@ -97,6 +99,7 @@ class Counts:
             threads=self.threads - earlier.threads,
             files=self.files - earlier.files,
             stall=self.stall,
+            collection=self.collection,
         )
 
 

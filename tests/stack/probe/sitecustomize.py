@@ -175,18 +175,26 @@ def wrap_completion(module: ModuleType) -> None:
     replace_everywhere(module, function, call)
 
 
+OF_THE_HOST = "AsyncSocket._send_ping"
+"""A task of each socket, which outlives it by up to 25 seconds."""
+
+
 class Watch:
-    """The event loop that answers, and how late it has been at most."""
+    """The event loop that answers, how late it has been at most, and whether for
+    collections of garbage, which take longer the more the host has loaded."""
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.running = False
         self._worst = 0.0
+        self._longest_collection = 0.0
+        self._begun = 0.0
 
     def start(self) -> None:
         """Look at the clock again and again from now on."""
         if self.loop is not None and not self.running:
             self.running = True
+            gc.callbacks.append(self._collecting)
             self.loop.call_soon_threadsafe(self._look)
 
     def _look(self, due: float | None = None) -> None:
@@ -197,14 +205,27 @@ class Watch:
         due = now + WATCH_EVERY
         self.loop.call_at(due, self._look, due)
 
-    def stall(self) -> float:
-        """The longest delay, in seconds, since this was asked last."""
-        worst, self._worst = self._worst, 0.0
-        return worst
+    def _collecting(self, phase: str, _: dict[str, int]) -> None:
+        now = time.monotonic()
+        if phase == "start":
+            self._begun = now
+        else:
+            took = now - self._begun
+            self._longest_collection = max(self._longest_collection, took)
+
+    def stall(self) -> tuple[float, float]:
+        """The longest delay and collection, in seconds, since this was asked last."""
+        found = self._worst, self._longest_collection
+        self._worst = self._longest_collection = 0.0
+        return found
 
     def tasks(self) -> int:
-        """How many tasks the loop has."""
-        return 0 if self.loop is None else len(asyncio.all_tasks(self.loop))
+        """How many tasks the loop has, without those of sockets."""
+        if self.loop is None:
+            return 0
+        tasks = asyncio.all_tasks(self.loop)
+        names = [getattr(one.get_coro(), "__qualname__", "") for one in tasks]
+        return len(names) - names.count(OF_THE_HOST)
 
 
 watch = Watch()
@@ -278,6 +299,7 @@ def snapshot(nonce: str) -> str:
     memory = bytes_in_use() if nonce.startswith(MEMORY) else 0
     if nonce.startswith(WATCH):
         watch.start()
+    stall, collection = watch.stall()
     with lock:
         counts = {
             "nonce": nonce,
@@ -290,7 +312,8 @@ def snapshot(nonce: str) -> str:
             "tasks": watch.tasks(),
             "threads": threading.active_count(),
             "files": len(os.listdir("/proc/self/fd")),
-            "stall": watch.stall(),
+            "stall": stall,
+            "collection": collection,
         }
     return json.dumps(counts)
 
