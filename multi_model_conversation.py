@@ -45,7 +45,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -53,6 +59,7 @@ from itertools import count, permutations
 from statistics import fmean
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
+from weakref import WeakValueDictionary
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
@@ -186,9 +193,6 @@ class Settings(UserSettings):
     chair: str = _setting(
         "", "Alias of who concludes a council or debate. None: the best ranked."
     )
-    quorum: int = _setting(
-        0, "Answers a council needs before it reviews them. 0: all, or all in time."
-    )
     remember_drafts: bool = _setting(
         False, "Whether a second question sees all drafts, not only the conclusions."
     )
@@ -200,19 +204,20 @@ class Settings(UserSettings):
     )
     max_participants: Seats = _setting(8, "The most participants (1 to 8).")
     max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
-    max_tool_rounds: Annotated[int, AfterValidator(lambda n: max(n, 0))] = _setting(
-        8, "How often a participant may call tools in one turn."
+    max_runs: int = _setting(0, "The most conversations at a time. 0: no limit.")
+    max_runs_per_user: int = _setting(0, "And of one user's. 0: no limit.")
+    calls_in_all: int = _setting(
+        0, "The most calls of one connection at a time, over all. 0: no limit."
     )
     calls_per_connection: Count = _setting(
-        8, "How many models of one connection may answer at the same time."
+        8, "How many models of one connection may answer a conversation at a time."
     )
     calls_per_ollama: Count = _setting(
-        1, "How many models of one Ollama server may answer at the same time."
+        1, "How many models of one Ollama server may answer it at a time."
     )
     skip_after: float = _setting(45, "Seconds of silence until you may skip. 0: never.")
     answer_deadline: Seconds = _setting(180, "Seconds a council waits for a member.")
     first_token_timeout: Seconds = _setting(120, "Seconds a model may take to begin.")
-    silence_timeout: Seconds = _setting(60, "Seconds a model may pause in its answer.")
     turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
     tool_timeout: Seconds = _setting(120, "Seconds of one tool call or web search.")
     rules_prompt: str = _setting(
@@ -235,6 +240,12 @@ class Settings(UserSettings):
         VOTE_PROMPT, "Asks a debate's members to vote. Knows {question}, {candidates}."
     )
     # Not in the panel: nobody tunes these, tests and benchmarks do.
+    quorum: SkipJsonSchema[int] = 0  # answers that a council needs; 0: all in time
+    max_tool_rounds: SkipJsonSchema[
+        Annotated[int, AfterValidator(lambda n: max(n, 0))]
+    ] = 8
+    silence_timeout: SkipJsonSchema[Seconds] = 60  # s a model may pause
+    run_timeout: SkipJsonSchema[Seconds] = 3600  # s after which no step begins
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
 
@@ -571,6 +582,7 @@ def plain_line(text: object, limit: int = 300) -> str:
 # ======================================================================================
 
 _TAG_ATTRIBUTES = r"(?:[ \t][^<>◁\n]{0,200})?"
+_MOST_HELD = 32 * 2**20  # bytes; an image in an event has a few MB
 _SSE_FIELDS = (":", "event:", "id:", "retry:")
 _NEXT_OBJECT = re.compile(r"\s*+(?={)")
 _JSON = json.JSONDecoder()
@@ -598,11 +610,13 @@ class SSEDecoder:
 
     A value is given out as soon as its line is complete, without waiting for the blank
     line that ends an event; one that was printed over several lines, when that comes.
+    Raises `ModelFailure` where one grows without end.
     """
 
     def __init__(self) -> None:
         self._line: list[bytes] = []
         self._event: list[str] = []  # lines of a value that is not complete
+        self._held = 0  # bytes of it
         self.used = False  # whether something looked like an event or JSON
 
     def feed(self, piece: bytes | str) -> list[Any]:
@@ -617,6 +631,12 @@ class SSEDecoder:
                 values += self._read_line(line)
         if rest:
             self._line.append(rest)
+        if self._line or self._event:
+            self._held += len(data)
+            if self._held > _MOST_HELD:
+                raise ModelFailure("one piece of its answer has over 32 MB")
+        elif self._held:
+            self._held = 0
         return values
 
     def close(self) -> list[Any]:
@@ -2144,6 +2164,12 @@ class Block:
         self.sent_fields = dict(self.fields)
 
 
+_SAVED = (
+    f"{PROGRESS}This is what was saved while the conversation went on. If nothing "
+    "follows, the server went down: *Continue Response*, or ask on."
+)
+
+
 class Transcript:
     """The blocks of one reply, in the order in which they are read.
 
@@ -2203,19 +2229,36 @@ def render_item(block: Block) -> Json:
     return item | fields
 
 
+def render_checkpoint(transcript: Transcript) -> list[Json]:
+    """The output as it is stored in mid-run: nothing in it goes on, and a last line
+    tells a reader so; the host's own save takes its place."""
+    blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
+    line = Block("message", f"{transcript.prefix}_saved", "", 0, 0, {})
+    line.text.append(_SAVED)
+    items = [render_item(block) for block in (*blocks, line)]
+    answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
+    for item in items:
+        if item["type"] == "function_call" and item["call_id"] not in answered:
+            item["status"] = "incomplete"
+        elif item["status"] == "in_progress":
+            item["status"] = "completed"
+    return items
+
+
 def render_markdown(transcript: Transcript) -> str:
     """The transcript's headings and texts, as a client without a page reads them."""
     texts = (str(block.text) for block in transcript.blocks if block.kind == "message")
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-def plan_items(block: Block) -> Json | None:
+def plan_items(block: Block, before: int = 0) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
+    So many items of the message stand `before` the transcript.
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
-    event: Json = {"output_index": block.index}
+    event: Json = {"output_index": before + block.index}
     suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
@@ -2247,7 +2290,7 @@ def plan_chunk(block: Block) -> Json | None:
 # ======================================================================================
 
 if sys.modules.get("open_webui"):  # there is none where the unit tests run
-    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
+    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL, VERSION
     from open_webui.internal.db import get_db
     from open_webui.main import app
     from open_webui.models.chats import Chats
@@ -2258,9 +2301,10 @@ if sys.modules.get("open_webui"):  # there is none where the unit tests run
     from open_webui.utils import middleware
     from open_webui.utils.access_control import has_permission
     from open_webui.utils.chat import generate_chat_completion
+    from open_webui.utils.chat_id import is_saved_chat_id
     from open_webui.utils.files import get_image_base64_from_url
     from open_webui.utils.misc import get_message_list
-    from open_webui.utils.models import get_filtered_models
+    from open_webui.utils.models import get_all_models, get_filtered_models
     from open_webui.utils.payload import (
         apply_model_params_to_body_openai,
         resolve_system_prompt,
@@ -2288,7 +2332,16 @@ _SAMPLING_NAMES = (  # the host's
     "num_predict num_keep num_batch num_thread num_gpu think keep_alive"
 )
 SAMPLING = tuple(_SAMPLING_NAMES.split())  # what a chat's controls set for the models
+_TOOLS_TIMEOUT = 30  # s in which the tools of a model must be there
+_GRACE = 0.1  # s; a query of the host's takes some milliseconds
+WRITE_TIMEOUT = 15  # s for a write of the host's; SQLite itself waits for 5
+MOST_RESULT = 200_000  # characters of a tool's result; a prompt holds no more
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
+_AWAY = "Open WebUI's database does not answer"
+_SAID_PLAINLY = {  # an error of these packages, whose words are for developers
+    **dict.fromkeys(("sqlalchemy", "sqlite3", "psycopg", "asyncpg", "redis"), _AWAY),
+    "aiohttp": "the connection broke off",
+}
 
 
 def was_cancelled() -> bool:
@@ -2317,12 +2370,39 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         if was_cancelled():  # also in place of our cancellation
             raise asyncio.CancelledError from error
         log.debug("foreign code failed", exc_info=True)
+        plain = _SAID_PLAINLY.get(type(error).__module__.split(".")[0])
         reason = "it timed out" if isinstance(error, TimeoutError) else str(error)
         detail = getattr(error, "detail", None) or reason or type(error).__name__
-        failed = failure(error_text(detail))
+        failed = failure(plain or error_text(detail))
         if isinstance(failed, ModelFailure):
-            failed.status = getattr(error, "status_code", 0)
+            status = getattr(error, "status_code", 0)
+            failed.status = 503 if plain == _AWAY else status
         raise failed from error
+
+
+async def apart(work: Awaitable[Result], grace: float = _GRACE) -> Result:
+    """Somebody else's work, in a task of its own.
+
+    A cancellation reaches it only after `grace` seconds: in the middle of a query it
+    would leave the host's database locked. Work that swallows it is left behind.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task}, timeout=grace)
+        raise
+    finally:
+        await end_tasks(task)
+
+
+async def end_tasks(*tasks: asyncio.Future[Any], seconds: float = 5) -> None:
+    """Cancel tasks and see them end; everything they hold is freed."""
+    unfinished = {task for task in tasks if not task.done()}
+    for task in unfinished:
+        task.cancel()
+    if unfinished:
+        await asyncio.wait(unfinished, timeout=seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2339,6 +2419,16 @@ class Host:
     def in_chat(self) -> bool:
         """Whether the reply is a message of a chat, as the host itself decides it."""
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
+
+    @property
+    def user_id(self) -> str:
+        """Whose run it is."""
+        return str(getattr(self.user, "id", ""))
+
+    @property
+    def can_insert(self) -> bool:
+        """Whether the page takes a new item between others, as it does from 0.11.1."""
+        return self.in_chat and VERSION != "0.11.0"
 
     @property
     def can_ask(self) -> bool:
@@ -2471,7 +2561,8 @@ class Host:
         tools: dict[str, Json] = {}
         try:
             with foreign_errors(HostFailure):
-                tools |= await get_tools(self.request, ids, self.user, extra)
+                async with asyncio.timeout(_TOOLS_TIMEOUT):
+                    tools |= await get_tools(self.request, ids, self.user, extra)
         except HostFailure:
             if len(ids) == 1:
                 name = plain_line(ids[0], 60)
@@ -2515,18 +2606,31 @@ class Host:
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
         kept = {name: self.metadata[name] for name in names if name in self.metadata}
-        with foreign_errors(ModelFailure):
-            response = await generate_chat_completion(
-                self._inner_request(),
-                {**payload, "metadata": kept},
-                self.user,
-                bypass_system_prompt=True,
-            )
+        opening = self._begin({**payload, "metadata": kept})
         try:
-            async with aclosing(reply_items(response)) as items:
+            try:
+                with foreign_errors(ModelFailure):
+                    await apart(opening)
+            except ModelFailure as failure:
+                if str(failure) != "Model not found":
+                    raise
+                # It was there when the run began: the list of models went with the
+                # host's Redis, or its database is away, which this then says.
+                with foreign_errors(ModelFailure):
+                    await apart(get_all_models(self.request, user=self.user))
+                    opening = self._begin({**payload, "metadata": kept})
+                    await apart(opening)
+            async with aclosing(reply_items(opening.result())) as items:
                 yield items
         finally:
-            await _close_reply(response)
+            await _close_reply(opening)
+
+    def _begin(self, payload: Json) -> asyncio.Task[Any]:
+        inner = self._inner_request()
+        ask = generate_chat_completion
+        return asyncio.create_task(
+            ask(inner, payload, self.user, bypass_system_prompt=True)
+        )
 
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
@@ -2562,7 +2666,25 @@ class Host:
     async def _emit(self, event: Json) -> None:
         if self.emitter and self.in_chat:
             with suppress(HostFailure), foreign_errors(HostFailure):
-                await self.emitter(event)
+                await apart(self.emitter(event), WRITE_TIMEOUT)
+
+    async def may_save(self) -> bool:
+        """Whether this is a saved chat of this user's."""
+        chat_id = self.metadata.get("chat_id")
+        if not (self.in_chat and is_saved_chat_id(chat_id)):
+            return False
+        with suppress(HostFailure), foreign_errors(HostFailure):
+            return bool(await Chats.is_chat_owner(chat_id, self.user.id))
+        return False
+
+    async def save_output(self, items: list[Json]) -> bool:
+        """Store the output so far in the message, as one write; gives whether it is."""
+        ids = self.metadata["chat_id"], self.metadata["message_id"]
+        with suppress(HostFailure), foreign_errors(HostFailure):
+            save = Chats.upsert_message_to_chat_by_id_and_message_id
+            writing = save(*ids, {"output": items}, touch=False)
+            return await apart(writing, WRITE_TIMEOUT) is not None
+        return False
 
     async def approve(self, call: ToolCall, arguments: Json) -> bool:
         """Whether the user lets a tool run, where the chat is set to ask."""
@@ -2603,13 +2725,11 @@ class Host:
             )
             if not (may and await Config.get("web.search.enable")):
                 return "", []
-            body = await middleware.chat_web_search_handler(
-                request, body, extra, self.user
-            )
+            searching = middleware.chat_web_search_handler
+            body = await apart(searching(request, body, extra, self.user))
             body["metadata"] = {"files": body.pop("files", [])}
-            _, flags = await middleware.chat_completion_files_handler(
-                request, body, extra, self.user
-            )
+            reading = middleware.chat_completion_files_handler
+            _, flags = await apart(reading(request, body, extra, self.user))
             sources = flags.get("sources") or []
             return middleware.get_source_context(sources).strip(), sources
 
@@ -2635,11 +2755,12 @@ class Host:
                     "server": tool.get("server", {}),
                     "session_id": self.metadata.get("session_id"),
                 }
-                return await self.caller({"type": "execute:tool", "data": asked})
+                asking = self.caller({"type": "execute:tool", "data": asked})
+                return await apart(asking)
             files = self.metadata.get("files") or []
             extra = {"__messages__": messages, "__files__": files}
             function = await get_updated_tool_function(tool["callable"], extra)
-            return await function(**arguments)
+            return await apart(function(**arguments))
 
     async def read_tool_result(
         self, tool: Json, call: ToolCall, arguments: Json, value: Any
@@ -2656,6 +2777,8 @@ class Host:
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
             readable = [await self._keep_image(image) for image in images]
         text = "" if text is None else storable(str(text))
+        if len(text) > MOST_RESULT:
+            text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
         failed = isinstance(value, dict) and bool(value.get("error"))
         stored = tuple(image["url"] for image in images)
         return ToolResult(
@@ -2712,8 +2835,11 @@ class Host:
         }
         body = {"model": voice.model_id, "messages": messages, "metadata": {}}
         with foreign_errors(ModelFailure):
-            _, flags = await middleware.chat_completion_tools_handler(
-                request, body, extra, self.user, self.request.app.state.MODELS, tools
+            models = self.request.app.state.MODELS
+            _, flags = await apart(
+                middleware.chat_completion_tools_handler(
+                    request, body, extra, self.user, models, tools
+                )
             )
             sources = flags.get("sources") or []
             copies = [dict(message) for message in messages]
@@ -2844,6 +2970,9 @@ async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
 
 def _read_whole(response: Any) -> Any:
     if not isinstance(response, Response):
+        begins = response[:99].lstrip().lower() if isinstance(response, str) else ""
+        if begins.startswith(("<!doctype html", "<html")):
+            raise ModelFailure("it sent a web page in place of an answer")
         return response
     value: Any = bytes(response.body).decode("utf-8", "replace")
     with suppress(ValueError):
@@ -2864,8 +2993,11 @@ def read_seconds(text: str | None) -> float:
     return seconds if 0 <= seconds < float("inf") else 0
 
 
-async def _close_reply(response: Any) -> None:
+async def _close_reply(opening: asyncio.Future[Any]) -> None:
     """Free the upstream connection, also of a reply that was not read to its end."""
+    if not opening.done() or opening.cancelled() or opening.exception():
+        return
+    response = opening.result()
     close = getattr(getattr(response, "body_iterator", None), "aclose", None)
     background = getattr(response, "background", None)
     with suppress(HostFailure), foreign_errors(HostFailure):
@@ -2969,7 +3101,7 @@ class Emitter:
         may_send: Callable[[Block], bool] | None = None,
     ) -> None:
         self.flushes = 0
-        self._plan = plan
+        self.plan = plan
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
@@ -3019,7 +3151,7 @@ class Emitter:
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
                 continue
-            event = self._plan(block)
+            event = self.plan(block)
             block.mark_sent()
             if event is not None:
                 events.append(event)
@@ -3035,7 +3167,13 @@ class Emitter:
     async def frames(self) -> AsyncIterator[Json]:
         """The events as they are due, until `close`; the consumer sets the pace."""
         while True:
-            await self._due.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):  # s, to look whether we are stopped
+                    await self._due.wait()
+            if was_cancelled():  # before Python 3.12 some wait may swallow it
+                raise asyncio.CancelledError
+            if not self._due.is_set():
+                continue
             self._due.clear()
             self._flushed_at = self._clock()
             for event in self.flush():
@@ -3142,6 +3280,54 @@ class Screen:
         for block in self.ours.values():
             self.transcript.close_section(block.section)
         self.emitter.nudge()
+
+
+@dataclass(slots=True)
+class Saver:
+    """Keeps what was said in the database, for the case that the server goes down.
+
+    One write a turn, and one every 20 s of a longer one; the host saves the whole at
+    the end. `before` is the output of the reply that is continued here.
+    """
+
+    EVERY = 20  # s
+
+    host: Host
+    transcript: Transcript
+    emitter: Emitter
+    before: list[Json] | None = field(default_factory=list)  # None: it cannot be read
+    due: asyncio.Event = field(default_factory=asyncio.Event)  # a turn has ended
+    is_behind: bool = False  # the last write failed
+
+    async def keep(self) -> None:
+        """Save whenever it is due, until it is cancelled."""
+        if self.before is None or not await self.host.may_save():
+            return
+        seen = 0
+        while True:
+            try:
+                async with asyncio.timeout(self.EVERY):
+                    await self.due.wait()
+            except TimeoutError:
+                if self.emitter.flushes == seen:
+                    continue
+            self.due.clear()
+            seen = self.emitter.flushes
+            await self._save()
+
+    async def finish(self, patience: float) -> None:
+        """The run is over: wait for a database that is away, so that the host's own
+        save, which comes next, finds it."""
+        for _ in range(int(patience)):
+            if not self.is_behind:
+                return
+            await asyncio.sleep(1)
+            await self._save()
+
+    async def _save(self) -> None:
+        items = render_checkpoint(self.transcript)
+        saved = await self.host.save_output([*(self.before or ()), *items])
+        self.is_behind = not saved
 
 
 @dataclass(slots=True)
@@ -3337,15 +3523,6 @@ class ConnectionGate:
             best[2].set_result(None)
 
 
-async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and see them end; everything they hold is freed."""
-    unfinished = {task for task in tasks if not task.done()}
-    for task in unfinished:
-        task.cancel()
-    if unfinished:
-        await asyncio.wait(unfinished, timeout=5)
-
-
 # -- one model call --------------------------------------------------------------------
 
 
@@ -3376,8 +3553,11 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     return payload | {"stream": streams} | tools
 
 
+MOST_SAID = 500_000  # characters of one reply; no model says as much at a time
+
+
 class Reply:
-    """What one model call says: `apply` takes its events, and `end` is called once,
+    """What one model call says: `take` takes its events, and `end` is called once,
     also where it broke off. `spoke`: it must not be asked for again."""
 
     def __init__(self) -> None:
@@ -3386,10 +3566,22 @@ class Reply:
         self.sources: list[Json] = []
         self.usage: Json = {}  # the last report of the call counts
         self.spoke = False
+        self.size = 0  # characters, of reasoning and arguments too
         self._parts: list[str] = []
 
+    def take(self, event: ReplyEvent) -> None:
+        """Take one event; raises `ModelFailure` where it never ends."""
+        match event:
+            case TextDelta(text) | ReasoningDelta(text):
+                self.size += len(text)
+            case ToolCallDelta():
+                self.size += len(event.arguments)
+        self.apply(event)
+        if self.size > MOST_SAID:
+            raise ModelFailure(f"it said over {MOST_SAID:,} characters")
+
     def apply(self, event: ReplyEvent) -> None:
-        """Take one event."""
+        """Note what it says."""
         match event:
             case TextDelta(text):
                 self.spoke = True
@@ -3406,6 +3598,34 @@ class Reply:
         self.text = "".join(self._parts).strip()
 
 
+MOST_FAILURES = 2  # in a row, after which a model is not asked again
+MOST_IN_ALL = 5_000_000  # characters of all replies
+# Of this process, for all runs: places at a connection, and who has runs going.
+_CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], asyncio.Semaphore]
+_CALLS_IN_ALL = WeakValueDictionary()
+_RUNS: Counter[str] = Counter()
+
+
+@contextmanager
+def counted_run(user_id: str, settings: Settings) -> Iterator[None]:
+    """One more run, unless there are as many as may be; raises `ConversationError`."""
+    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
+        raise ConversationError(
+            f"You have {_RUNS[user_id]} conversations going, as many as you may have "
+            "at a time. Wait until one ends, or stop one, and ask again."
+        )
+    if 0 < settings.max_runs <= _RUNS.total():
+        raise ConversationError(
+            "As many conversations are going as there may be at a time. Wait a little, "
+            "and ask again."
+        )
+    _RUNS[user_id] += 1
+    try:
+        yield
+    finally:
+        _RUNS[user_id] -= 1
+
+
 @dataclass(slots=True)
 class ModelCalls:
     """The one door to every model: connection slots, deadlines, retries, the ledger."""
@@ -3419,6 +3639,8 @@ class ModelCalls:
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
+    _failures: Counter[str] = field(default_factory=Counter)  # in a row, by model
+    _said: int = 0  # characters, of all replies
 
     def open_to_all(self) -> None:
         """No stage comes any more; only who is late goes on."""
@@ -3445,6 +3667,7 @@ class ModelCalls:
             try:
                 await self._read(call, reply, streams)
                 if reply.text or reply.calls:
+                    self._failures[model_id] = 0
                     return reply
                 failure = ModelFailure("it gave an empty answer, asked twice")
                 empty = True
@@ -3462,10 +3685,15 @@ class ModelCalls:
             elif not asked_twice and (empty or streams and failure.may_work_whole):
                 asked_twice, streams = True, streams and empty
             else:
+                self._failures[model_id] += 1
                 raise failure
 
     async def _read(self, call: ModelCall, reply: Reply, streams: bool) -> None:
         voice = call.voice
+        if self._failures[voice.model_id] >= MOST_FAILURES:
+            raise ModelFailure("it failed twice and is not asked again", 408)
+        if self._said > MOST_IN_ALL:
+            raise ModelFailure(f"all have said over {MOST_IN_ALL:,} characters", 408)
         payload = build_payload(self.settings, call, streams)
         if streams and voice.counts_usage and voice.model_id not in self._plain:
             payload["stream_options"] = {"include_usage": True}
@@ -3478,12 +3706,12 @@ class ModelCalls:
             pace = Pace(self.emitter) if self.emitter else None
             async for item in items:
                 for event in decoder.feed(item):
-                    reply.apply(event)
+                    reply.take(event)
                     deadline.heard()
                 if pace:
                     await pace.keep()
             for event in decoder.close():
-                reply.apply(event)
+                reply.take(event)
         await self.host.show_sources(reply.sources)
 
     @asynccontextmanager
@@ -3496,17 +3724,25 @@ class ModelCalls:
         of_ollama = voice.connection.startswith(OLLAMA)
         most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
         gate = self._gates.setdefault(voice.connection, ConnectionGate(most))
-        with call.clock.paused():
-            await gate.enter(call.stage, voice.model_id)
-        first = settings.first_token_timeout if streams else call.clock.seconds
-        deadline = ReplyDeadline(first, settings.silence_timeout)
-        self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
-        try:
-            yield deadline
-        finally:
-            gate.leave()
-            reply.end()
-            self.ledger.count_call(call.speaker, reply.usage, deadline)
+        places = settings.calls_in_all or 1_000_000
+        in_all = _CALLS_IN_ALL.setdefault(
+            (voice.connection, places), asyncio.Semaphore(places)
+        )
+        async with AsyncExitStack() as held:
+            with call.clock.paused():
+                await gate.enter(call.stage, voice.model_id)
+                held.callback(gate.leave)
+                await in_all.acquire()
+                held.callback(in_all.release)
+            first = settings.first_token_timeout if streams else call.clock.seconds
+            deadline = ReplyDeadline(first, settings.silence_timeout)
+            self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
+            try:
+                yield deadline
+            finally:
+                reply.end()
+                self._said += reply.size
+                self.ledger.count_call(call.speaker, reply.usage, deadline)
 
     @asynccontextmanager
     async def limits(self, name: str, deadline: ReplyDeadline) -> AsyncIterator[None]:
@@ -3784,6 +4020,7 @@ class Run:
     screen: Screen
     ledger: Ledger
     models: ModelCalls
+    saver: Saver
     drafts: bool = False  # its mode has drafts and a conclusion
     late: list[Section] = field(default_factory=list)  # these go on after their step
     tasks: asyncio.TaskGroup = field(default_factory=asyncio.TaskGroup)
@@ -3792,22 +4029,11 @@ class Run:
         """The whole conversation, shown on the screen, whose emitter it closes."""
         host, reason = self.host, _STOPPED
         try:
-            for problem in self.cast.problems:
-                self.screen.notice(problem)
-            if self.cast.by_default:
-                names = ", ".join(self.cast.participants)
-                text = f"No participants are chosen, so {names} talk: choose others "
-                text += "with the Valves button beside the input"
-                await host.show_status(text, done=False)
-            if self.drafts:
-                await self._search_once()
-            async with self.tasks:
-                ended = await self._run_mode(mode)
-                self.models.open_to_all()
-                if self.late:
-                    late = ", ".join(section.participant.alias for section in self.late)
-                    await host.show_status(f"{ended} · waiting for {late}", done=False)
-            reason = ended
+            with counted_run(host.user_id, self.settings):
+                reason = await self._converse(mode)
+        except ConversationError as error:
+            reason = "Not begun"
+            self.screen.notice(str(error))
         except Exception:  # the top of a run: a bug must not take the text with it
             log.exception("a conversation failed")
             reason = "Ended by an internal error, see the server's log"
@@ -3817,6 +4043,37 @@ class Run:
             self.screen.emitter.close()
             log.info("conversation ended: %d turns", self.ledger.turns)
             await host.show_status(self._describe_end(reason), done=True)
+
+    def go_on_after(self, items: list[Json] | None) -> None:
+        """The message has these items already, which are saved with the new ones."""
+        self.saver.before = items
+        if not self.host.can_insert:  # nor does the host count from the new ones
+            self.screen.emitter.plan = partial(plan_items, before=len(items or ()))
+
+    async def _converse(self, mode: Mode) -> str:
+        """From the first to the last word; gives why it ended."""
+        saving = asyncio.create_task(self.saver.keep())
+        try:
+            for problem in self.cast.problems:
+                self.screen.notice(problem)
+            if self.cast.by_default:
+                names = ", ".join(self.cast.participants)
+                text = f"No participants are chosen, so {names} talk: choose others "
+                text += "with the Valves button beside the input"
+                await self.host.show_status(text, done=False)
+            if self.drafts:
+                await self._search_once()
+            async with self.tasks:
+                ended = await self._run_mode(mode)
+                self.models.open_to_all()
+                if self.late:
+                    late = ", ".join(section.participant.alias for section in self.late)
+                    waits = f"{ended} · waiting for {late}"
+                    await self.host.show_status(waits, done=False)
+            await self.saver.finish(self.settings.busy_patience)
+            return ended
+        finally:
+            await end_tasks(saving, seconds=WRITE_TIMEOUT)
 
     async def _search_once(self) -> None:
         """Where the chat searches the web: once, shared with everybody."""
@@ -3836,8 +4093,8 @@ class Run:
 
     async def _run_mode(self, mode: Mode) -> str:
         result: Any = None
-        stage = 0
-        while True:
+        stage, limit = 0, self.settings.run_timeout
+        while time.monotonic() - self.ledger.begun < limit:
             try:
                 step = mode.send(result)
             except StopIteration as end:
@@ -3852,7 +4109,9 @@ class Run:
                     result = await self._judge(step, stage)
                 case Publish(key, text):
                     self.screen.publish(key, text)
+                    self.saver.due.set()
                     result = None
+        return f"Ended after {limit:,.0f} s, the time of a conversation"
 
     def _show_end(self, reason: str) -> None:
         """Put away what was only for the time being, and show what is now known."""
@@ -4015,6 +4274,7 @@ class Run:
                 section.notice(f"{PROGRESS}{late}")
             self.screen.transcript.close_section(section.number)
             self.screen.emitter.nudge()
+            self.saver.due.set()
         self.ledger.turns += 1
         return section.turn()
 
@@ -4211,6 +4471,8 @@ async def _prepare(
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
     run = _make_run(host, settings, cast, entries, row.drafts)
+    if run.screen.continued and stored:
+        run.go_on_after(stored[-1].get("output"))
     aliases, question = tuple(cast.participants), last_question(entries)
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
@@ -4226,12 +4488,13 @@ def _make_run(
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     plan = plan_items if host.in_chat else plan_chunk
-    may_send = None if host.in_chat else transcript.is_next
+    may_send = None if host.can_insert else transcript.is_next
     emitter = Emitter(plan, interval, may_send=may_send)
     screen = Screen(transcript, emitter, host.in_chat, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
-    return Run(host, settings, cast, entries, screen, ledger, models, drafts)
+    saver = Saver(host, transcript, emitter)
+    return Run(host, settings, cast, entries, screen, ledger, models, saver, drafts)
 
 
 async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
@@ -4270,7 +4533,7 @@ async def stream_items(run: Run, mode: Mode) -> AsyncGenerator[Json, None]:
             yield event
         await task
     except asyncio.CancelledError:
-        await end_tasks(task)
+        await end_tasks(task, seconds=WRITE_TIMEOUT + 5)
         for event in rest():
             yield event
         raise

@@ -246,6 +246,10 @@ class Api:
         """The only account of a server that runs with `WEBUI_AUTH=False`."""
         return self._sign_in("signin", {"email": "", "password": ""})
 
+    def adopt(self, account: Account) -> None:
+        """Go on as an administrator that signed in before a restart."""
+        self._admin = account
+
     def add_user(self, name: str, role: str = "user") -> Account:
         """Create another account, signed in."""
         email = f"{name.lower().replace(' ', '.')}@example.com"

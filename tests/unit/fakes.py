@@ -64,6 +64,13 @@ class ScriptedHost(mmc.Host):
     async def _emit(self, event: Json) -> None:
         self.events.append(event)
 
+    @property
+    def can_insert(self) -> bool:
+        return self.in_chat
+
+    async def may_save(self) -> bool:
+        return False
+
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
         names = ("input_tokens", "output_tokens", "total_tokens")
@@ -158,6 +165,7 @@ def make_run(
         mmc.Screen(transcript, emitter, in_chat, False),
         ledger,
         mmc.ModelCalls(host, settings, ledger, emitter),
+        mmc.Saver(host, transcript, emitter),
     )
     return run, host
 

@@ -16,7 +16,13 @@ from functools import cache
 from pathlib import Path
 
 FUNCTIONS: dict[str, dict[str, str]] = {
-    "open_webui.models.chats": {"Chats.get_messages_map_by_chat_id": "async (id)"},
+    "open_webui.models.chats": {
+        "Chats.get_messages_map_by_chat_id": "async (id)",
+        "Chats.is_chat_owner": "async (id, user_id)",
+        "Chats.upsert_message_to_chat_by_id_and_message_id": (
+            "async (id, message_id, message, *, touch)"
+        ),
+    },
     "open_webui.models.config": {"Config.get": "async (key, default)"},
     "open_webui.models.models": {"Models.get_models_by_ids": "async (ids)"},
     "open_webui.models.users": {"Users.get_user_by_id": "async (id)"},
@@ -28,6 +34,7 @@ FUNCTIONS: dict[str, dict[str, str]] = {
             "async (request, form_data, user, *, bypass_system_prompt)"
         ),
     },
+    "open_webui.utils.chat_id": {"is_saved_chat_id": "(chat_id)"},
     "open_webui.utils.files": {"get_image_base64_from_url": "async (url, *, user)"},
     "open_webui.utils.middleware": {
         "apply_source_context_to_messages": (
@@ -53,7 +60,10 @@ FUNCTIONS: dict[str, dict[str, str]] = {
         ),
     },
     "open_webui.utils.misc": {"get_message_list": "(messages_map, message_id)"},
-    "open_webui.utils.models": {"get_filtered_models": "async (models, user)"},
+    "open_webui.utils.models": {
+        "get_all_models": "async (request, *, user)",
+        "get_filtered_models": "async (models, user)",
+    },
     "open_webui.utils.payload": {
         "apply_model_params_to_body_openai": "(params, form_data)",
         "resolve_system_prompt": "async (system, metadata, user)",
@@ -68,7 +78,7 @@ FUNCTIONS: dict[str, dict[str, str]] = {
 """Module -> what is called there -> how: by position, and after `*` by name."""
 
 VALUES: dict[str, tuple[str, ...]] = {
-    "open_webui.env": ("BYPASS_MODEL_ACCESS_CONTROL",),
+    "open_webui.env": ("BYPASS_MODEL_ACCESS_CONTROL", "VERSION"),
     "open_webui.internal.db": ("get_db",),
     "open_webui.main": ("app",),
     "open_webui.models.groups": ("GroupMember.group_id", "GroupMember.user_id"),
