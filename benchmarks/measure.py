@@ -31,8 +31,6 @@ MODELS = (
     "tokens-20-0",
     "tokens-50-0",
     "tokens-400-0",
-    "tokens-100-10",
-    "tokens-200-10",
     "tokens-400-50",
     "tokens-1600-50",
     "tokens-1000-50",
@@ -278,9 +276,9 @@ async def sampled(work: Awaitable[object], look: Callable[[], None]) -> None:
 
 
 @contextmanager
-def scripted_models() -> Iterator[str]:
-    """The scripted models in a process of their own; gives their address."""
-    command = [sys.executable, "-m", "benchmarks.models", *MODELS]
+def scripted_models(*models: str) -> Iterator[str]:
+    """Scripted models in a process of their own; gives their address."""
+    command = [sys.executable, "-m", "benchmarks.models", *(models or MODELS)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:
