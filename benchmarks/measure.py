@@ -29,8 +29,9 @@ RIVALS: dict[Side, str] = {
 }
 MODELS = (
     "tokens-20-0",
-    "tokens-50-0",
+    "tokens-50-200",
     "tokens-400-0",
+    "tokens-400-1600",
     "tokens-400-50",
     "tokens-1600-50",
     "tokens-1000-50",

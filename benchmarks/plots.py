@@ -1,4 +1,4 @@
-"""The four plots, as SVG written by hand."""
+"""The five plots, as SVG written by hand."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ COLOURS = {
     "native": "#2563b8",
     "message": "#c2570c",
     "replace": "#a31f5a",
+    "mean rank": "#2563b8",
+    "majority": "#c2570c",
+    "mean score": "#a31f5a",
 }
 NAMES = {
     "ours": "this plugin",
     "native": "native, one model",
     "message": "message per token",
     "replace": "replace per token",
+    "mean rank": "mean rank (before)",
+    "majority": "most first places",
+    "mean score": "mean score",
 }
 TEXT = "#333"
 GRID = "#e3e3e3"
@@ -159,6 +165,7 @@ LENGTH = "characters of the conversation so far"
 BYTES = Plot("Bytes on the socket (200 tokens/s)", LENGTH, "megabytes", True)
 CPU = Plot("Processor time of the server (200 tokens/s)", LENGTH, "seconds", True)
 MEMBERS = Plot("First word of a model on the page", "members", "milliseconds")
+VERDICTS = Plot("How often the best answer is found", "members", "per cent")
 PAGE = Plot("Busy time of the page (600 tokens/s)", LENGTH, "seconds of main thread")
 
 
@@ -175,6 +182,7 @@ DRAWN: dict[str, tuple[str, Plot, Callable[[Mapping[str, Any]], dict[str, Points
     "cpu.svg": ("by_length", CPU, lambda of: column(of, 2)),
     "first_word.svg": ("by_members", MEMBERS, lambda of: column(of, 1)),
     "page.svg": ("page", PAGE, lambda of: column(of, 1)),
+    "verdicts.svg": ("verdicts", VERDICTS, lambda of: column(of, 1)),
 }
 """File -> the curves it needs, what it says, how its points are read."""
 

@@ -44,7 +44,8 @@ async def test_look_ups_do_not_grow_with_rounds_and_tool_calls(
 
 async def test_writes_do_not_grow_with_tokens(talk: Talk) -> None:
     costs = []
-    for model in ("tokens-50-0", "tokens-2000-0"):
+    # turns of a quarter of a second each: faster ones share a write
+    for model in ("tokens-50-200", "tokens-400-1600"):
         talk.add_model(model)
         talk.seat(f"Ann | {model}", f"Ben | {model}")
         costs.append(await cost(talk, "Talk.", ROUND_ROBIN, []))

@@ -65,7 +65,7 @@ class ScriptedHost(mmc.Host):
         self.events.append(event)
 
     @property
-    def can_insert(self) -> bool:
+    def can_replace(self) -> bool:
         return self.in_chat
 
     async def may_save(self) -> bool:
