@@ -32,8 +32,6 @@ MODELS = (
     "tokens-50-200",
     "tokens-400-0",
     "tokens-400-1600",
-    "tokens-100-10",
-    "tokens-200-10",
     "tokens-400-50",
     "tokens-1600-50",
     "tokens-1000-50",
