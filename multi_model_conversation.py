@@ -1528,8 +1528,8 @@ def _decide(
     members = [turn.alias for turn in present]
     if len(members) < 2:
         return (yield from _end_early(turns, members))
-    papers = vote_papers(agenda, members) if votes else ranking_papers(agenda, present)
-    judged = yield Judge(tuple(papers), read_vote if votes else read_ranking)
+    papers = tuple(ballot_papers(agenda, present, votes))
+    judged = yield Judge(papers, read_vote if votes else read_ranking)
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(members, ballots)
     parts = [render_standings(standings, votes), describe_agreement(standings, ballots)]
@@ -1637,25 +1637,25 @@ def _render_letters(turns: Sequence[Turn], names: Mapping[str, str]) -> str:
     return "\n\n".join(shown)
 
 
-def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> Iterator[BallotPaper]:
-    """What each member is asked about the others' answers, under letters."""
+def ballot_papers(
+    agenda: Agenda, turns: Sequence[Turn], votes: bool
+) -> Iterator[BallotPaper]:
+    """What each is asked about the others, in an order of its own: to vote for one by
+    name, or to judge what stands under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
-    for voter in (turn.alias for turn in answers):
-        names = letters_for(voter, [turn.alias for turn in answers], agenda.seed)
-        shown = _render_letters(answers, names)
-        values = {"question": agenda.question, "answers": shown}
-        brief = fill_template(agenda.settings.review_prompt, values)
-        yield BallotPaper(voter, brief, names)
-
-
-def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> Iterator[BallotPaper]:
-    """What each member of a debate is asked: whom of the others it votes for."""
-    for voter in aliases:
-        others = list(letters_for(voter, aliases, agenda.seed).values())
-        candidates = json.dumps(others, ensure_ascii=False)
-        values = {"question": agenda.question, "candidates": candidates}
-        brief = fill_template(agenda.settings.vote_prompt, values)
-        yield BallotPaper(voter, brief, {alias: alias for alias in others})
+    for voter in (turn.alias for turn in turns):
+        names = letters_for(voter, [turn.alias for turn in turns], agenda.seed)
+        others = list(names.values())
+        told = {
+            "question": agenda.question,
+            "answers": _render_letters(turns, names),
+            "candidates": json.dumps(others, ensure_ascii=False),
+        }
+        template = (
+            agenda.settings.vote_prompt if votes else agenda.settings.review_prompt
+        )
+        choices = dict(zip(others, others, strict=True)) if votes else names
+        yield BallotPaper(voter, fill_template(template, told), choices)
 
 
 def read_ranking(
