@@ -659,7 +659,7 @@ def odd() -> list[Fault]:
             "bomb",
             "50 MB packed into 50 kB, in one line",
             lambda _: Script([bomb(50)]),
-            ASKED_TWICE,
+            (1, 1, 1, 1),
             "one piece of its answer has over 32 MB",
             limit=60,
             heavy=True,
