@@ -1,15 +1,17 @@
 """Many conversations at once on a cluster, beside as many plain chats.
 
-    python -m benchmarks.cluster [conversations, 200 by default]
+    python -m benchmarks.cluster [conversations [tokens of a turn [tokens a second]]]
 
-prints a table: each side asks that many questions through the balancer, spread over
-three servers that share PostgreSQL and Redis. A conversation has two participants with
-100 tokens each at 10 tokens/s; a plain chat has one model with 200.
+prints a table: each side asks that many questions (200) through the balancer, spread
+over three servers that share PostgreSQL and Redis. A conversation has two participants
+with a turn each (100 tokens at 10 tokens/s); a plain chat has one model that says as
+much.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,20 +33,41 @@ from tests.conftest import FUNCTION, FUNCTION_ID, FUNCTION_NAME
 from tests.stack.host import Counts
 from tests.stack.page import Page, Reply
 
-CONVERSATIONS = 200
 PAGES = 20
-"""Sockets, of ten chats each with 200 conversations."""
-TOKENS = 200
-"""Of one conversation, whichever side."""
-IDEAL = 20.0
-"""Seconds it takes to say them."""
-SIDES = {
-    "ours": f"{FUNCTION_ID}.round_robin",
-    "native": "tokens-200-10",
-}
+"""Sockets at most."""
 TIMEOUT = 100.0
 """Seconds one side may take."""
 READS = "MODELS._refresh_cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is asked for."""
+
+    conversations: int = 200
+    tokens: int = 100
+    pace: int = 10
+
+    @property
+    def member(self) -> str:
+        """The model of each of two participants."""
+        return f"tokens-{self.tokens}-{self.pace}"
+
+    @property
+    def single(self) -> str:
+        """The model of a plain chat, which says as much as both."""
+        return f"tokens-{2 * self.tokens}-{self.pace}"
+
+    @property
+    def sides(self) -> dict[str, str]:
+        """Whom each side asks."""
+        return {"ours": f"{FUNCTION_ID}.round_robin", "native": self.single}
+
+    def describe(self) -> str:
+        """For the title."""
+        seconds = 2 * self.tokens / self.pace
+        said = f"{2 * self.tokens} tokens each at {self.pace} tokens/s"
+        return f"{self.conversations} at once, {said}: {seconds:g} s at best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +88,8 @@ class Load:
     before: State
     after: State
 
-    def rows(self) -> dict[str, float]:
-        """The figures by name."""
+    def rows(self, tokens: int) -> dict[str, float]:
+        """The figures by name, of conversations of so many tokens."""
         count = len(self.replies)
         counts = [
             later - earlier
@@ -104,23 +127,23 @@ class Load:
             "reads of the model list each, the file's": reads / count,
             "reads of the model list each, in the host's calls": inside / count,
             "events each": sum(len(reply.events) for reply in self.replies) / count,
-            "socket bytes a token": sum(r.size for r in self.replies) / count / TOKENS,
+            "socket bytes a token": sum(r.size for r in self.replies) / count / tokens,
         }
 
 
 @contextmanager
-def stack() -> Iterator[Cluster]:
+def stack(size: Size) -> Iterator[Cluster]:
     """A cluster with the function installed, and the models beside it."""
     with (
         tempfile.TemporaryDirectory(prefix="benchmarks-") as directory,
-        scripted_models() as url,
+        scripted_models((size.member, size.single)) as url,
         Cluster.start(Path(directory), url, NO_POLLING) as cluster,
     ):
         admin = cluster.sign_up_admin()
         first = cluster.replicas[0]
         source = FUNCTION.read_text("utf-8")
         first.install_function(FUNCTION_ID, FUNCTION_NAME, source)
-        team = "P0 | tokens-100-10\nP1 | tokens-100-10"
+        team = f"P0 | {size.member}\nP1 | {size.member}"
         first.set_user_valves(admin, FUNCTION_ID, {"team": team, "rounds": 1})
         yield cluster
 
@@ -135,10 +158,16 @@ def state(cluster: Cluster) -> State:
     }
     counts = [replica.settled_counts() for replica in cluster.replicas]
     cpu = {
-        name: sum(cpu_seconds(process.pid) for process in those)
+        name: sum(cpu_seconds(one.pid) + ended_seconds(one.pid) for one in those)
         for name, those in processes.items()
     }
     return State(counts, sum(cluster.redis.calls().values()), cpu)
+
+
+def ended_seconds(pid: int) -> float:
+    """CPU of a process's children that have ended: PostgreSQL has one a connection."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")
 
 
 def process_of(service: Service) -> subprocess.Popen[bytes]:
@@ -183,20 +212,20 @@ def show(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-async def main(count: int) -> int:
+async def main(size: Size) -> int:
     """Both sides, after a small one of each that nobody counts."""
     figures = {}
-    print(f"{count} at once; at best {IDEAL:g} s each", flush=True)
-    with stack() as cluster:
-        for model in SIDES.values():
+    print(size.describe(), flush=True)
+    with stack(size) as cluster:
+        for model in size.sides.values():
             await crowd(cluster, model, 3)
-        for side, model in SIDES.items():
-            load = await crowd(cluster, model, count)
-            figures[side] = load.rows()
+        for side, model in size.sides.items():
+            load = await crowd(cluster, model, size.conversations)
+            figures[side] = load.rows(2 * size.tokens)
             print(f"{side}: {load.seconds:.1f} s", flush=True)
     print(f"\n{show(figures)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main(int(sys.argv[1]) if sys.argv[1:] else CONVERSATIONS)))
+    sys.exit(asyncio.run(main(Size(*map(int, sys.argv[1:])))))

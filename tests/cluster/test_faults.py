@@ -1,6 +1,5 @@
 """A replica, Redis or PostgreSQL that goes away in mid-run costs at most one turn."""
 
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -78,9 +77,7 @@ async def test_a_killed_replica_costs_at_most_the_running_turn(
             next_one = await ask(second, "And maples?", chat=chat)
     assert headings(next_one)[0] == "🔵 Ann"
     assert '<message from="Ann">' in str(talk.sent("alice", 1)[-1]["content"])
-    statuses = str(stored(cluster, talk, reply).get("statusHistory"))
-    shown = text_of(stored(cluster, talk, reply)) + statuses
-    assert re.search(r"(?i)interrupted|broke off|cut off|restarted", shown)
+    assert "the server went down" in text_of(stored(cluster, talk, reply))
 
 
 def stored(cluster: Cluster, talk: Talk, reply: Reply) -> Json:

@@ -8,6 +8,7 @@ of `docs/compatibility.md`; rows of other versions stay as they are.
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -70,15 +71,14 @@ def run_suite(program: Path, tests: str, report: Path) -> Outcome:
     environment = {**os.environ, "MMC_OPEN_WEBUI": str(program)}
     report.unlink(missing_ok=True)
     began = time.monotonic()
-    try:
-        subprocess.run(
-            [*command, f"--junitxml={report}"],
-            cwd=ROOT,
-            env=environment,
-            timeout=SUITE_TIMEOUT,
-        )
-    except subprocess.TimeoutExpired:
-        return Outcome(failed=(f"no end after {SUITE_TIMEOUT:g} s",))
+    with subprocess.Popen(
+        [*command, f"--junitxml={report}"], cwd=ROOT, env=environment
+    ) as suite:
+        try:
+            suite.wait(SUITE_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            suite.send_signal(signal.SIGINT)  # it then ends its server, too
+            return Outcome(failed=(f"no end after {SUITE_TIMEOUT:g} s",))
     return read_report(report, time.monotonic() - began)
 
 

@@ -322,11 +322,11 @@ def test_a_chair_of_the_valves_that_did_not_answer_is_not_asked() -> None:
     ]
 
 
-def test_a_chair_of_the_valves_that_nobody_is_called_is_named() -> None:
+def test_a_chair_of_the_valves_that_nobody_is_called_is_not_waited_for() -> None:
     room = Room(ranks=BALLOTS)
     room.play(mmc.council(agenda(chair="Zoe")))
     assert room.outcomes == [
-        "> 🏁 4 of 4 answered · chaired by Cat (nobody is called Zoe)"
+        "> 🏁 4 of 4 answered · chaired by Cat (the chair that was chosen is not here)"
     ]
 
 
