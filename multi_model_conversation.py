@@ -32,6 +32,7 @@ import logging
 import re
 import sys
 import time
+import traceback
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import (
@@ -296,25 +297,27 @@ def merge_settings(
     The `rounds` named in a question win, then the presets of the `request`, then the
     user's fields, then stored v2 fields, then the admin's. Choosing participants is one
     decision in two fields: who fills only the list does not want the team text below
-    it. Raises `ConversationError` where a stored or preset value cannot be read.
+    it. Its `model_fields_set` are the fields that are not the admin's. Raises
+    `ConversationError` where a stored or preset value cannot be read.
     """
     own = user.model_dump(exclude_unset=True) if user else {}
     chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
     preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
-    fields = admin.model_dump() | _read_v2(own)
+    fields = _read_v2(own)
     for layer in (chosen, preset):
         fields |= ({"team": ""} if "participants" in layer else {}) | layer
     if rounds is not None:
         fields["rounds"] = rounds
     try:
-        merged = Settings.model_validate(fields)
+        merged = Settings.model_validate(admin.model_dump() | fields)
     except ValidationError as error:
         names = ", ".join(str(each["loc"][0]) for each in error.errors())
         raise ConversationError(
             f"The settings of this conversation cannot be read: {names}. Correct them "
             "in the valves, or in the custom parameters of this model."
         ) from error
-    return merged.model_copy(update={"rounds": min(merged.rounds, merged.max_rounds)})
+    merged.rounds = min(merged.rounds, merged.max_rounds)
+    return Settings.model_construct(set(fields), **merged.model_dump())
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:
@@ -653,7 +656,7 @@ class SSEDecoder:
         if self._line or self._event:
             self._held += len(data)
             if self._held > _MOST_HELD:
-                raise ModelFailure("one piece of its answer has over 32 MB")
+                raise ModelFailure("one piece of its answer has over 32 MB", 413)
         elif self._held:
             self._held = 0
         return values
@@ -783,6 +786,11 @@ _TAGS = re.compile(  # of a page that has no title
 )
 
 
+def hide_keys(text: str) -> str:
+    """A text without whatever looks like a key or a password."""
+    return _KEY.sub(r"\g<label>\g<name>(key)", text)
+
+
 def error_text(error: Any) -> str:
     """The readable part of an error object, in any of the shapes providers use.
 
@@ -796,7 +804,7 @@ def error_text(error: Any) -> str:
     if _TRACE.search(text):  # what went wrong stands at the left edge
         lines = (line for line in text.splitlines() if not line[:1].isspace())
         text = "\n".join(line for line in lines if not _TRACE.match(line))
-    text = _ADDRESS.sub("(address)", _KEY.sub(r"\g<label>\g<name>(key)", text))
+    text = _ADDRESS.sub("(address)", hide_keys(text))
     return plain_line(text) or "an error without a message"
 
 
@@ -1297,11 +1305,11 @@ def choose_seats(
     team = [(number, line) for number, line in lines if line.strip()]
     chosen = len(team) or len(settings.participants)
     wanted = [
-        (f"Team line {number} ({plain_line(line, 60)})", line.split("|", 2))
+        (f"Team line {number}", line.split("|", 2))
         for number, line in team[:_TEAM_READ]
     ] or [
-        (f"Participant {plain_line(model_id, 60)}", [model_id])
-        for model_id in settings.participants[:_TEAM_READ]
+        (f"Participant {number}", [model_id])
+        for number, model_id in enumerate(settings.participants[:_TEAM_READ], 1)
     ]
     usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
     seats: list[Seat] = []
@@ -1520,8 +1528,8 @@ def _decide(
     members = [turn.alias for turn in present]
     if len(members) < 2:
         return (yield from _end_early(turns, members))
-    papers = vote_papers(agenda, members) if votes else ranking_papers(agenda, present)
-    judged = yield Judge(tuple(papers), read_vote if votes else read_ranking)
+    papers = tuple(ballot_papers(agenda, present, votes))
+    judged = yield Judge(papers, read_vote if votes else read_ranking)
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(members, ballots)
     parts = [render_standings(standings, votes), describe_agreement(standings, ballots)]
@@ -1563,7 +1571,7 @@ def _conclude(
         if turn.alias in wanted and turn.alias not in marks
     ]
     if chair and not (wanted or agenda.judge):
-        notes.append(f"nobody is called {plain_line(chair, 40)}")
+        notes.append("the chair that was chosen is not here")
     members = sorted(marks, key=lambda alias: alias not in wanted)
     for alias in filter(None, (agenda.judge, *members)):
         behind = f" ({', '.join(notes)})" if notes else ""
@@ -1629,25 +1637,25 @@ def _render_letters(turns: Sequence[Turn], names: Mapping[str, str]) -> str:
     return "\n\n".join(shown)
 
 
-def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> Iterator[BallotPaper]:
-    """What each member is asked about the others' answers, under letters."""
+def ballot_papers(
+    agenda: Agenda, turns: Sequence[Turn], votes: bool
+) -> Iterator[BallotPaper]:
+    """What each is asked about the others, in an order of its own: to vote for one by
+    name, or to judge what stands under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
-    for voter in (turn.alias for turn in answers):
-        names = letters_for(voter, [turn.alias for turn in answers], agenda.seed)
-        shown = _render_letters(answers, names)
-        values = {"question": agenda.question, "answers": shown}
-        brief = fill_template(agenda.settings.review_prompt, values)
-        yield BallotPaper(voter, brief, names)
-
-
-def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> Iterator[BallotPaper]:
-    """What each member of a debate is asked: whom of the others it votes for."""
-    for voter in aliases:
-        others = list(letters_for(voter, aliases, agenda.seed).values())
-        candidates = json.dumps(others, ensure_ascii=False)
-        values = {"question": agenda.question, "candidates": candidates}
-        brief = fill_template(agenda.settings.vote_prompt, values)
-        yield BallotPaper(voter, brief, {alias: alias for alias in others})
+    for voter in (turn.alias for turn in turns):
+        names = letters_for(voter, [turn.alias for turn in turns], agenda.seed)
+        others = list(names.values())
+        told = {
+            "question": agenda.question,
+            "answers": _render_letters(turns, names),
+            "candidates": json.dumps(others, ensure_ascii=False),
+        }
+        template = (
+            agenda.settings.vote_prompt if votes else agenda.settings.review_prompt
+        )
+        choices = dict(zip(others, others, strict=True)) if votes else names
+        yield BallotPaper(voter, fill_template(template, told), choices)
 
 
 def read_ranking(
@@ -2511,7 +2519,7 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
     except Exception as error:  # foreign code raises what it likes
         if was_cancelled():  # also in place of our cancellation
             raise asyncio.CancelledError from error
-        log.debug("foreign code failed", exc_info=True)
+        log.debug("foreign code failed: %s", hide_keys(traceback.format_exc()))
         plain = _SAID_PLAINLY.get(type(error).__module__.split(".")[0])
         reason = "it timed out" if isinstance(error, TimeoutError) else str(error)
         detail = getattr(error, "detail", None) or reason or type(error).__name__
@@ -2616,6 +2624,17 @@ class Host:
             records = await Models.get_models_by_ids(list(ids))
             own = {record.id: record.params.model_dump() for record in records}
             return own, await Config.get("models.default_params", {}) or {}
+
+    def readable(self, settings: Settings, *presets: Json) -> set[str]:
+        """The settings that a message may quote: of an admin all, of a user his own.
+
+        What the host's `presets`, of the model or for all, name is an admin's.
+        """
+        if getattr(self.user, "role", "") == "admin":
+            return set(UserSettings.model_fields)
+        return settings.model_fields_set.difference(
+            *(params.get("custom_params") or () for params in presets)
+        )
 
     async def voice(
         self, card: ModelCard, own: Json, defaults: Json, settings: Settings
@@ -2821,12 +2840,14 @@ class Host:
             return bool(await Chats.is_chat_owner(chat_id, self.user.id))
         return False
 
-    async def save_output(self, items: list[Json]) -> bool:
-        """Store the output so far in the message, as one write; gives whether it is."""
+    async def save_output(self, items: list[Json], usage: Json) -> bool:
+        """Store the output so far and its usage in the message, as one write; gives
+        whether it is stored."""
         ids = self.metadata["chat_id"], self.metadata["message_id"]
+        message = {"output": items, **({"usage": usage} if usage else {})}
         with suppress(HostFailure), foreign_errors(HostFailure):
             save = Chats.upsert_message_to_chat_by_id_and_message_id
-            writing = save(*ids, {"output": items}, touch=False)
+            writing = save(*ids, message, touch=False)
             return await apart(writing, WRITE_TIMEOUT) is not None
         return False
 
@@ -3178,6 +3199,33 @@ def _nobody_left(problems: Sequence[str]) -> ConversationError:
     )
 
 
+def _choose_leader(
+    settings: Settings, seats: Sequence[Seat], cards: Mapping[str, ModelCard]
+) -> tuple[str, str]:
+    """The model that leads, and what is wrong with the one that should."""
+    first = seats[0].model_id if seats else ""
+    try:
+        wanted = settings.manager_model if seats else ""
+        return find_model(wanted, cards).id if wanted else first, ""
+    except ConversationError as error:
+        return first, str(error)
+
+
+def _tell_problems(
+    settings: Settings, problems: list[str], misled: str, readable: set[str]
+) -> list[str]:
+    """What is told of seats and a leader that cannot be had; what is in settings that
+    the user may not read is not told."""
+    whose = "team" if settings.team.strip() else "participants"
+    if problems and whose not in readable:
+        plural = "s" if problems[1:] else ""
+        problems = [f"{len(problems)} seat{plural} of this team cannot be used."]
+    if misled and "manager_model" not in readable:
+        misled = "its model cannot be used"
+    told = f"Manager: {misled}. The first participant's model leads instead."
+    return [*problems, told] if misled else problems
+
+
 async def resolve_cast(
     host: Host, settings: Settings, cards: dict[str, ModelCard], body: Json, system: str
 ) -> Cast:
@@ -3188,17 +3236,13 @@ async def resolve_cast(
     """
     seats, problems, by_default = choose_seats(settings, cards)
     chairs = choose_chair(settings, cards, seats)
-    wanted = dict.fromkeys(seat.model_id for seat in (*seats, *chairs))
-    leader = next(iter(wanted), "")
-    if settings.manager_model and seats:
-        try:
-            leader = find_model(settings.manager_model, cards).id
-            wanted[leader] = None
-        except ConversationError as error:
-            first = seats[0].alias
-            problems.append(f"Manager: {error}. {first}'s model leads instead.")
+    leader, misled = _choose_leader(settings, seats, cards)
+    asked = (*(seat.model_id for seat in (*seats, *chairs)), leader)
+    wanted = dict.fromkeys(filter(None, asked))
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
     params, defaults = await host.model_params([*wanted, pipe_id])
+    readable = host.readable(settings, defaults, params.get(pipe_id, {}))
+    problems = _tell_problems(settings, problems, misled, readable)
     prepared = await asyncio.gather(
         *(host.voice(cards[i], params.get(i, {}), defaults, settings) for i in wanted)
     )
@@ -3445,24 +3489,26 @@ class Saver:
     """Keeps what was said in the database, for the case that the server goes down.
 
     One write a turn, and one every 20 s of a longer one; the host saves the whole at
-    the end. `before` is the output of the reply that is continued here.
+    the end, but not the usage of what was stopped. `before` is the output of the reply
+    that is continued here.
     """
 
-    EVERY = 20  # s
+    EVERY = 20.0  # s
 
     host: Host
     transcript: Transcript
     emitter: Emitter
+    usage: Callable[[], Json]
     before: list[Json] | None = field(default_factory=list)  # None: it cannot be read
     due: asyncio.Event = field(default_factory=asyncio.Event)  # a turn has ended
+    may_save: bool = False
     is_behind: bool = False  # the last write failed
 
     async def keep(self) -> None:
         """Save whenever it is due, until it is cancelled."""
-        if self.before is None or not await self.host.may_save():
-            return
+        self.may_save = self.before is not None and await self.host.may_save()
         seen = 0
-        while True:
+        while self.may_save:
             try:
                 async with asyncio.timeout(self.EVERY):
                     await self.due.wait()
@@ -3476,16 +3522,20 @@ class Saver:
     async def finish(self, patience: float) -> None:
         """The run is over: wait for a database that is away, so that the host's own
         save, which comes next, finds it."""
-        for _ in range(int(patience)):
-            if not self.is_behind:
-                return
-            await asyncio.sleep(1)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self.is_behind:
+                    await asyncio.sleep(1)
+                    await self._save()
+
+    async def stop(self) -> None:
+        """The run was stopped: store the usage, which the host would forget."""
+        if self.may_save and self.usage():
             await self._save()
 
     async def _save(self) -> None:
-        items = render_checkpoint(self.transcript)
-        saved = await self.host.save_output([*(self.before or ()), *items])
-        self.is_behind = not saved
+        items = [*(self.before or ()), *render_checkpoint(self.transcript)]
+        self.is_behind = not await self.host.save_output(items, self.usage())
 
 
 @dataclass(slots=True)
@@ -3735,9 +3785,13 @@ class Reply:
         """Take one event; raises `ModelFailure` where it never ends."""
         match event:
             case TextDelta(text) | ReasoningDelta(text):
+                if len(text) > (room := MOST_SAID - self.size):
+                    event = type(event)(text[:room])
                 self.size += len(text)
             case ToolCallDelta():
-                self.size += len(event.arguments)
+                self.size += len(event.name) + len(event.arguments)
+            case SourceFound(source):
+                self.size += len(str(source))
         self.apply(event)
         if self.size > MOST_SAID:
             raise ModelFailure(f"it said over {MOST_SAID:,} characters")
@@ -3773,8 +3827,8 @@ def counted_run(user_id: str, settings: Settings) -> Iterator[None]:
     """One more run, unless there are as many as may be; raises `ConversationError`."""
     if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
         raise ConversationError(
-            f"You have {_RUNS[user_id]} conversations going, as many as you may have "
-            "at a time. Wait until one ends, or stop one, and ask again."
+            "You have as many conversations going as you may have at a time. Wait "
+            "until one ends, or stop one, and ask again."
         )
     if 0 < settings.max_runs <= _RUNS.total():
         raise ConversationError(
@@ -3903,7 +3957,7 @@ class ModelCalls:
                 yield deadline
             finally:
                 reply.end()
-                self._said += reply.size
+                self._said += min(reply.size, MOST_SAID)
                 self.ledger.count_call(call.speaker, reply.usage, deadline)
 
     @asynccontextmanager
@@ -4166,6 +4220,13 @@ _FIGURES = {  # how each is shown, where it is known
 }
 
 
+def _describe_place(error: BaseException) -> str:
+    """Where an error was raised; its message may quote what somebody said."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    inner = "\n".join(map(_describe_place, getattr(error, "exceptions", ())))
+    return f"{type(error).__name__}\n{frames}{inner}"
+
+
 def _describe_progress(
     of_all: str, there: Mapping[str, float], since: Mapping[str, float | None]
 ) -> str:
@@ -4205,8 +4266,9 @@ class Run:
         except ConversationError as error:
             reason = "Not begun"
             self.screen.notice(str(error))
-        except Exception:  # the top of a run: a bug must not take the text with it
-            log.exception("a conversation failed")
+        except Exception as error:  # a bug must not take the text of the run with it
+            log.error("a conversation failed: %s", _describe_place(error))
+            log.debug("it failed with: %s", hide_keys(traceback.format_exc()))
             reason = "Ended by an internal error, see the server's log"
             self.screen.notice(reason)
         finally:
@@ -4245,6 +4307,8 @@ class Run:
             return ended
         finally:
             await end_tasks(saving, seconds=WRITE_TIMEOUT)
+            if was_cancelled():
+                await self.saver.stop()
 
     async def _search_once(self) -> None:
         """Where the chat searches the web: once, shared with everybody."""
@@ -4524,7 +4588,8 @@ class Run:
         call = ToolCall(f"call_{uuid4().hex}", name, json.dumps(arguments))
         try:
             async with self._tool_limits(section, call, tool) as arguments:
-                return await self.host.run_tool(tool, call, arguments, [])
+                value = await self.host.run_tool(tool, call, arguments, [])
+            return value[:MOST_RESULT] if isinstance(value, str) else value
         except ToolFailure as failure:
             return {"error": str(failure)}
 
@@ -4679,7 +4744,7 @@ def _make_run(
     screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
-    saver = Saver(host, transcript, emitter)
+    saver = Saver(host, transcript, emitter, ledger.report)
     return Run(host, settings, cast, entries, screen, ledger, models, saver, drafts)
 
 

@@ -136,7 +136,7 @@ def stack(size: Size) -> Iterator[Cluster]:
     """A cluster with the function installed, and the models beside it."""
     with (
         tempfile.TemporaryDirectory(prefix="benchmarks-") as directory,
-        scripted_models(size.member, size.single) as url,
+        scripted_models((size.member, size.single)) as url,
         Cluster.start(Path(directory), url, NO_POLLING) as cluster,
     ):
         admin = cluster.sign_up_admin()

@@ -277,9 +277,9 @@ async def sampled(work: Awaitable[object], look: Callable[[], None]) -> None:
 
 
 @contextmanager
-def scripted_models(*models: str) -> Iterator[str]:
-    """Scripted models in a process of their own; gives their address."""
-    command = [sys.executable, "-m", "benchmarks.models", *(models or MODELS)]
+def scripted_models(models: Sequence[str] = MODELS) -> Iterator[str]:
+    """The scripted models in a process of their own; gives their address."""
+    command = [sys.executable, "-m", "benchmarks.models", *models]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:

@@ -81,7 +81,8 @@ class Council:
             "conclusion": [Text(CONCLUSION[0]), Gate("ending"), Text(CONCLUSION[1])],
             **instead,
         }
-        made = member(word, prefers=PREFERENCES[word], votes="Oda", **steps)
+        votes = "Ella" if word == "oak" else "Oda"
+        made = member(word, prefers=PREFERENCES[word], votes=votes, **steps)
         self.server.add(word, made)
 
     @contextmanager

@@ -37,9 +37,9 @@ async def test_look_ups_do_not_grow_with_rounds_and_tool_calls(
     assert more_lines - lines == 15 * a_turn
     assert one.lookups["Models.get_models_by_ids"] == 1
     grown = difference(four.lookups, one.lookups)
-    # The host looks for the message to write each status line to.
-    found = {"Chats.get_current_message_id": more_lines - lines} if a_turn else {}
-    assert grown == found
+    # At each write of a status line or a checkpoint the host looks where the chat is.
+    writes = grown.pop("Chats.get_current_message_id")
+    assert not grown and writes <= 15 * (1 + a_turn)
 
 
 async def test_writes_do_not_grow_with_tokens(talk: Talk) -> None:
@@ -50,7 +50,8 @@ async def test_writes_do_not_grow_with_tokens(talk: Talk) -> None:
         talk.seat(f"Ann | {model}", f"Ben | {model}")
         costs.append(await cost(talk, "Talk.", ROUND_ROBIN, []))
     (few, _), (many, _) = costs
-    assert 0 < few.writes == many.writes
+    one_checkpoint = 2  # statements, of which the last turn may have none
+    assert abs(many.writes - few.writes) <= one_checkpoint
 
 
 async def test_a_long_answer_reaches_the_page_in_few_small_events(talk: Talk) -> None:

@@ -321,9 +321,11 @@ def test_the_demo_speakers_take_up_each_others_points(server: ModelServer) -> No
     for turn in range(6):
         who = cast[turn % 3]
         said = [
-            {"role": "assistant", "content": text}
-            if name == who
-            else f"{name.capitalize()}: {text}"
+            (
+                {"role": "assistant", "content": text}
+                if name == who
+                else f"{name.capitalize()}: {text}"
+            )
             for name, text in heard
         ]
         # A demo speaker takes its time; what it says does not depend on it.

@@ -342,5 +342,6 @@ async def test_a_preset_team_seats_only_what_its_user_may_use(talk: Talk) -> Non
         "board", ROUND_ROBIN, params={"custom_params": team}
     ) as model:
         reply = await talk.ask("Should we plant oaks?", model)
-    assert "Team line 2 (Ben | no-such-model)" in reply.text
+    assert "> ⚠️ 1 seat of this team cannot be used." in reply.text
+    assert "no-such-model" not in reply.text
     assert headings(reply) == in_rounds(2, "🔵 Ann")

@@ -64,22 +64,21 @@ def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
     [
         (
             "Ann | oak-1\n\nBob | yew",
-            'Team line 3 (Bob | yew): there is no model "yew" that you may use: '
+            'Team line 3: there is no model "yew" that you may use: '
             "choose another one, or ask an admin for access to it.",
         ),
         (
             "Ann | oak-1\nBob |  | You doubt.",
-            "Team line 2 (Bob | | You doubt.): it names no model: write "
-            "`Alias | model id | persona`.",
+            "Team line 2: it names no model: write `Alias | model id | persona`.",
         ),
         (
             "Me | pipe.manager\nAnn | oak-1",
-            'Team line 1 (Me | pipe.manager): "Conversation · Manager" is this '
+            'Team line 1: "Conversation · Manager" is this '
             "conversation itself, which cannot take part in it: choose another model.",
         ),
         (
             "Ann | oak-1\nTwo | TWIN",
-            'Team line 2 (Two | TWIN): there is no model "TWIN" that you may use: '
+            'Team line 2: there is no model "TWIN" that you may use: '
             "choose another one, or ask an admin for access to it.",
         ),
     ],
@@ -99,7 +98,7 @@ def test_a_ticked_model_that_is_gone_is_named() -> None:
     )
     assert [seat.alias for seat in seats] == ["Elm"]
     assert problems == [
-        'Participant yew: there is no model "yew" that you may use: choose another '
+        'Participant 1: there is no model "yew" that you may use: choose another '
         "one, or ask an admin for access to it."
     ]
 
@@ -164,7 +163,7 @@ def test_an_alias_is_fit_for_a_heading_and_a_label(
     given_alias: str, alias: str
 ) -> None:
     team = f"{given_alias} | oak-1"
-    ((seat,), _, _) = mmc.choose_seats(settings(team=team), CARDS)
+    (seat,), _, _ = mmc.choose_seats(settings(team=team), CARDS)
     assert seat.alias == alias
 
 

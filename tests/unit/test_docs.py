@@ -66,9 +66,11 @@ def test_the_readme_names_the_settings_that_no_panel_shows() -> None:
 def texts_of_the_code() -> str:
     """Every text in the code; what an f-string fills in is left out."""
     parts = [
-        "".join(str(v.value) for v in node.values if isinstance(v, ast.Constant))
-        if isinstance(node, ast.JoinedStr)
-        else node.value
+        (
+            "".join(str(v.value) for v in node.values if isinstance(v, ast.Constant))
+            if isinstance(node, ast.JoinedStr)
+            else node.value
+        )
         for node in ast.walk(ast.parse(SOURCE))
         if isinstance(node, ast.JoinedStr | ast.Constant)
     ]

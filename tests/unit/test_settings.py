@@ -202,6 +202,47 @@ def test_who_writes_a_team_gets_it_whatever_is_ticked() -> None:
     assert (problems, by_default) == ([], False)
 
 
+TOLD_OF_A_TEAM = [  # the admin's, the user's, the host's presets; what is quoted
+    ({"team": "Eve | vault", "manager_model": "vault"}, {}, {}, []),
+    ({"participants": ["vault"]}, {"rounds": 3}, {}, []),
+    ({"participants": ["vault"]}, {"team": "Eve | vault"}, {}, ["team"]),
+    ({"team": "Eve | vault"}, {"participants": ["vault"]}, {}, ["participants"]),
+    ({"manager_model": "vault"}, {"team": "Ann | vault"}, {}, ["team"]),
+    ({}, {"manager_model": "vault"}, {}, ["manager_model"]),
+    ({}, {"Participant1Model": "vault"}, {}, ["team"]),
+    ({}, {"ManagerModel": "vault"}, {}, ["manager_model"]),
+    ({}, {"team": "Ann | oak"}, {"custom_params": {"team": "Eve | vault"}}, []),
+]
+
+
+@pytest.mark.parametrize(("admin", "user", "preset", "quoted"), TOLD_OF_A_TEAM)
+def test_only_what_the_user_has_chosen_is_quoted_to_him(
+    admin: dict[str, Any],
+    user: dict[str, Any],
+    preset: dict[str, Any],
+    quoted: list[str],
+) -> None:
+    host = ScriptedHost(Request({"type": "http"}), None, {})
+    body = preset.get("custom_params")
+    settings = mmc.merge_settings(mmc.Settings(**admin), mmc.UserSettings(**user), body)
+    readable = host.readable(settings, {}, preset)
+    chooses = {"team", "participants", "manager_model"}
+    shown = [name for name in sorted(chooses & readable) if getattr(settings, name)]
+    assert shown == quoted
+    problems = mmc._tell_problems(settings, ["vault: no."], "vault: no", readable)
+    whose = {"team" if settings.team else "participants", "manager_model"}
+    assert " ".join(problems).count("vault") == len(whose & readable)
+
+
+def test_an_admin_is_told_all_of_his_team() -> None:
+    admin = type("Admin", (), {"role": "admin"})()
+    host = ScriptedHost(Request({"type": "http"}), admin, {})
+    settings = merged({"team": "Eve | vault"}, {})
+    readable = host.readable(settings, {"custom_params": {"team": "x"}})
+    problems = mmc._tell_problems(settings, ["vault: no."], "vault: no", readable)
+    assert problems[0] == "vault: no." and "Manager: vault: no." in problems[1]
+
+
 def test_a_users_team_wins_over_the_admins_list() -> None:
     seats, _, _ = mmc.choose_seats(
         merged({"participants": ["elm"]}, {"team": "Ann | oak"}), CARDS
