@@ -13,6 +13,8 @@ import openai
 import pytest
 
 from tests.conftest import FUNCTION_ID
+from tests.integration.members import busy, member, ranking, stage_of
+from tests.integration.search_engine import SearchEngine
 from tests.integration.talk import (
     ROUND_ROBIN,
     Talk,
@@ -27,7 +29,6 @@ from tests.integration.talk import (
     text_of_item,
 )
 from tests.stack.host import Account, Json, OpenWebUI
-from tests.stack.members import busy, member, ranking, stage_of
 from tests.stack.models import ModelServer, Seen
 from tests.stack.page import Call, Page, Reply
 from tests.stack.prompts import fresh_results, last_user_text
@@ -46,7 +47,6 @@ from tests.stack.scripts import (
     Text,
     ToolCall,
 )
-from tests.stack.search_engine import SearchEngine
 from tests.stack.structured_output import Output
 
 COUNCIL = f"{FUNCTION_ID}.council"
