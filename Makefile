@@ -16,12 +16,24 @@ export NO_PYTHON
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test fuzz bench bench-quick lint clean
+# The versions that `make compat` checks.
+VERSIONS = $(shell sed -n 's/^open-webui==//p' constraints.txt)
+
+.PHONY: demo test faults soak fuzz cluster test-cluster compat bench bench-quick lint clean
 
 # Without a Chromium, Playwright's own is tried once before the page's tests skip.
 test: .venv/ready
 	$(RUN) -m tests.stack.browser
 	$(RUN) -m pytest
+
+# All faults in all modes; the table goes into docs/reliability.md.
+faults: .venv/ready
+	MMC_FAULTS=all $(RUN) -m pytest tests/integration/test_faults.py
+
+# A hundred at once, then a long mixed run; figures and a plot go into docs/.
+MINUTES ?= 30
+soak: .venv/ready
+	$(RUN) -m benchmarks.soak --minutes $(MINUTES)
 
 # New input for everything that reads what is foreign: make fuzz SECONDS=3600
 SECONDS ?= 300
@@ -30,6 +42,16 @@ fuzz: .venv/ready
 
 demo: .venv/ready
 	@exec $(RUN) -m tests.stack.demo
+
+# These two need PostgreSQL, Redis and nginx: apt install postgresql redis-server nginx
+cluster: .venv/ready
+	@exec $(RUN) -m tests.cluster
+
+test-cluster: .venv/ready
+	$(RUN) -m pytest tests/cluster
+
+compat: .venv/ready
+	$(RUN) -m tests.compat $(VERSIONS)
 
 bench: .venv/ready
 	$(RUN) -m benchmarks

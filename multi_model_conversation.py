@@ -56,8 +56,8 @@ from contextlib import (
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
-from itertools import count, permutations
-from statistics import fmean
+from itertools import count
+from statistics import fmean, pvariance
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -100,31 +100,36 @@ Answer with one JSON object and nothing else:
 
 REVIEW_PROMPT = """\
 Several participants answered the question independently. Here are their answers, \
-without names:
+without names, in an order of chance:
 
 {answers}
 
-Rank these answers by how right, complete and useful they are, the best one first; \
-answers that are equally good share a place. Answer with one JSON object and nothing \
-else:
-{"ranking": [["<letter of the best>"], ["<letter>", "<an equally good one>"]], \
-"comments": {"<letter>": "<one sentence>"}}"""
+Rank these answers by how right they are, then by how complete and useful; being wrong \
+outweighs everything. Style, length, confidence and the order in which they stand do \
+not count, nor does how many say the same. Answer with one JSON object and nothing else:
+{"comments": {"<letter>": "<one sentence on what is right or wrong in this answer>"}, \
+"scores": {"<letter>": <0 to 10>}, \
+"ranking": [["<letter of the best>"], ["<letter>", "<an equally good one>"]]}"""
 
 CONCLUSION_PROMPT = """\
-The participants have answered.
+The participants have answered. They stand under letters here; one of them may be you.
 
 {answers}
 
 {result}
 
-Now write the final answer to the question for the person who asked. Take the best of \
-all that was said, name where the participants disagreed and who held the minority \
-view, and say which side you take and why."""
+Now write the final answer to the question for the person who asked. Weigh what is \
+right: neither who says it, nor how well it is put, nor how many say it decides; the \
+judgements can be wrong, too. Call the participants [A], [B] and so on, always in \
+brackets: the person will read their names there.
+Begin with the answer itself. Then, each under a short heading with ####: what all \
+agree on; what is contested and by whom, which side you take and why; what only one \
+said; what nobody covered; what would change the answer. Leave out what is empty."""
 
 DEBATE_PROMPT = """\
 This is a debate. Take a clear position on the question. If somebody has argued \
-against you, answer the strongest point against you first; give ground where it is \
-right."""
+against you, answer the strongest point against you first. Change your mind only for a \
+reason that you can name, and name it; that others disagree is none."""
 
 VOTE_PROMPT = """\
 The debate is over. Who argued best, yourself excluded? Choose one of: {candidates}
@@ -192,10 +197,14 @@ class Settings(UserSettings):
     """
 
     chair: str = _setting(
-        "", "Alias of who concludes a council or debate. None: the best ranked."
+        "",
+        "Alias, or any model's id, of who concludes. None: the best ranked.",
     )
     remember_drafts: bool = _setting(
         False, "Whether a second question sees all drafts, not only the conclusions."
+    )
+    fold_drafts: bool = _setting(
+        True, "Whether drafts fold into a line each once there is a conclusion."
     )
     show_figures: Literal["council and debate", "always", "never"] = _setting(
         "council and debate", "When a last line shows everybody's speed and tokens."
@@ -205,6 +214,9 @@ class Settings(UserSettings):
     )
     max_participants: Seats = _setting(8, "The most participants (1 to 8).")
     max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
+    max_tokens: int = _setting(
+        0, "Tokens after which no further round begins, as providers report. 0: any."
+    )
     max_runs: int = _setting(0, "The most conversations at a time. 0: no limit.")
     max_runs_per_user: int = _setting(0, "And of one user's. 0: no limit.")
     calls_in_all: int = _setting(
@@ -228,19 +240,15 @@ class Settings(UserSettings):
         MANAGER_PROMPT,
         "Asks who is next. Knows {history}, {last_speaker} and {participant_list}.",
     )
-    review_prompt: str = _setting(
-        REVIEW_PROMPT, "Asks a council for a ranking. Knows {question} and {answers}."
-    )
     conclusion_prompt: str = _setting(
         CONCLUSION_PROMPT, "Asks the chair. Knows {question}, {answers} and {result}."
     )
     debate_prompt: str = _setting(
         DEBATE_PROMPT, "What is said at each turn of a debate. Knows {question}."
     )
-    vote_prompt: str = _setting(
-        VOTE_PROMPT, "Asks a debate's members to vote. Knows {question}, {candidates}."
-    )
-    # Not in the panel: nobody tunes these, tests and benchmarks do.
+    # Not in the panel: what they ask for must be readable here, and few tune the rest.
+    review_prompt: SkipJsonSchema[str] = REVIEW_PROMPT  # knows {question}, {answers}
+    vote_prompt: SkipJsonSchema[str] = VOTE_PROMPT  # knows {question}, {candidates}
     quorum: SkipJsonSchema[int] = 0  # answers that a council needs; 0: all in time
     max_tool_rounds: SkipJsonSchema[
         Annotated[int, AfterValidator(lambda n: max(n, 0))]
@@ -326,7 +334,7 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 # ==== 2 Values
 # ======================================================================================
 
-COLOURS = "🔵🔴🟢🟠🟣🟡🟤⚫"  # one code point each: a heading is "### 🔵 Alias"
+COLOURS = "🔵🔴🟢🟠🟣🟡🟤⚫⚪"  # one code point each: a heading is "### 🔵 Alias"
 SYSTEM_MARK = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
 
 
@@ -477,6 +485,7 @@ class Cast:
     problems: tuple[str, ...] = ()
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
+    chair: str = ""  # who of them is no member, and only concludes
 
 
 @dataclass(frozen=True, slots=True)
@@ -509,6 +518,9 @@ class Speak:
     quorum: int = 0  # so many answers, or the deadline, end it; who is late goes on
     joins: bool = True  # the turns become part of the conversation
     concludes: bool = False  # it is the chair, shown only once it says something
+    # letters that stand for the members: it reads no other names, and none of these
+    # letters is shown
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -522,10 +534,10 @@ class BallotPaper:
 
 @dataclass(frozen=True, slots=True)
 class Ballot:
-    """A voter's verdict: a rank per alias (1 is best, ties share a rank), remarks."""
+    """A voter's verdict: a number per alias (the more the better), and remarks."""
 
     voter: str
-    ranks: Mapping[str, float]
+    values: Mapping[str, float]
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -546,6 +558,13 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
+class Fold:
+    """Step: there is a conclusion, and the drafts may fold."""
+
+    marks: Mapping[str, str]  # what is said of each: alias -> "rank 2"
+
+
+@dataclass(frozen=True, slots=True)
 class AskManager:
     """Step: ask the manager who is next. Answer: its text, or None if it failed."""
 
@@ -557,7 +576,7 @@ class AskManager:
 
 ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
-Step = Speak | AskManager | Judge | Publish
+Step = Speak | AskManager | Judge | Publish | Fold
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
 Mode = Steps[str]  # gives why the conversation ended
 
@@ -576,7 +595,7 @@ def storable(text: str) -> str:
 def plain_line(text: object, limit: int = 300) -> str:
     """Foreign text as one harmless line: no line breaks, no markup, at most `limit`."""
     line = " ".join(storable(str(text)).split())
-    line = re.sub(r"[`<>\[\]]", "", line)
+    line = re.sub(r"[`<>\[\]\u202a-\u202e\u2066-\u2069]", "", line)  # nor backwards
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
@@ -760,9 +779,11 @@ _ADDRESS = re.compile(
     r"|(?<![\w.-])(?:localhost|[a-z][\w.-]{0,80}\.(?:internal|local|lan|svc))\b"
 )
 _TRACE = re.compile(r"(?m)^Traceback \(|^[ \t]+at \S|^goroutine \d")
-_PAGE = re.compile(r"(?i)<(?:!doctype|html|body|title)\b")
 _TITLE = re.compile(r"(?i)<title[^<>]*>([^<>]*\w[^<>]*)")
-_TAGS = re.compile(r"(?is)<(style|script)\b(?:(?!</\1).)*+|<[^<>]*>")
+_TAGS = re.compile(  # of a page that has no title
+    r"(?is)<(style|script)\b(?:(?!</\1).)*+|</?(?:!|html|head|body|div|p|h\d|[ou]l|li|br"
+    r"|hr|span|center|style|script|meta|link)\b[^<>]*>"
+)
 
 
 def hide_keys(text: str) -> str:
@@ -778,10 +799,8 @@ def error_text(error: Any) -> str:
     while isinstance(error, dict):
         found = (error[key] for key in ("message", "detail", "error") if error.get(key))
         error = next(found, None) or json.dumps(error, ensure_ascii=False)
-    text = str(error)
-    if _PAGE.search(text):
-        title = _TITLE.search(text)
-        text = title[1] if title else _TAGS.sub(" ", text)
+    title = _TITLE.search(str(error))
+    text = title[1] if title else _TAGS.sub(" ", str(error))
     if _TRACE.search(text):  # what went wrong stands at the left edge
         lines = (line for line in text.splitlines() if not line[:1].isspace())
         text = "\n".join(line for line in lines if not _TRACE.match(line))
@@ -1192,6 +1211,7 @@ class ForgeryGuard:
 NOTICE, PROGRESS, FIGURES, OUTCOME = "> ⚠️ ", "> ⏳ ", "> ⏱️ ", "> 🏁 "
 ROLE = " · "  # in a heading, between a name and what it speaks as; names have none
 CONCLUSION = "conclusion"
+_FOLD, _FOLD_END = '<details type="draft">\n', "\n\n</details>"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
 HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
@@ -1202,11 +1222,14 @@ _TEAM_READ = 50  # lines or list entries; eight may sit, the rest would only be 
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
 _OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
 _NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
+_FITTINGS = 20  # each leaves at most a quarter of what was missing, where all judge
+_TELLING = 3  # values beyond those that any ballots fit; fewer show no agreement
+_MIDDLE = 5.0  # of 0 to 10: where a ballot has places only
 _LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
-_CHAIN_TOKEN = re.compile(r"\n[^\S\n]*+(?:\d++[.)]|[-*])|\w+|\S")  # a mark of a list
-_CHAIN_SIGNS = {sign: sign for sign in (*_LETTERS, "=")} | dict.fromkeys(
-    (*">,;/→", "then", "and"), ">"
-)
+_LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
+_UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
+_PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
+_CHAIN = re.compile(r"\b[A-H](?:\s?[>=,→]\s?[A-H])+\b")
 _COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
 _COMMAND_PLACES = (  # with what parts it from the question: a line break, or blanks
     re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
@@ -1303,6 +1326,18 @@ def choose_seats(
     return seats[:most], problems, not chosen
 
 
+def choose_chair(
+    settings: Settings, cards: Mapping[str, ModelCard], seats: Sequence[Seat]
+) -> list[Seat]:
+    """The chair that is no member, where the setting names another model; or nobody."""
+    wanted = settings.chair.strip()
+    if wanted and wanted.casefold() not in {seat.alias.casefold() for seat in seats}:
+        with suppress(ConversationError):
+            seat = _read_seat([wanted], cards)
+            return list(unique_aliases([*seats, seat]))[-1:]
+    return []
+
+
 def render_system(
     settings: Settings, seat: Seat, aliases: Sequence[str], voice: Voice, chat: str
 ) -> str:
@@ -1329,75 +1364,81 @@ class Agenda:
     question: str
     settings: Settings
     last: str | None = None  # who spoke before, where a reply is continued
-    seed: str = ""  # decides in which order a reviewer reads the others' answers
+    seed: str = ""  # decides in which order answers without names are read
+    models: Mapping[str, str] = field(default_factory=dict)  # alias -> its model
+    judge: str = ""  # a chair that is no member
+    tokens_used: Callable[[], int] = int
 
 
 _Choice = tuple[str, str]  # who speaks next, "" where the manager ends it, and why
 
 
 def _still_able(
-    aliases: Sequence[str], failures: Counter[str], last: str | None = None
+    agenda: Agenda, turns: Iterable[Turn], last: str | None = None
 ) -> list[str]:
-    """Those who did not fail too often in a row, in order, beginning after `last`."""
-    first = aliases.index(last) + 1 if last in aliases else 0
-    rotated = (*aliases[first:], *aliases[:first])
+    """Those who may speak, in order, beginning after `last`: nobody who failed too
+    often in a row or is late, and nobody at all above the ceiling on tokens."""
+    if 0 < agenda.settings.max_tokens <= agenda.tokens_used():
+        return []
+    failures: Counter[str] = Counter()
+    for turn in turns:
+        silent = turn.failure is not None and not turn.text
+        failures[turn.alias] = failures[turn.alias] + 1 if silent else 0
+        failures[turn.alias] += FAILURES_ALLOWED * turn.late  # it still speaks
+    first = agenda.aliases.index(last) + 1 if last in agenda.aliases else 0
+    rotated = (*agenda.aliases[first:], *agenda.aliases[:first])
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def _ask_to_speak(step: Speak, failures: Counter[str]) -> Steps[Turn]:
-    """One participant's turn; counts its failures in a row."""
-    turn: Turn = (yield step)[0]
-    silent = turn.failure is not None and not turn.text
-    failures[turn.alias] = failures[turn.alias] + 1 if silent else 0
-    return turn
+def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
+    """Why a conversation ended that nobody ended."""
+    if not any(turn.text for turn in turns):
+        return "Nobody could answer"
+    if 0 < agenda.settings.max_tokens <= agenda.tokens_used():
+        return "Ended: the ceiling on tokens is reached"
+    if not _still_able(agenda, turns):
+        return "Ended: nobody is left who can answer"
+    return finished
 
 
-def _take_rounds(agenda: Agenda, brief: str = "") -> Steps[tuple[list[Turn], bool]]:
-    """Everybody once per round; gives each one's last words, and if anybody is left."""
-    aliases, rounds = agenda.aliases, agenda.settings.rounds
-    failures: Counter[str] = Counter()
-    latest: dict[str, Turn] = {}
-    for number in range(1, rounds + 1):
+def _take_rounds(
+    agenda: Agenda, brief: str = "", blind: bool = False
+) -> Steps[list[Turn]]:
+    """Everybody speaks once per round, in order, and in a blind first round at the same
+    time; gives all turns."""
+    rounds, turns = agenda.settings.rounds, list[Turn]()
+    if blind:
+        role = "opening" if rounds > 1 else ""
+        turns += yield Speak(agenda.aliases, "opening", brief, role)
+    for number in range(1 + blind, rounds + 1):
         role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(aliases, failures, agenda.last):
-            step = Speak((alias,), brief=brief, role=role)
-            turn = yield from _ask_to_speak(step, failures)
+        for alias in _still_able(agenda, turns, agenda.last):
+            turns += yield Speak((alias,), brief=brief, role=role)
             role = ""
-            if turn.text or alias not in latest:  # silence replaces nothing
-                latest[alias] = turn
-    return [latest[alias] for alias in aliases], bool(_still_able(aliases, failures))
+    return turns
 
 
 def round_robin(agenda: Agenda) -> Mode:
     """Everybody once per round, in order."""
     rounds = agenda.settings.rounds
-    turns, anybody_left = yield from _take_rounds(agenda)
-    if not any(turn.text for turn in turns):
-        return "Nobody could answer"
-    if not anybody_left:
-        return "Ended: nobody is left who can answer"
-    return f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
+    turns = yield from _take_rounds(agenda)
+    finished = f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
+    return _describe_end(agenda, turns, finished)
 
 
 def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
-    aliases, last, answered = agenda.aliases, agenda.last, False
-    failures: Counter[str] = Counter()
+    aliases, last, turns = agenda.aliases, agenda.last, list[Turn]()
     for _ in range(agenda.settings.rounds * len(aliases)):
-        able = _still_able(aliases, failures, last)
+        able = _still_able(agenda, turns, last)
         if not able:
             break
         step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
         last, reason = yield from _choose_speaker(step, aliases)
         if not last:
             return f"The manager ended it: {reason or 'no reason given'}"
-        turn = yield from _ask_to_speak(Speak((last,), reason), failures)
-        answered = answered or bool(turn.text)
-    if not answered:
-        return "Nobody could answer"
-    if not _still_able(aliases, failures):
-        return "Ended: nobody is left who can answer"
-    return "Finished: all turns were taken"
+        turns += yield Speak((last,), reason)
+    return _describe_end(agenda, turns, "Finished: all turns were taken")
 
 
 def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
@@ -1460,88 +1501,95 @@ def _find_names(text: str, names: Iterable[str]) -> list[str]:
 
 
 def council(agenda: Agenda) -> Mode:
-    """Answers in parallel, anonymous ranking by the members, a chair's conclusion."""
+    """Answers in parallel, anonymous judging by the members, a chair's conclusion."""
     quorum = agenda.settings.quorum
     step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
     answers: list[Turn] = yield step
     present = [turn for turn in answers if turn.failure is None]
-    if len(present) < 2:
-        return (yield from _end_early(answers, present))
-    papers = ranking_papers(agenda, present)
-    judging = Judge(tuple(papers), read_ranking)
-    standings, ballots = yield from _judge(judging, render_ranking)
-    said = "\n\n".join(map(render_turn, present))
-    told = _describe_ranking(standings, ballots)
-    return (yield from _conclude(agenda, answers, standings, answers=said, result=told))
+    return (yield from _decide(agenda, answers, present, votes=False))
 
 
 def debate(agenda: Agenda) -> Mode:
-    """Rounds in which each answers the strongest point against it, a vote, an end."""
+    """Positions taken blind, rounds of answers to each other, a vote, a conclusion."""
     values = {"question": agenda.question}
     brief = fill_template(agenda.settings.debate_prompt, values)
-    turns, _ = yield from _take_rounds(agenda, brief)
+    said = yield from _take_rounds(agenda, brief, blind=True)
+    said.sort(key=lambda turn: turn.text > "")  # silence replaces nothing
+    latest = {turn.alias: turn for turn in said}
+    turns = [latest[alias] for alias in agenda.aliases]
     present = [turn for turn in turns if turn.text]
-    if len(present) < 2:
-        return (yield from _end_early(turns, present))
-    papers = vote_papers(agenda, [turn.alias for turn in present])
-    judging = Judge(tuple(papers), read_vote)
-    standings, ballots = yield from _judge(judging, _render_votes)
-    counts = ", ".join(f"{s.alias} has {s.ballots}" for s in standings)
-    result = f"The members voted ({len(ballots)} valid votes): {counts}."
-    return (yield from _conclude(agenda, turns, standings, answers="", result=result))
+    return (yield from _decide(agenda, turns, present, votes=True))
 
 
-def _judge(
-    step: Judge, render: Callable[..., str]
-) -> Generator[Step, Any, tuple[list[Standing], list[Ballot]]]:
-    """The members judge each other; under the table stands whose ballot was lost."""
-    judged: list[Ballot | str] = yield step
+def _decide(
+    agenda: Agenda, turns: Sequence[Turn], present: Sequence[Turn], votes: bool
+) -> Mode:
+    """Those who are present judge each other, and a chair concludes."""
+    members = [turn.alias for turn in present]
+    if len(members) < 2:
+        return (yield from _end_early(turns, members))
+    papers = vote_papers(agenda, members) if votes else ranking_papers(agenda, present)
+    judged = yield Judge(tuple(papers), read_vote if votes else read_ranking)
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
-    standings = tally([paper.voter for paper in step.papers], ballots)
-    text = render(standings, ballots)
-    for paper, lost in zip(step.papers, judged, strict=True):
+    standings = tally(members, ballots)
+    parts = [render_standings(standings, votes), describe_agreement(standings, ballots)]
+    for model in dict.fromkeys(agenda.models.values()):
+        kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
+        if len(kin) > 1:
+            parts.append(f"{' and '.join(kin)} are one model, which may favour itself.")
+    for voter, lost in zip(members, judged, strict=True):
         if isinstance(lost, str):
             reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
-            text += f"\n\nNo ballot from {paper.voter}: {reason}."
-    yield Publish("ranking", text)
-    return standings, ballots
+            parts.append(f"No ballot from {voter}: {reason}.")
+    result = "\n\n".join(filter(None, parts))
+    title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
+    yield Publish("ranking", f"{RULE}{title}\n\n{result}")
+    remarks = [f"- {a}: {said}" for b in ballots for a, said in b.remarks.items()]
+    names = letters_for("", members, agenda.seed)
+    told = {
+        "question": agenda.question,
+        "answers": "" if votes else _render_letters(present, names),
+        "result": hide_names("\n".join([result, "", *remarks]).rstrip(), names),
+    }
+    brief = fill_template(agenda.settings.conclusion_prompt, told)
+    step = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
+    marks = {
+        s.alias: f"rank {n}" if ballots else "" for n, s in enumerate(standings, 1)
+    }
+    return (yield from _conclude(agenda, turns, marks, step))
 
 
 def _conclude(
-    agenda: Agenda, turns: Sequence[Turn], standings: Sequence[Standing], **told: str
+    agenda: Agenda, turns: Sequence[Turn], marks: Mapping[str, str], step: Speak
 ) -> Mode:
     """The chair concludes; where it fails at once, the next best takes over."""
-    told["question"] = agenda.question
-    brief = fill_template(agenda.settings.conclusion_prompt, told)
-    present = [standing.alias for standing in standings]
     chair = agenda.settings.chair.strip()
     wanted = [a for a in agenda.aliases if a.casefold() == chair.casefold()]
     notes = [
         f"{turn.alias} {'was late' if turn.late else 'failed'}"
         for turn in turns
-        if turn.alias in wanted and turn.alias not in present
+        if turn.alias in wanted and turn.alias not in marks
     ]
-    if chair and not wanted:
+    if chair and not (wanted or agenda.judge):
         notes.append("the chair that was chosen is not here")
-    for alias in sorted(present, key=lambda alias: alias not in wanted):
+    members = sorted(marks, key=lambda alias: alias not in wanted)
+    for alias in filter(None, (agenda.judge, *members)):
         behind = f" ({', '.join(notes)})" if notes else ""
         yield _outcome(turns, f"chaired by {alias}{behind}")
-        spoken: list[Turn] = yield Speak(
-            (alias,), "concluding", brief, CONCLUSION, joins=False, concludes=True
-        )
+        spoken: list[Turn] = yield replace(step, aliases=(alias,), concludes=True)
         if spoken[0].text:
+            yield Fold(marks)
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
     yield _outcome(turns, "nobody could write a conclusion")
     return f"No conclusion: {', '.join(notes)}"
 
 
-def _end_early(turns: Sequence[Turn], present: Sequence[Turn]) -> Mode:
+def _end_early(turns: Sequence[Turn], members: Sequence[str]) -> Mode:
     """At most one has answered: there is nothing to rank or to conclude from."""
-    if present:
-        alias = present[0].alias
-        yield _outcome(turns, f"no conclusion, this is {alias}'s answer alone")
-        return f"Only {alias} answered"
+    if members:
+        yield _outcome(turns, f"no conclusion, this is {members[0]}'s answer alone")
+        return f"Only {members[0]} answered"
     reasons = "; ".join(map(_describe_failure, turns))
     yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
     return "Nobody could answer"
@@ -1568,13 +1616,11 @@ def _outcome(turns: Sequence[Turn], what: str) -> Publish:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How one member fared: `score` is 0 for always first, 1 for always last."""
+    """How one member fared."""
 
     alias: str
-    score: float | None
-    mean_rank: float | None
-    ballots: int
-    firsts: int
+    score: float | None  # of 10; without each judge's own level
+    first_for: tuple[str, ...]  # the voters that have nobody above it
 
 
 def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]:
@@ -1584,26 +1630,32 @@ def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]
     return dict(zip(_LETTERS, others, strict=False))
 
 
+def _render_letters(turns: Sequence[Turn], names: Mapping[str, str]) -> str:
+    """Answers under letters in place of names."""
+    texts = {turn.alias: hide_names(turn.text, names) for turn in turns}
+    shown = (render_turn(Turn(letter, texts[a])) for letter, a in names.items())
+    return "\n\n".join(shown)
+
+
 def ranking_papers(agenda: Agenda, answers: Sequence[Turn]) -> Iterator[BallotPaper]:
     """What each member is asked about the others' answers, under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
-    texts = {turn.alias: turn.text for turn in answers}
-    for voter in texts:
-        letters = letters_for(voter, texts, agenda.seed)
-        shown = [render_turn(Turn(each, texts[a])) for each, a in letters.items()]
-        values = {"question": agenda.question, "answers": "\n\n".join(shown)}
+    for voter in (turn.alias for turn in answers):
+        names = letters_for(voter, [turn.alias for turn in answers], agenda.seed)
+        shown = _render_letters(answers, names)
+        values = {"question": agenda.question, "answers": shown}
         brief = fill_template(agenda.settings.review_prompt, values)
-        yield BallotPaper(voter, brief, letters)
+        yield BallotPaper(voter, brief, names)
 
 
 def vote_papers(agenda: Agenda, aliases: Sequence[str]) -> Iterator[BallotPaper]:
     """What each member of a debate is asked: whom of the others it votes for."""
     for voter in aliases:
-        others = {alias: alias for alias in aliases if alias != voter}
-        candidates = json.dumps(list(others), ensure_ascii=False)
+        others = list(letters_for(voter, aliases, agenda.seed).values())
+        candidates = json.dumps(others, ensure_ascii=False)
         values = {"question": agenda.question, "candidates": candidates}
         brief = fill_template(agenda.settings.vote_prompt, values)
-        yield BallotPaper(voter, brief, others)
+        yield BallotPaper(voter, brief, {alias: alias for alias in others})
 
 
 def read_ranking(
@@ -1611,72 +1663,64 @@ def read_ranking(
 ) -> Ballot | str:
     """A reviewer's answer -> its ballot, or what is wrong with it.
 
-    Leniently, a chain of all letters in any text will do, and whoever is not named
-    shares the last place.
+    A score for each or a place for each will do; of both, a place counts as much as a
+    point. Leniently, a chain of all letters in any text is a ranking, and whoever is
+    not named shares the last place.
     """
-    answer = answer[-_ANSWER_READ:]
-    verdict = _find_object(answer, "ranking")
+    answer, everybody = answer[-_ANSWER_READ:], dict.fromkeys(paper.choices.values())
+    verdict = _find_object(answer, "ranking", "scores")
+    scores = _read_numbers(verdict.get("scores"), paper)
     ranking = verdict.get("ranking")
-    if isinstance(ranking, (list, dict)):
-        places = _read_places(ranking)
-    else:
-        places = _read_chain(answer, paper) if lenient else []
-    ranks: dict[str, float] = {}
-    for place in places:
-        share_place(ranks, [paper.choices[a] for a in place if a in paper.choices])
-    missing = [alias for alias in paper.choices.values() if alias not in ranks]
-    if missing and not (lenient and ranks):
+    if lenient and not isinstance(ranking, (list, dict)):
+        chains = (c for c in _CHAIN.findall(answer) if set(c).issuperset(paper.choices))
+        ranking = re.split("[>,→]", next(chains, ""))
+    places = _read_places(ranking, paper)
+    if lenient and places:
+        places = dict.fromkeys(everybody, 99.0) | places
+    if scores.keys() != everybody.keys():
+        scores = dict.fromkeys(everybody, _MIDDLE)
+    elif places.keys() != everybody.keys():
+        places = {alias: -score for alias, score in scores.items()}
+    if places.keys() != everybody.keys():
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
-    share_place(ranks, missing)
+    values = {}
+    for alias, place in places.items():
+        won = sum((place < other) - (place > other) for other in places.values())
+        values[alias] = scores[alias] + won / 2
     said = _part_of(verdict, "comments", dict)
     remarks = {
         alias: plain_line(said[letter], 200)
         for letter, alias in paper.choices.items()
         if letter in said
     }
-    return Ballot(paper.voter, ranks, remarks)
+    return Ballot(paper.voter, values, remarks)
 
 
-def _read_places(ranking: list[Any] | Json) -> list[list[str]]:
-    """A list of places, or the rank of each letter -> the letters of each place."""
-    if isinstance(ranking, list):
-        return [_read_place(place) for place in ranking]
-    numbers = {
-        letter.strip().upper(): rank
-        for letter, rank in ranking.items()
-        if letter.strip().upper() in _LETTERS and isinstance(rank, (int, float))
+def _read_numbers(given: Any, paper: BallotPaper) -> dict[str, float]:
+    """A number from 0 to 10 under each letter -> the same by alias."""
+    return {
+        paper.choices[letter.strip().upper()]: float(number)
+        for letter, number in (given.items() if isinstance(given, dict) else ())
+        if letter.strip().upper() in paper.choices
+        and isinstance(number, (int, float))
+        and 0 <= number <= 10
     }
-    places = sorted(set(numbers.values()))
-    return [[each for each in numbers if numbers[each] == place] for place in places]
 
 
-def _read_place(place: Any) -> list[str]:
-    """One place of a ranking: a letter, several ("A=B"), or a list of them."""
-    if isinstance(place, list):
-        return [plain_line(letter).upper() for letter in place]
-    text = plain_line(place)
-    if re.fullmatch(r"[A-Ha-h](?:\s*[=&,/]\s*[A-Ha-h])*", text):
-        text = text.upper()
-    return re.findall(r"\b[A-H]\b", text)
+def _read_places(ranking: Any, paper: BallotPaper) -> dict[str, float]:
+    """A list of places, or a rank per letter -> a place per alias, the best lowest.
 
-
-def _read_chain(text: str, paper: BallotPaper) -> list[list[str]]:
-    """`B > A = C` or a numbered list in any text -> its places, once it names all."""
-    tokens = _CHAIN_TOKEN.findall(text)
-    signs = (_CHAIN_SIGNS.get(t, ">" if t[0] == "\n" else ".") for t in tokens)
-    for chain in re.findall("[A-H](?:[>=]+[A-H])*", "".join(signs)):
-        if set(chain).issuperset(paper.choices):
-            places = re.sub("(?<=[A-H])=+(?=[A-H])", "", chain)  # "A=B>C" -> "AB>C"
-            return [list(place) for place in re.findall("[A-H]+", places)]
-    return []
-
-
-def share_place(ranks: dict[str, float], aliases: Iterable[str]) -> None:
-    """Give the next rank to these, the mean of their ranks where they are several."""
-    tied = [alias for alias in dict.fromkeys(aliases) if alias not in ranks]
-    rank = len(ranks) + (len(tied) + 1) / 2
-    ranks.update(dict.fromkeys(tied, rank))
+    A place is a letter, several ("A=B"), or a list of them.
+    """
+    places = _read_numbers(ranking, paper)
+    for at, place in enumerate(ranking if isinstance(ranking, list) else []):
+        letters = "=".join(map(str, place)) if isinstance(place, list) else place
+        found = _PLACE.search(plain_line(letters).upper())
+        for letter in re.findall(r"\w", found[0]) if found else ():
+            if letter in paper.choices:
+                places.setdefault(paper.choices[letter], at)
+    return places
 
 
 def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot | str:
@@ -1687,81 +1731,68 @@ def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot 
     if len(found) != 1:
         listed = json.dumps(list(paper.choices), ensure_ascii=False)
         return f"Your vote must name exactly one of {listed}, as a JSON object."
-    return Ballot(paper.voter, {found[0]: 1.0})
+    values = {a: float(choice == found[0]) for choice, a in paper.choices.items()}
+    return Ballot(paper.voter, values)
 
 
 def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
-    Compared by the mean of the ranks, from 0 (first) to 1 (last), on the ballots each
-    stands on; then by first places, which alone decide where a ballot has one name.
+    A value on a ballot is how good the answer is and how high its judge judges, both
+    fitted in turns (least squares): nobody gains by a lenient judge, by giving noughts,
+    or by not meeting the best one on its own ballot. Half a value is doubt that a
+    judge's level is more than chance.
     """
+    given = [value for ballot in ballots for value in ballot.values.values()]
+    scores = dict.fromkeys(aliases, fmean(given or [0.0]))
+    on = {alias: [b for b in ballots if alias in b.values] for alias in aliases}
+    for _ in range(_FITTINGS):
+        levels = {}
+        for ballot in ballots:
+            above = sum(value - scores[a] for a, value in ballot.values.items())
+            levels[ballot.voter] = above / (len(ballot.values) + 0.5)
+        for alias, found in on.items():
+            values = [b.values[alias] - levels[b.voter] for b in found]
+            scores[alias] = fmean(values or [scores[alias]])
     standings = []
-    for alias in aliases:
-        lists = [ballot.ranks for ballot in ballots if alias in ballot.ranks]
-        scaled = [(each[alias] - 1) / max(len(each) - 1, 1) for each in lists]
-        score = fmean(scaled) if lists else None
-        mean_rank = fmean(each[alias] for each in lists) if lists else None
-        firsts = sum(each[alias] == min(each.values()) for each in lists)
-        standings.append(Standing(alias, score, mean_rank, len(lists), firsts))
-    return sorted(
-        standings, key=lambda s: (1.0 if s.score is None else s.score, -s.firsts)
-    )
+    for alias, found in on.items():
+        score = round(scores[alias], 6) if found else None  # what is equal stays equal
+        firsts = (b.voter for b in found if b.values[alias] == max(b.values.values()))
+        standings.append(Standing(alias, score, tuple(firsts)))
+    return sorted(standings, key=lambda s: (s.score is None, -(s.score or 0.0)))
 
 
-def most_dissenting(
-    standings: Sequence[Standing], ballots: Sequence[Ballot]
-) -> list[str]:
-    """Who orders most pairs unlike all together; nobody where all do so equally."""
-    scores = {s.alias: s.score for s in standings if s.score is not None}
-    against = {
-        ballot.voter: sum(
-            ballot.ranks[a] < ballot.ranks[b] and scores[a] > scores[b]
-            for a, b in permutations(ballot.ranks, 2)
-        )
-        for ballot in ballots
-    }
-    most = max(against.values(), default=0)
-    voters = [voter for voter, pairs in against.items() if pairs == most]
-    return voters if most and len(voters) < len(ballots) else []
+def describe_agreement(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
+    """How far the judges agree, in words; nothing where too few values could tell.
+
+    Like Kendall's W it is the part of their differences that the answers explain, less
+    what chance would: 1 is complete agreement, and 0 is none.
+    """
+    scores = {s.alias: s.score or 0.0 for s in standings}
+    given = [list(ballot.values.values()) for ballot in ballots]
+    left = [[v - scores[a] for a, v in ballot.values.items()] for ballot in ballots]
+    spread, unexplained = (sum(pvariance(v) * len(v) for v in x) for x in (given, left))
+    degrees = sum(map(len, given)) - len(given)
+    free = degrees - len(standings) + 1
+    if free < _TELLING or not spread:
+        return ""
+    share = 1 - (unexplained / free) / (spread / degrees)
+    limits = {"agree": 0.6, "agree partly": 0.25, "hardly agree": share}
+    words = next(words for words, least in limits.items() if share >= least)
+    return f"The members {words}."
 
 
-def render_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
-    """The table of a council's ranking, under a heading of ours."""
-    title = f"{RULE}### {SYSTEM_MARK} Ranking\n\n"
-    if not ballots:
-        return f"{title}No valid ballots: the members stay in their order."
-    lines = ["| Member | Mean rank | Ballots | First places |", "|---|---|---|---|"]
+def render_standings(standings: Sequence[Standing], votes: bool) -> str:
+    """The table of a council's ranking or a debate's votes."""
+    if all(s.score is None for s in standings):
+        return "No valid ballots: the members stay in their order."
+    columns = "Votes | From" if votes else "Score | First place from"
+    lines = [f"| Member | {columns} |", "|---|---|---|"]
     for s in standings:
-        mean = "–" if s.mean_rank is None else f"{s.mean_rank:.1f}"
-        lines.append(f"| {s.alias} | {mean} | {s.ballots} | {s.firsts} |")
-    if dissenters := most_dissenting(standings, ballots):
-        lines += ["", f"{' and '.join(dissenters)} disagreed most with the others."]
-    return title + "\n".join(lines)
-
-
-def _render_votes(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
-    """The table of a debate's votes, under a heading of ours."""
-    title = f"{RULE}### {SYSTEM_MARK} Votes\n\n"
-    if not ballots:
-        return f"{title}No valid votes: the members stay in their order."
-    lines = ["| Member | Votes | From |", "|---|---|---|"]
-    for s in standings:
-        voters = [ballot.voter for ballot in ballots if s.alias in ballot.ranks]
-        lines.append(f"| {s.alias} | {s.ballots} | {', '.join(voters) or '–'} |")
-    return title + "\n".join(lines)
-
-
-def _describe_ranking(standings: Sequence[Standing], ballots: Sequence[Ballot]) -> str:
-    """The ranking in words, with the reviewers' remarks, for the chair."""
-    if not ballots:
-        return "The participants' ranking of each other gave no result."
-    lines = ["The participants ranked each other's answers, the best first:"]
-    for s in standings:
-        mean = "not ranked" if s.mean_rank is None else f"mean rank {s.mean_rank:.1f}"
-        said = (ballot.remarks.get(s.alias, "") for ballot in ballots)
-        remarks = " ".join(filter(None, said))
-        lines.append(f"- {s.alias} ({mean}) {remarks}".rstrip())
+        within = min(max(s.score or 0.0, 0.0), 10.0)  # places may lead beyond
+        score = "–" if s.score is None else f"{within:.1f}"
+        got, voters = len(s.first_for) if votes else score, ", ".join(s.first_for)
+        lines.append(f"| {s.alias} | {got} | {voters or '–'} |")
     return "\n".join(lines)
 
 
@@ -1815,7 +1846,9 @@ def read_history(
     known = [*[None] * len(replies), *authors, *unanswered]
     entries: list[Entry] = []
     for at, reply in enumerate(replies):
-        entries += _read_reply(reply, known[at - len(replies)])  # from the end
+        turns = list(_read_reply(reply, known[at - len(replies)]))  # from the end
+        turns.sort(key=lambda turn: turn.concludes)  # it stands first once it is there
+        entries += turns
         entries += questions[at : at + 1]
     return "\n\n".join(filter(None, prompts)), entries
 
@@ -1861,7 +1894,7 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             sections[-1][2].append(message)
             continue
         text = text_of(message["content"])
-        parts = ["", "", *([text] if author else HEADING.split(text))]
+        parts = ["", "", *([text] if author else HEADING.split(unfold(text)))]
         for colour, title, said in zip(
             parts[::3], parts[1::3], parts[2::3], strict=True
         ):
@@ -1878,6 +1911,27 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             name, _, role = title.partition(ROLE)
             concludes = role == CONCLUSION
             yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
+
+
+def render_fold(title: str, text: str) -> str:
+    """A draft in a line that opens by a click, as the page's Markdown reads it.
+
+    The page decodes what stands inside once more than elsewhere.
+    """
+    inside = re.sub(r"&(?=[#\w])", "&amp;", text).replace("</details", "&lt;/details")
+    return f"{_FOLD}<summary>{title}</summary>\n\n{inside}{_FOLD_END}"
+
+
+def unfold(text: str) -> str:
+    """A reply with its drafts as they were; no model can write this element."""
+    before, *folds = text.split(_FOLD)
+    for fold in folds:
+        inside, _, after = fold.partition(_FOLD_END)
+        summary, found, inside = inside.partition("</summary>\n\n")
+        inside = inside if found else summary
+        before += inside.replace("&lt;/details", "</details").replace("&amp;", "&")
+        before += after
+    return before
 
 
 def _add_tool_calls(messages: list[Json], message: Json) -> None:
@@ -1897,16 +1951,65 @@ def _add_tool_calls(messages: list[Json], message: Json) -> None:
 def keep_conclusions(entries: Sequence[Entry]) -> list[Entry]:
     """The conversation with only the conclusion of each reply that has one."""
     kept: list[Entry] = []
-    concluded = False
-    for entry in reversed(entries):  # a conclusion is the last turn of its reply
-        if isinstance(entry, Question):
-            concluded = False
-        elif entry.concludes and entry.text:
-            concluded = True
-        elif concluded or entry.concludes:
-            continue
+    for entry in entries:
+        if isinstance(entry, Turn) and entry.concludes:  # the last of its reply
+            if not entry.text:
+                continue
+            while kept and isinstance(kept[-1], Turn) and not kept[-1].concludes:
+                kept.pop()
         kept.append(entry)
-    return kept[::-1]
+    return kept
+
+
+class NameFilter:
+    """Puts names in place of their letters in brackets, in a text cut anywhere.
+
+    Directly behind a word or a bracket of another kind they are code.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        self._names, self._held, self._before = names, "", ""
+
+    def feed(self, text: str, final: bool = False) -> str:
+        """Take more text; gives what is sure, with names."""
+        if not self._names:
+            return text
+        text = self._held + text
+        unsure = None if final else _UNSURE_LETTERS.search(text)
+        cut = unsure.start() if unsure else len(text)
+        self._held, known = text[cut:], self._before + text[:cut]
+        shown = _LETTERS_IN_BRACKETS.sub(self._name, known)[len(self._before) :]
+        self._before = known[-1:]
+        return shown
+
+    def close(self) -> str:
+        """The text has ended; gives what was held back."""
+        return self.feed("", final=True)
+
+    def _name(self, found: re.Match[str]) -> str:
+        names = [self._names.get(letter, "") for letter in re.findall(r"\w", found[0])]
+        return ", ".join(names) if all(names) else found[0]
+
+
+def hide_names(text: str, names: Mapping[str, str]) -> str:
+    """A text with letters in place of these names; `NameFilter` puts them back."""
+    letters = {alias: letter for letter, alias in names.items()}
+    longest_first = sorted(map(re.escape, letters), key=len, reverse=True)
+    pattern = rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)"
+    return re.sub(pattern, lambda found: f"[{letters[found[0]]}]", text)
+
+
+def hide_speakers(entries: Iterable[Entry], names: Mapping[str, str]) -> list[Entry]:
+    """The same conversation, with the members' turns under letters."""
+    letters = {alias: letter for letter, alias in names.items()}
+    return [
+        (
+            Turn(letters[entry.alias], hide_names(entry.text, names))
+            if isinstance(entry, Turn) and entry.alias in letters
+            else entry
+        )
+        for entry in entries
+    ]
 
 
 def render_turn(turn: Turn) -> str:
@@ -2218,6 +2321,45 @@ class Transcript:
         return block
 
 
+def fold_drafts(
+    transcript: Transcript, outcome: int, ranking: int, marks: Mapping[str, str]
+) -> Iterator[Block]:
+    """Put the outcome, the conclusion and the ranking in front, and fold each draft in
+    a line with its mark; gives the blocks that now read otherwise."""
+    sections: dict[int, list[Block]] = {}
+    for block in transcript.blocks:
+        sections.setdefault(block.section, []).append(block)
+    titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
+    spoken = {n: title for n, title in titles.items() if title and n != ranking}
+    conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
+    for number in (outcome, conclusion, ranking):
+        for block in sections[number]:
+            fields = dict(block.fields)
+            if "call_id" in fields:  # by which the page knows an item
+                fields["call_id"] += "_"
+            moved = transcript.add(block.kind, block.speaker, **fields)
+            moved.text.append(str(block.text))
+            yield moved
+            block.kind, block.fields = "message", {"status": "completed"}
+            block.text.replace("")
+            yield block
+    for number in spoken.keys() - {conclusion}:
+        heading, *rest = sections[number]
+        said = [block for block in rest if block.kind == "message"]
+        words = sum(len(str(b.text).split()) for b in said if "notice" not in b.fields)
+        counted = f"{words:,} word{'s' * (words != 1)}" if words else "no answer"
+        title = " ".join(spoken[number].groups())
+        mark = marks.get(heading.speaker, "not ranked" if words else "")
+        parts = (title, mark, counted)
+        texts = (str(block.text).strip() for block in said)
+        draft = "\n\n".join((f"### {title}", *texts))
+        heading.text.replace(render_fold(ROLE.join(filter(None, parts)), draft))
+        yield heading
+        for block in said:
+            block.text.replace("")
+            yield block
+
+
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
     text, fields = str(block.text), {"status": "in_progress", **block.fields}
@@ -2259,13 +2401,14 @@ def render_markdown(transcript: Transcript) -> str:
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-def plan_items(block: Block) -> Json | None:
+def plan_items(block: Block, before: int = 0) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
+    So many items of the message stand `before` the transcript.
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
-    event: Json = {"output_index": block.index}
+    event: Json = {"output_index": before + block.index}
     suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
@@ -2297,7 +2440,7 @@ def plan_chunk(block: Block) -> Json | None:
 # ======================================================================================
 
 if sys.modules.get("open_webui"):  # there is none where the unit tests run
-    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL
+    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL, VERSION
     from open_webui.internal.db import get_db
     from open_webui.main import app
     from open_webui.models.chats import Chats
@@ -2344,10 +2487,11 @@ _GRACE = 0.1  # s; a query of the host's takes some milliseconds
 WRITE_TIMEOUT = 15  # s for a write of the host's; SQLite itself waits for 5
 MOST_RESULT = 200_000  # characters of a tool's result; a prompt holds no more
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
-
-
-_DATABASES = ("sqlalchemy", "sqlite3", "psycopg", "asyncpg", "redis")
 _AWAY = "Open WebUI's database does not answer"
+_SAID_PLAINLY = {  # an error of these packages, whose words are for developers
+    **dict.fromkeys(("sqlalchemy", "sqlite3", "psycopg", "asyncpg", "redis"), _AWAY),
+    "aiohttp": "the connection broke off",
+}
 
 
 def was_cancelled() -> bool:
@@ -2376,12 +2520,13 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         if was_cancelled():  # also in place of our cancellation
             raise asyncio.CancelledError from error
         log.debug("foreign code failed: %s", hide_keys(traceback.format_exc()))
-        away = type(error).__module__.split(".")[0] in _DATABASES
+        plain = _SAID_PLAINLY.get(type(error).__module__.split(".")[0])
         reason = "it timed out" if isinstance(error, TimeoutError) else str(error)
         detail = getattr(error, "detail", None) or reason or type(error).__name__
-        failed = failure(_AWAY if away else error_text(detail))
+        failed = failure(plain or error_text(detail))
         if isinstance(failed, ModelFailure):
-            failed.status = 503 if away else getattr(error, "status_code", 0)
+            status = getattr(error, "status_code", 0)
+            failed.status = 503 if plain == _AWAY else status
         raise failed from error
 
 
@@ -2429,6 +2574,11 @@ class Host:
     def user_id(self) -> str:
         """Whose run it is."""
         return str(getattr(self.user, "id", ""))
+
+    @property
+    def can_replace(self) -> bool:
+        """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
+        return self.in_chat and VERSION != "0.11.0"
 
     @property
     def can_ask(self) -> bool:
@@ -2653,7 +2803,9 @@ class Host:
             return {
                 name: value
                 for name, value in merged.items()
-                if name in names or name.endswith(("_details", "cost"))
+                if name in names
+                or name.endswith("_details")
+                or (name.endswith("cost") and isinstance(value, (int, float)))
             }
         return total
 
@@ -2981,6 +3133,9 @@ async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
 
 def _read_whole(response: Any) -> Any:
     if not isinstance(response, Response):
+        begins = response[:99].lstrip().lower() if isinstance(response, str) else ""
+        if begins.startswith(("<!doctype html", "<html")):
+            raise ModelFailure("it sent a web page in place of an answer")
         return response
     value: Any = bytes(response.body).decode("utf-8", "replace")
     with suppress(ValueError):
@@ -3061,6 +3216,14 @@ def _tell_problems(
     return [*problems, told] if misled else problems
 
 
+def _nobody_left(problems: Sequence[str]) -> ConversationError:
+    reasons = " ".join(problems) or "There is no chat model that you may use."
+    return ConversationError(
+        f"Nobody can take part in this conversation. {reasons} Choose participants "
+        "in the valves of this model, or ask an admin for access to models."
+    )
+
+
 async def resolve_cast(
     host: Host, settings: Settings, cards: dict[str, ModelCard], body: Json, system: str
 ) -> Cast:
@@ -3070,8 +3233,10 @@ async def resolve_cast(
     Raises `ConversationError` where nobody is left who could take part.
     """
     seats, problems, by_default = choose_seats(settings, cards)
+    chairs = choose_chair(settings, cards, seats)
     leader, misled = _choose_leader(settings, seats, cards)
-    wanted = dict.fromkeys(filter(None, (*(seat.model_id for seat in seats), leader)))
+    models = (*(seat.model_id for seat in (*seats, *chairs)), leader)
+    wanted = dict.fromkeys(filter(None, models))
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
     params, defaults = await host.model_params([*wanted, pipe_id])
     readable = host.readable(settings, defaults, params.get(pipe_id, {}))
@@ -3087,14 +3252,11 @@ async def resolve_cast(
         problems += [f"{seat.alias}: {problem}." for problem in found]
     present = [seat for seat in seats if seat.model_id in usable]
     if not present:
-        reasons = " ".join(problems) or "There is no chat model that you may use."
-        raise ConversationError(
-            f"Nobody can take part in this conversation. {reasons} Choose participants "
-            "in the valves of this model, or ask an admin for access to models."
-        )
+        raise _nobody_left(problems)
     aliases = [seat.alias for seat in present]
+    chairs = [seat for seat in chairs if seat.model_id in usable]
     participants = {}
-    for colour, seat in zip(COLOURS, present, strict=False):
+    for colour, seat in zip(COLOURS, (*present, *chairs), strict=False):
         voice = usable[seat.model_id]
         told = render_system(settings, seat, aliases, voice, system)
         participants[seat.alias] = Participant(seat.alias, colour, told, voice)
@@ -3104,6 +3266,7 @@ async def resolve_cast(
         tuple(dict.fromkeys(problems)),
         by_default,
         chat_sampling(body, defaults, params.get(pipe_id, {})),
+        "".join(seat.alias for seat in chairs),
     )
 
 
@@ -3131,7 +3294,7 @@ class Emitter:
         may_send: Callable[[Block], bool] | None = None,
     ) -> None:
         self.flushes = 0
-        self._plan = plan
+        self.plan = plan
         self._may_send = may_send
         self._interval = interval
         self._clock = clock
@@ -3181,7 +3344,7 @@ class Emitter:
             if self._may_send and not self._may_send(block):
                 self._noted.add(block)
                 continue
-            event = self._plan(block)
+            event = self.plan(block)
             block.mark_sent()
             if event is not None:
                 events.append(event)
@@ -3268,9 +3431,10 @@ class Screen:
 
     transcript: Transcript
     emitter: Emitter
-    in_chat: bool  # a page shows it, no API client
+    can_replace: bool  # what was sent, as on a page and for no API client
     continued: bool  # there is a beginning of the reply, which the host keeps
     ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
+    marks: dict[str, str] = field(default_factory=dict)  # of drafts, once they may fold
 
     def add_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
         """A line of ours in a section."""
@@ -3284,7 +3448,7 @@ class Screen:
     def publish(self, key: str, text: str, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
         block = self.ours.get(key)
-        if block and (self.in_chat or block.section in self.transcript.growing):
+        if block and (self.can_replace or block.section in self.transcript.growing):
             self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
@@ -3292,7 +3456,7 @@ class Screen:
 
     def publish_progress(self, key: str, text: str) -> None:
         """A line that is replaced in place, and goes away; for a page only."""
-        if self.in_chat:
+        if self.can_replace:
             self.publish(key, f"{PROGRESS}{text}", passing=True)
 
     def hide_progress(self) -> None:
@@ -3300,6 +3464,12 @@ class Screen:
         for block in self.ours.values():
             if block.fields.get("passing"):
                 self.emitter.emit_replace(block, "")
+
+    def fold(self) -> None:
+        """The conclusion first; the drafts below it become one line each."""
+        ours = self.ours["outcome"].section, self.ours["ranking"].section
+        for block in fold_drafts(self.transcript, *ours, self.marks):
+            self.emitter.emit_replace(block, block.text)
 
     def notice(self, line: str) -> None:
         """A notice of ours, outside of all sections of speakers."""
@@ -3401,6 +3571,10 @@ class Ledger:
     figures: dict[str, Figures] = field(default_factory=dict)
     turns: int = 0
     begun: float = field(default_factory=time.monotonic)
+
+    def tokens(self) -> int:
+        """How many tokens were used, as far as providers report them."""
+        return int(self.usage.get("total_tokens", 0))
 
     @property
     def calls(self) -> int:
@@ -3603,6 +3777,8 @@ class Reply:
         """Take one event; raises `ModelFailure` where it never ends."""
         match event:
             case TextDelta(text) | ReasoningDelta(text):
+                if len(text) > (room := MOST_SAID - self.size):
+                    event = type(event)(text[:room])
                 self.size += len(text)
             case ToolCallDelta():
                 self.size += len(event.name) + len(event.arguments)
@@ -3773,7 +3949,7 @@ class ModelCalls:
                 yield deadline
             finally:
                 reply.end()
-                self._said += reply.size
+                self._said += min(reply.size, MOST_SAID)
                 self.ledger.count_call(call.speaker, reply.usage, deadline)
 
     @asynccontextmanager
@@ -3829,6 +4005,7 @@ class Section:
     participant: Participant
     clock: TurnClock
     role: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
     number: int = field(init=False)
     _has_heading: bool = False
     _reply: ShownReply | None = None  # until it is recorded
@@ -3939,6 +4116,8 @@ class ShownReply(Reply):
         super().__init__()
         self._section = section
         self._emit = section.screen.emitter.emit_replace
+        self._kind: BlockKind = "message"  # of the text that comes now
+        self._names = NameFilter(section.names)
         self._guard = ForgeryGuard()
         self._pieces = ToolCallAccumulator()
         self._texts: list[Block] = []
@@ -3950,19 +4129,18 @@ class ShownReply(Reply):
         """Show one event."""
         match event:
             case TextDelta(text):
-                self._add_text(self._guard.feed(text))
+                self._add_text("message", text)
             case ReasoningDelta(text):
-                self._leave_text()
-                self._grow("reasoning", text)
+                self._add_text("reasoning", text)
             case ToolCallDelta():
-                self._leave_text()
+                self._pause()
                 self._add_call_piece(event)
             case _:
                 super().apply(event)
 
     def end(self) -> None:
         """Nothing more comes: its text, and its tool calls with ids of our own."""
-        self._leave_text()
+        self._pause()
         self._close_open()
         # joined as the host joins the blocks of a message
         self.text = "\n".join(str(block.text) for block in self._texts).strip()
@@ -3974,15 +4152,21 @@ class ShownReply(Reply):
                 call_id = card.fields["call_id"]
                 self.calls.append(ToolCall(call_id, open_call.name, arguments))
 
-    def _add_text(self, text: str) -> None:
-        if not self._texts:
+    def _add_text(self, kind: BlockKind, text: str) -> None:
+        if kind != self._kind:
+            self._pause()
+            self._kind = kind
+        self._show(self._guard.feed(self._names.feed(text)))
+
+    def _show(self, text: str) -> None:
+        if self._kind == "message" and not self._texts:
             text = text.lstrip()
         if text:
-            self._grow("message", text)
+            self._grow(self._kind, text)
 
-    def _leave_text(self) -> None:
+    def _pause(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
-        self._add_text(self._guard.close())
+        self._show(self._guard.feed(self._names.close()) + self._guard.close())
         self._guard = ForgeryGuard()
 
     def _grow(self, kind: BlockKind, text: str) -> None:
@@ -4024,6 +4208,7 @@ _FIGURES = {  # how each is shown, where it is known
     "first_token_seconds": "first token {first_token_seconds:.1f} s",
     "tokens_per_second": "{tokens_per_second:.0f} tokens/s",
     "input_tokens": "{input_tokens:,} in, {output_tokens:,} out",
+    "cost": "cost {cost:.4f}",
 }
 
 
@@ -4083,6 +4268,12 @@ class Run:
             self.screen.emitter.close()
             log.info("conversation ended: %d turns", self.ledger.turns)
             await host.show_status(self._describe_end(reason), done=True)
+
+    def go_on_after(self, items: list[Json] | None) -> None:
+        """The message has these items already, which are saved with the new ones."""
+        self.saver.before = items
+        if not self.host.can_replace:  # nor does the host count from the new ones
+            self.screen.emitter.plan = partial(plan_items, before=len(items or ()))
 
     async def _converse(self, mode: Mode) -> str:
         """From the first to the last word; gives why it ended."""
@@ -4145,6 +4336,8 @@ class Run:
                     self.screen.publish(key, text)
                     self.saver.due.set()
                     result = None
+                case Fold(marks):
+                    self.screen.marks |= marks
         return f"Ended after {limit:,.0f} s, the time of a conversation"
 
     def _show_end(self, reason: str) -> None:
@@ -4156,6 +4349,12 @@ class Run:
         wanted = shows == "always" or (self.drafts and shows != "never")
         if wanted and self.host.in_chat and self.ledger.turns:
             screen.publish("figures", self._describe_figures())
+        most, used = self.settings.max_tokens, self.ledger.tokens()
+        if 0 < most <= used:
+            screen.notice(f"{used:,} tokens were used, and {most:,} are the ceiling.")
+        can_fold = screen.can_replace and not screen.continued
+        if screen.marks and can_fold and self.settings.fold_drafts:
+            screen.fold()
         screen.fix()
 
     def _describe_end(self, reason: str) -> str:
@@ -4179,7 +4378,10 @@ class Run:
             words = [text for name, text in _FIGURES.items() if name in report]
             if words:
                 lines.append(f"{speaker}: {' · '.join(words).format(**report)}")
-        lines.append(f"{calls} model call{'' if calls == 1 else 's'}")
+        whole = f"{calls} model call{'' if calls == 1 else 's'}"
+        if "cost" in self.ledger.usage:
+            whole += f" · cost {self.ledger.usage['cost']:.4f} in all"
+        lines.append(whole)
         return FIGURES + " | ".join(lines)
 
     # -- the steps of a mode -----------------------------------------------------------
@@ -4195,7 +4397,7 @@ class Run:
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
-            section = Section(self.screen, speaker, clock, step.role)
+            section = Section(self.screen, speaker, clock, step.role, step.names)
             if not step.concludes:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
@@ -4304,7 +4506,7 @@ class Run:
                 section.fail("it was stopped" if was_cancelled() else failure)
             if section in self.late:
                 self.late.remove(section)
-                late = "not ranked: it came after the review had begun"
+                late = "not counted: the others had gone on"
                 section.notice(f"{PROGRESS}{late}")
             self.screen.transcript.close_section(section.number)
             self.screen.emitter.nudge()
@@ -4316,7 +4518,8 @@ class Run:
         """Replies and tools, until there are no more; raises `ModelFailure`."""
         participant, clock = section.participant, section.clock
         alias, voice = participant.alias, participant.voice
-        messages = messages_for(participant, self.entries, brief)
+        heard = hide_speakers(self.entries, section.names)
+        messages = messages_for(participant, heard, brief)
         if voice.legacy and voice.tools:
             runner = partial(self._run_legacy_tool, section)
             messages, found = await self.host.use_legacy_tools(voice, messages, runner)
@@ -4507,11 +4710,14 @@ async def _prepare(
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
     run = _make_run(host, settings, cast, entries, row.drafts)
     if run.screen.continued and stored:
-        run.saver.before = stored[-1].get("output")
-    aliases, question = tuple(cast.participants), last_question(entries)
+        run.go_on_after(stored[-1].get("output"))
+    aliases = tuple(alias for alias in cast.participants if alias != cast.chair)
+    question = last_question(entries)
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    return run, row.begin(Agenda(aliases, question, settings, last, seed))
+    models = {alias: cast.participants[alias].voice.model_id for alias in aliases}
+    agenda = Agenda(aliases, question, settings, last, seed, models, cast.chair)
+    return run, row.begin(replace(agenda, tokens_used=run.ledger.tokens))
 
 
 def _make_run(
@@ -4523,9 +4729,9 @@ def _make_run(
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     plan = plan_items if host.in_chat else plan_chunk
-    may_send = None if host.in_chat else transcript.is_next
+    may_send = None if host.can_replace else transcript.is_next
     emitter = Emitter(plan, interval, may_send=may_send)
-    screen = Screen(transcript, emitter, host.in_chat, continued)
+    screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
     saver = Saver(host, transcript, emitter)

@@ -17,8 +17,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from benchmarks import core, plots, served
+from benchmarks import core, plots, served, verdicts
 from benchmarks import page as on_page
 from benchmarks.measure import Bench, stack
 from benchmarks.table import (
@@ -44,6 +45,7 @@ class Pure:
 
     rows: tuple[int, ...]
     measure: Callable[[], dict[str, Measured]]
+    curves: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ PURE = (
     Pure((9,), core.tool_arguments),
     Pure((10,), core.stream_cost),
     Pure((14,), core.memory),
+    Pure((15,), verdicts.measure, verdicts.curves),
 )
 SERVED = (
     Served((1, 2, 3), served.streaming_200),
@@ -141,6 +144,7 @@ def run(rows: set[int], results: Results) -> None:
         if rows & {*pure.rows}:
             PROGRESS(pure)
             results.figures.update(pure.measure())
+            results.curves.update(pure.curves())
             keep(results)
     with_server = [group for group in SERVED if rows & {*group.rows}]
     with_browser = [group for group in SHOWN if rows & {*group.rows}]

@@ -29,8 +29,11 @@ RIVALS: dict[Side, str] = {
 }
 MODELS = (
     "tokens-20-0",
-    "tokens-50-0",
+    "tokens-50-200",
     "tokens-400-0",
+    "tokens-400-1600",
+    "tokens-100-10",
+    "tokens-200-10",
     "tokens-400-50",
     "tokens-1600-50",
     "tokens-1000-50",
@@ -276,9 +279,9 @@ async def sampled(work: Awaitable[object], look: Callable[[], None]) -> None:
 
 
 @contextmanager
-def scripted_models() -> Iterator[str]:
+def scripted_models(models: Sequence[str] = MODELS) -> Iterator[str]:
     """The scripted models in a process of their own; gives their address."""
-    command = [sys.executable, "-m", "benchmarks.models", *MODELS]
+    command = [sys.executable, "-m", "benchmarks.models", *models]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:

@@ -1,8 +1,8 @@
-"""The scripted models as a process of their own, with two more families of ids.
+"""The scripted models as a process of their own, with more families of ids.
 
 `stamped-N-R` begins with the monotonic time at which it was asked and goes on with
 N tokens at R tokens/s; `member-N-R` answers with N tokens at R, and ranks and
-concludes briefly.
+concludes briefly. Those of a crowd and those with a fault are here too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import time
 from collections.abc import Sequence
 
 from tests.stack.behaviours import of_family, prose, with_tasks
+from tests.stack.crowd import of_crowd
+from tests.stack.faults import FAULTY, STEADY
 from tests.stack.members import member
 from tests.stack.models import ModelServer
 from tests.stack.prompts import stage_of
@@ -51,7 +53,8 @@ def behaviour(model: str) -> Behaviour | None:
         return stamped(int(match[1]), float(match[2]))
     if match := MEMBER.fullmatch(model):
         return council_member(int(match[1]), float(match[2]))
-    return of_family(model)
+    known = FAULTY.get(model) or STEADY.get(model)
+    return known or of_crowd(model) or of_family(model)
 
 
 def main(models: Sequence[str]) -> int:

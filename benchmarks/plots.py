@@ -1,4 +1,4 @@
-"""The four plots, as SVG written by hand."""
+"""The plots, as SVG written by hand."""
 
 from __future__ import annotations
 
@@ -18,13 +18,30 @@ COLOURS = {
     "native": "#2563b8",
     "message": "#c2570c",
     "replace": "#a31f5a",
+    "memory": "#1a7f4b",
+    "tasks": "#2563b8",
+    "threads": "#c2570c",
+    "files": "#a31f5a",
+    "mean rank": "#2563b8",
+    "majority": "#c2570c",
+    "mean score": "#a31f5a",
 }
 NAMES = {
     "ours": "this plugin",
     "native": "native, one model",
     "message": "message per token",
     "replace": "replace per token",
+    "mean rank": "mean rank (before)",
+    "majority": "most first places",
+    "mean score": "mean score",
 }
+HELD = {
+    "memory": "memory in use",
+    "tasks": "tasks",
+    "threads": "threads",
+    "files": "open files",
+}
+"""What a server holds on to, in place of sides."""
 TEXT = "#333"
 GRID = "#e3e3e3"
 
@@ -130,7 +147,7 @@ def legend(sides: Sequence[str]) -> list[str]:
     for at, side in enumerate(sides):
         x = LEFT + at * 160
         box = f'x="{x}" y="46" width="14" height="4" fill="{COLOURS[side]}"'
-        parts += [f"<rect {box}/>", label(x + 20, 52, NAMES[side])]
+        parts += [f"<rect {box}/>", label(x + 20, 52, (NAMES | HELD)[side])]
     return parts
 
 
@@ -159,6 +176,10 @@ LENGTH = "characters of the conversation so far"
 BYTES = Plot("Bytes on the socket (200 tokens/s)", LENGTH, "megabytes", True)
 CPU = Plot("Processor time of the server (200 tokens/s)", LENGTH, "seconds", True)
 MEMBERS = Plot("First word of a model on the page", "members", "milliseconds")
+SOAK = Plot(
+    "What a server at rest holds, over a long run", "minutes", "times the first sample"
+)
+VERDICTS = Plot("How often the best answer is found", "members", "per cent")
 PAGE = Plot("Busy time of the page (600 tokens/s)", LENGTH, "seconds of main thread")
 
 
@@ -175,6 +196,7 @@ DRAWN: dict[str, tuple[str, Plot, Callable[[Mapping[str, Any]], dict[str, Points
     "cpu.svg": ("by_length", CPU, lambda of: column(of, 2)),
     "first_word.svg": ("by_members", MEMBERS, lambda of: column(of, 1)),
     "page.svg": ("page", PAGE, lambda of: column(of, 1)),
+    "verdicts.svg": ("verdicts", VERDICTS, lambda of: column(of, 1)),
 }
 """File -> the curves it needs, what it says, how its points are read."""
 

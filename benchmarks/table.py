@@ -38,6 +38,11 @@ def added(row: int, what: str, unit: str, most: float) -> Figure:
     return Figure(row, what, unit, most, "added")
 
 
+def judged(what: str, least: float | None) -> Figure:
+    """Make a figure of the simulated verdicts, in points of a hundred questions."""
+    return Figure(15, what, "points", least, at_least=True)
+
+
 FIGURES: dict[str, Figure] = {
     "bytes_200": native(1, "socket bytes a token, 200 tokens/s", "bytes", 0.12),
     "bytes_50": native(1, "socket bytes a token, 50 tokens/s", "bytes", 0.45),
@@ -52,7 +57,7 @@ FIGURES: dict[str, Figure] = {
     "growth_cpu": Figure(6, "CPU a token, last quarter over first", "x", 1.1),
     "growth_bytes": Figure(6, "bytes a token, last quarter over first", "x", 1.1),
     "writes_tokens": Figure(7, "database writes more for 8 times the tokens", "", 0),
-    "writes_turn": Figure(7, "database writes a turn beyond native's 7", "", 0.5),
+    "writes_turn": Figure(7, "database writes a turn beyond native's 7", "", 2.5),
     "written_bytes": Figure(7, "bytes written for each byte of text more", "x", None),
     "lookups": Figure(8, "look-ups more in 20 rounds than in 1", "", 0),
     "pieces": Figure(9, "tool arguments: 500 pieces, 200 tools", "ms", 3),
@@ -77,6 +82,15 @@ FIGURES: dict[str, Figure] = {
     "memory": Figure(14, "memory kept per 1,000 tokens", "kB", None),
     "memory_length": Figure(14, "the same, last quarter over first", "x", 1.1),
     "pause": Figure(14, "longest pause of the garbage collector", "ms", None),
+    "verdict_gain": judged("best of 4 answers found more often than before", 4),
+    "verdict_least": judged("the same, in the worst setting", 0),
+    "worth_shuffling": judged("worth of shuffled answers", 0),
+    "worth_scores": judged("worth of scores beside places", 0),
+    "worth_places": judged("worth of places beside scores", None),
+    "worth_places_high": judged("worth of places, scores near ten", 0),
+    "worth_levels": judged("worth of taking levels out", None),
+    "worth_levels_spoiled": judged("worth of levels, one judge gives noughts", 0),
+    "worth_kin": judged("worth of keeping the ballots of one model's seats", 0),
 }
 
 

@@ -23,6 +23,8 @@ class Talk:
         self.host = host
         self.models = models
         self.account = account
+        self.standing: Json = {}
+        """What the administrator has set in every test of a module."""
 
     # -- before ----------------------------------------------------------------------
 
@@ -37,7 +39,7 @@ class Talk:
 
     def admin_sets(self, **valves: Any) -> None:
         """Set the administrator's valves whole; the next test finds them unset."""
-        self.host.set_valves(FUNCTION_ID, valves)
+        self.host.set_valves(FUNCTION_ID, {**self.standing, **valves})
 
     def add_model(self, model_id: str, behaviour: Behaviour | None = None) -> None:
         """One more scripted model, for everybody."""

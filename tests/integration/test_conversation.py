@@ -88,7 +88,8 @@ async def test_nobodys_reasoning_is_sent_to_anybody(talk: Talk) -> None:
     blocks = items(reply, "reasoning")
     assert [block["speaker"] for block in blocks] == ["Ann", "Ben"] * 2
     for block in blocks:
-        assert block["status"] == "completed" and block["duration"] >= 0
+        assert block["status"] == "completed"
+        assert block.get("duration", 0) >= 0  # 0.11.0 keeps none
         assert thought in block["content"][0]["text"]
     assert thought not in reply.text
 

@@ -37,14 +37,15 @@ async def test_look_ups_do_not_grow_with_rounds_and_tool_calls(
     assert more_lines - lines == 15 * a_turn
     assert one.lookups["Models.get_models_by_ids"] == 1
     grown = difference(four.lookups, one.lookups)
-    # The host looks for the message to write each status line to.
-    found = {"Chats.get_current_message_id": more_lines - lines} if a_turn else {}
-    assert grown == found
+    # At each write of a status line or a checkpoint the host looks where the chat is.
+    writes = grown.pop("Chats.get_current_message_id")
+    assert not grown and writes <= 15 * (1 + a_turn)
 
 
 async def test_writes_do_not_grow_with_tokens(talk: Talk) -> None:
     costs = []
-    for model in ("tokens-50-0", "tokens-2000-0"):
+    # turns of a quarter of a second each: faster ones share a write
+    for model in ("tokens-50-200", "tokens-400-1600"):
         talk.add_model(model)
         talk.seat(f"Ann | {model}", f"Ben | {model}")
         costs.append(await cost(talk, "Talk.", ROUND_ROBIN, []))

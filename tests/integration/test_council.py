@@ -1,8 +1,9 @@
 """Councils and debates: who sees what, what is shown, and that nobody waits."""
 
 import asyncio
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from tests.integration.talk import (
     assert_stored,
     finish,
     headings,
+    in_rounds,
     last_status,
     reached,
     results,
@@ -76,17 +78,25 @@ def seats(host: OpenWebUI, model_server: ModelServer) -> None:
         host.grant_read(f"{model(name)}:local", "public")
 
 
+@pytest.fixture(autouse=True)
+def drafts_stay_open(talk: Talk) -> None:
+    """Most tests look at what stands where; some set it back."""
+    talk.standing = {"fold_drafts": False}
+    talk.admin_sets()
+
+
 def gather(talk: Talk, count: int = 4, /, **behaviours: Behaviour) -> None:
     """Seat so many members; who is not given a behaviour is a plain one."""
     for name in NAMES[:count]:
-        plain = member(WORD[name], PREFERS, votes="Ben")
+        plain = odd(name)
         talk.models.add(model(name), behaviours.get(name, plain))
     talk.seat(*(f"{name} | {model(name)}" for name in NAMES[:count]))
 
 
 def odd(name: str, **instead: Any) -> Behaviour:
     """A plain member but for these stages."""
-    return member(WORD[name], PREFERS, votes="Ben", **instead)
+    votes = "Ann" if name == "Ben" else "Ben"
+    return member(WORD[name], PREFERS, votes=votes, **instead)
 
 
 def slow(name: str, seconds: float, *more: Any) -> Behaviour:
@@ -153,10 +163,10 @@ def table(reply: Reply) -> list[str]:
 
 
 ALL_ROWS = [
-    "| Ben | 1.0 | 3 | 3 |",
-    "| Ann | 2.0 | 3 | 1 |",
-    "| Cy | 2.0 | 3 | 1 |",
-    "| Dee | 3.0 | 3 | 0 |",
+    "| Ben | 6.1 | Ann, Cy, Dee |",
+    "| Ann | 5.0 | Ben |",
+    "| Cy | 5.0 | Ben |",
+    "| Dee | 3.9 | – |",
 ]
 
 # -- a whole council -------------------------------------------------------------------
@@ -174,6 +184,7 @@ async def test_a_council_answers_ranks_and_concludes(talk: Talk) -> None:
         said = f"The {WORD[name]} it is: Which tree lasts."
         assert section(reply, seat_of(name)) == said
     assert table(reply) == ALL_ROWS
+    assert lines(reply, "The members") == ["The members agree."]
     assert outcome(reply) == "4 of 4 answered · chaired by Ben"
     concluded = section(reply, f"{seat_of('Ben')} · conclusion")
     assert concluded.startswith("In the end it is the elm: Which tree lasts.")
@@ -198,14 +209,32 @@ async def test_reviewers_see_no_name_and_never_their_own_answer(talk: Talk) -> N
         assert re.findall(r'<message from="(.)">', asked) == ["A", "B", "C"]
 
 
-async def test_the_chair_sees_everybody_by_name_and_the_ranking(talk: Talk) -> None:
-    gather(talk)
-    await talk.ask(QUESTION, COUNCIL)
+async def test_the_chair_reads_no_names_and_the_page_shows_no_letters(
+    talk: Talk,
+) -> None:
+    def concludes(body: Body) -> Script:
+        if stage_of(body) != "conclusion":
+            return odd("Ben")(body)
+        asked = last_user_text(body)
+        letters = {
+            word: re.findall(rf'<message from="(.)">\nThe {word}', asked)[0]
+            for word in WORDS[:4]
+        }
+        pieces = f"[{letters['oak']}] is right, [{letters['elm']}, {letters['ash']}"
+        return Script([Text(piece) for piece in (*pieces, "] are not.")])
+
+    gather(talk, Ben=concludes)
+    reply = await talk.ask(QUESTION, COUNCIL)
     (seen,) = of_stage(talk, "conclusion")
     asked = last_user_text(seen.chat)
-    for name in NAMES[:4]:
-        assert f'<message from="{name}">\nThe {WORD[name]} it is' in asked
-    assert "- Ben (mean rank 1.0) It says elm. It says elm. It says elm." in asked
+    assert not [name for name in NAMES if name in asked]
+    assert len(re.findall(r'<message from="[A-D]">\nThe \w+ it is', asked)) == 4
+    assert re.search(
+        r"\| \[[A-D]\] \| 6\.1 \| \[[A-D]\], \[[A-D]\], \[[A-D]\] \|", asked
+    )
+    assert len(re.findall(r"(?m)^- \[[A-D]\]: It says elm\.$", asked)) == 3
+    concluded = section(reply, f"{seat_of('Ben')} · conclusion")
+    assert concluded.splitlines()[0] == "Ann is right, Ben, Dee are not."
 
 
 async def test_four_sections_stream_at_once_in_the_order_of_the_seats(
@@ -344,7 +373,7 @@ async def test_the_first_character_is_the_fastest_members(talk: Talk) -> None:
 
 # -- degraded councils -----------------------------------------------------------------
 
-THREE_ROWS = ["| Ben | 1.0 | 2 | 2 |", "| Ann | 1.5 | 2 | 1 |", "| Dee | 2.0 | 2 | 0 |"]
+THREE_ROWS = ["| Ben | 5.6 | Ann, Dee |", "| Ann | 5.0 | Ben |", "| Dee | 4.4 | – |"]
 
 
 @pytest.mark.parametrize(
@@ -485,9 +514,9 @@ async def test_broken_ballots_are_repaired_once_then_left_out(talk: Talk) -> Non
     assert len(of_stage(talk, "review", model("Cy"))) == 1
     assert len(talk.models.turns(model("Cy"))) == 3
     assert table(reply) == [
-        "| Ben | 1.0 | 1 | 1 |",
-        "| Ann | 1.5 | 1 | 1 |",
-        "| Cy | 1.8 | 2 | 1 |",
+        "| Ben | 5.7 | Ann |",
+        "| Ann | 4.8 | Ben |",
+        "| Cy | 4.8 | Ben |",
     ]
 
 
@@ -519,7 +548,7 @@ async def test_a_quorum_does_not_wait_and_late_answers_are_shown_and_marked(
             await finish(page, reply)
     said, mark = section(reply, seat_of("Ben")).splitlines()
     assert said == "The elm, late as it is."
-    assert mark == "> ⏳ not ranked: it came after the review had begun"
+    assert mark == "> ⏳ not counted: the others had gone on"
     assert outcome(reply) == "2 of 3 answered · Ben was late · chaired by Ann"
     assert "elm" not in "".join(seen.text for seen in of_stage(talk, "review"))
     assert not of_stage(talk, "review", model("Ben"))
@@ -535,7 +564,7 @@ async def test_at_the_deadline_those_who_have_answered_go_on(talk: Talk) -> None
             await reply.wait_for(partial(has, "In the end it is the oak"))
         await finish(page, reply)
     assert outcome(reply) == "2 of 3 answered · Ben was late · chaired by Ann"
-    assert "> ⏳ not ranked" in section(reply, seat_of("Ben"))
+    assert "> ⏳ not counted" in section(reply, seat_of("Ben"))
 
 
 # -- the next question -----------------------------------------------------------------
@@ -556,7 +585,7 @@ async def test_a_second_question_sees_earlier_conclusions_and_drafts_if_set(
         assert "In the end it is the elm" in later.text
         for word in WORDS[:3]:
             assert (f"The {word} it is: Which tree" in later.text) is drafts
-        for ours in ("🏆", "🏁", "⏱️", "Mean rank", "· conclusion"):
+        for ours in ("🏆", "🏁", "⏱️", "First place", "· conclusion"):
             assert ours not in later.text
 
 
@@ -952,8 +981,8 @@ async def test_a_busy_voter_is_waited_for_too(talk: Talk) -> None:
 
     gather(talk, 3, Ben=reviews_late)
     reply = await talk.ask(QUESTION, COUNCIL)
-    assert table(reply)[0] == "| Ben | 1.0 | 2 | 2 |"
-    assert "| Ann | 1.8 | 2 | 1 |" in table(reply)
+    assert table(reply)[0] == "| Ben | 5.6 | Ann, Cy |"
+    assert "| Ann | 4.7 | Ben |" in table(reply)
 
 
 async def test_who_stays_busy_fails_after_the_patience(talk: Talk) -> None:
@@ -1098,11 +1127,20 @@ async def test_a_debate_has_the_rounds_of_the_question_a_vote_and_a_conclusion(
     ]
     assert outcome(reply) == "3 of 3 answered · chaired by Ben"
     described = [status["description"] for status in reply.statuses[:-1]]
-    assert described == ["Members judge each other", "Ben · concluding"]
+    assert described == [
+        "Ann, Ben, Cy · opening",
+        "Members judge each other",
+        "Ben · concluding",
+    ]
     for seen in talk.models.turns():
         assert "/rounds" not in seen.text and QUESTION in seen.text
     (concluding,) = of_stage(talk, "conclusion")
-    assert "(3 valid votes): Ben has 2, Ann has 1, Cy has 0." in concluding.text
+    asked = last_user_text(concluding.chat)
+    assert re.search(r"\| \[[A-C]\] \| 2 \| \[[A-C]\], \[[A-C]\] \|", asked)
+    assert not [name for name in NAMES if name in asked]
+    heard = re.findall(r'<message from="(.)">\nThe (\w+) it is', concluding.text)
+    assert sorted(letter for letter, _ in heard) == ["A", "B", "C"]
+    assert sorted(word for _, word in heard) == ["elm", "fir", "oak"]
 
 
 async def test_everybody_votes_but_not_for_itself(talk: Talk) -> None:
@@ -1126,7 +1164,246 @@ async def test_each_turn_of_a_debate_is_told_to_answer_the_strongest_point(
     assert len(turns) == 4
     for seen in turns:
         assert seen.text.count("This is a debate.") == 1
-        assert last_user_text(seen.chat).rstrip().endswith("right.")
+        assert (
+            last_user_text(seen.chat).rstrip().endswith("that others disagree is none.")
+        )
+    for seen in turns[:2]:
+        assert "<message from" not in last_user_text(seen.chat)
+    assert '<message from="Ben">\nThe elm it is' in turns[2].text
+
+
+async def test_all_take_a_position_in_a_debate_at_the_same_time(talk: Talk) -> None:
+    held = {
+        n: odd(n, answer=[Gate("held"), Text(f"The {WORD[n]}.")]) for n in NAMES[:3]
+    }
+    gather(talk, 3, **held)
+    with talk.models.hold("held") as hold:
+        async with talk.page() as page:
+            reply = await start(page, DEBATE)
+            await reached(lambda: hold.wait_until_reached(3))
+            hold.release()
+            await finish(page, reply)
+    assert outcome(reply).startswith("3 of 3 answered")
+
+
+# -- nobody of these decides -----------------------------------------------------------
+
+
+def judges(name: str, order: Callable[[list[str]], Sequence[str]]) -> Behaviour:
+    """A member that ranks by the order in which it reads the answers."""
+
+    def behave(body: Body) -> Script:
+        if stage_of(body) != "review":
+            return odd(name)(body)
+        letters = re.findall(r'<message from="(.)">', last_user_text(body))
+        ranked = list(order(letters))
+        scores = {letter: 10 - 3 * at for at, letter in enumerate(ranked)}
+        return Script([Text(json.dumps({"scores": scores, "ranking": ranked}))])
+
+    return behave
+
+
+async def test_a_judge_that_always_puts_the_first_first_does_not_decide(
+    talk: Talk,
+) -> None:
+    gather(talk, Dee=judges("Dee", lambda letters: letters))
+    reply = await talk.ask(QUESTION, COUNCIL)
+    assert outcome(reply) == "4 of 4 answered · chaired by Ben"
+
+
+async def test_a_member_that_votes_for_itself_under_every_letter_does_not_win(
+    talk: Talk,
+) -> None:
+    """It gives all the others nothing, as if its own answer stood nowhere."""
+
+    def nobody_else(body: Body) -> Script:
+        if stage_of(body) == "vote":
+            return Script([Text(json.dumps({"vote": "Dee"}))])
+        if stage_of(body) != "review":
+            return odd("Dee")(body)
+        letters = re.findall(r'<message from="(.)">', last_user_text(body))
+        own = dict.fromkeys(letters, "my own answer, the ash")
+        verdict = {"scores": dict.fromkeys(letters, 0), "comments": own}
+        return Script([Text(json.dumps({**verdict, "ranking": [letters]}))])
+
+    others = {
+        name: member(WORD[name], PREFERS, votes="Ben", scores=(8, 7, 6))
+        for name in NAMES[:3]
+    }
+    gather(talk, **others, Dee=nobody_else)
+    reply = await talk.ask(QUESTION, COUNCIL)
+    assert outcome(reply) == "4 of 4 answered · chaired by Ben"
+    assert table(reply)[-1].startswith("| Dee | ")
+    debated = await talk.ask(QUESTION, DEBATE)
+    assert outcome(debated) == "4 of 4 answered · chaired by Ben"
+    assert "No ballot from Dee: could not be read." in debated.text
+
+
+async def test_a_right_minority_is_read_by_the_chair_beside_the_better_style(
+    talk: Talk,
+) -> None:
+    """Three are wrong with one voice and well styled; the chair gets the one that is
+    right word for word, under a letter like theirs, and may side with it."""
+    styled = "**Without any doubt**, it is the fir:\n\n- tall\n- old\n- loved by all."
+    right = "The yew it is: some are 4,000 years old."
+
+    def chair(body: Body) -> Script:
+        if stage_of(body) != "conclusion":
+            return odd("Hal")(body)
+        found = re.findall(r'<message from="(.)">\nThe yew', last_user_text(body))
+        return Script([Text(f"The yew, as [{found[0]}] says, against the others.")])
+
+    wrong = {name: odd(name, answer=[Text(styled)]) for name in NAMES[:3]}
+    gather(talk, **wrong, Dee=odd("Dee", answer=[Text(right)]))
+    talk.models.add(model("Hal"), chair)
+    talk.admin_sets(chair=model("Hal"))
+    reply = await talk.ask(QUESTION, COUNCIL)
+    assert outcome(reply).startswith("4 of 4 answered · chaired by ")
+    assert not of_stage(talk, "review", model("Hal"))
+    (seen,) = of_stage(talk, "conclusion")
+    assert right in last_user_text(seen.chat) and styled in last_user_text(seen.chat)
+    concluded = section(reply, headings(reply)[-1]).splitlines()[0]
+    assert concluded == "The yew, as Dee says, against the others."
+
+
+# -- a chair from outside --------------------------------------------------------------
+
+
+async def test_a_chair_from_outside_concludes_and_is_no_contestant(talk: Talk) -> None:
+    gather(talk, 3)
+    talk.models.add(model("Hal"), odd("Hal"))
+    talk.admin_sets(chair=model("Hal"))
+    reply = await talk.ask(QUESTION, COUNCIL)
+    assert [seen.model for seen in of_stage(talk, "conclusion")] == [model("Hal")]
+    assert talk.models.turns(model("Hal")) == of_stage(talk, "conclusion")
+    assert len(table(reply)) == 3
+    assert re.fullmatch(r"🟠 .+ · conclusion", headings(reply)[-1])
+
+
+@pytest.mark.parametrize("chair", ["no-such-model", "secret", f"{FUNCTION_ID}.council"])
+async def test_a_chair_that_may_not_be_used_is_as_one_that_is_not_there(
+    talk: Talk, chair: str
+) -> None:
+    talk.models.add("secret", member("ivy"))
+    talk.host.models(refresh=True)
+    gather(talk, 2)
+    talk.admin_sets(chair=chair)
+    reply = await talk.ask(QUESTION, COUNCIL)
+    assert outcome(reply) == (
+        "2 of 2 answered · chaired by Ann (the chair that was chosen is not here)"
+    )
+    assert not talk.models.turns("secret")
+
+
+async def test_a_chair_from_outside_that_fails_gives_way(talk: Talk) -> None:
+    gather(talk, 2)
+    broken = [Status(500, {"error": {"message": "No chair."}})]
+    talk.models.add(model("Hal"), odd("Hal", conclusion=broken))
+    talk.admin_sets(chair=model("Hal"))
+    reply = await talk.ask(QUESTION, COUNCIL)
+    assert re.search(r"chaired by Ann \(.+ failed\)$", outcome(reply))
+
+
+# -- folding ---------------------------------------------------------------------------
+
+
+def shown_order(reply: Reply) -> list[str]:
+    """What stands in the message, in order: marks of ours, headings, folded lines."""
+    pattern = r"(?m)^(?:> (🏁|⏱️)|### (.+)|<summary>(.+)</summary>)"
+    return ["".join(found) for found in re.findall(pattern, reply.text)]
+
+
+async def test_the_conclusion_stands_first_and_each_draft_in_a_line(
+    talk: Talk, garden: str
+) -> None:
+    def digs(body: Body) -> Script:
+        if stage_of(body) == "review" or fresh_results(body):
+            return odd("Ben")(body)
+        call = ToolCall("look_up", '{"topic": "elms"}')
+        return Script([Reasoning("Hm."), Text("Let me look. "), call])
+
+    failing = [Status(500, {"error": {"message": "Gone."}})]
+    gather(talk, Ben=digs, Dee=odd("Dee", answer=failing))
+    talk.admin_sets(fold_drafts=True)
+    async with talk.page() as page:
+        reply = await ask(page, QUESTION, COUNCIL, tool_ids=[garden])
+    assert shown_order(reply) == [
+        "🏁",
+        f"{seat_of('Ben')} · conclusion",
+        "🏆 Ranking",
+        "🔵 Ann · rank 2 · 7 words",
+        "🔵 Ann",
+        "🔴 Ben · rank 1 · 10 words",
+        "🔴 Ben",
+        "🟢 Cy · rank 3 · 7 words",
+        "🟢 Cy",
+        "🟠 Dee · no answer",
+        "🟠 Dee",
+        "⏱️",
+    ]
+    assert results(reply) == ["The almanac on elms: 3 lines."] * 2
+    assert "> ⚠️ **Dee** could not answer" in reply.text
+    assert reply.text.count("Let me look.") == 2
+
+
+@pytest.mark.parametrize("mode", [COUNCIL, DEBATE])
+async def test_a_second_question_after_a_folded_reply_knows_every_speaker(
+    talk: Talk, mode: str
+) -> None:
+    odd_text = "A &lt;b&gt; R&D &amp; x < y\n\n```html\n</details>\n```\n\nDone."
+    gather(talk, 3, Cy=odd("Cy", answer=[Text(odd_text)]))
+    talk.admin_sets(fold_drafts=True, remember_drafts=True)
+    async with talk.page() as page:
+        first = await ask(page, QUESTION, mode)
+        assert first.text.index("· conclusion") < first.text.index("<details")
+        talk.models.clear()
+        await ask(page, "And which grows fast?", mode, chat=first.chat)
+    heard = of_stage(talk, "answer", model("Ann"))[0].text
+    assert '<message from="Ben">\nThe elm it is' in heard
+    assert f'<message from="Cy">\n{odd_text}\n</message>' in heard
+    for ours in ("<details type", "<summary>", "rank 1", "🔴", " words<", "🏆"):
+        assert ours not in heard
+    said = [m["content"] for m in talk.sent(model("Ann")) if m["role"] == "assistant"]
+    assert said[0].startswith("The oak it is: Which tree lasts")
+
+
+async def test_without_streaming_drafts_fold_too(talk: Talk) -> None:
+    gather(talk, 2)
+    talk.admin_sets(fold_drafts=True, show_figures="never")
+    streamed = await talk.ask(QUESTION, COUNCIL)
+    at_once = await talk.ask(QUESTION, COUNCIL, stream=False)
+    assert shown_order(at_once) == shown_order(streamed)
+    assert shown_order(streamed)[0] == "🏁"
+
+
+async def test_nothing_folds_before_there_is_a_conclusion(talk: Talk) -> None:
+    held = [Text("In the "), Gate("held"), Text("end.")]
+    gather(talk, 3, Ben=odd("Ben", conclusion=held))
+    talk.admin_sets(fold_drafts=True)
+    with talk.models.hold("held") as hold:
+        async with talk.page() as page:
+            reply = await start(page)
+            await reached(hold.wait_until_reached)
+            await reply.wait_for(lambda r: "In the" in r.text)
+            await stop(talk, page, reply, "Ben")
+    assert "<details" not in reply.text
+    assert headings(reply)[0] == seat_of("Ann")
+
+
+# -- costs -----------------------------------------------------------------------------
+
+
+async def test_a_ceiling_on_tokens_ends_a_conversation_with_its_round(
+    talk: Talk,
+) -> None:
+    gather(talk, 2)
+    talk.seat(*(f"{name} | {model(name)}" for name in NAMES[:2]), rounds=5)
+    talk.admin_sets(max_tokens=10)
+    reply = await talk.ask(QUESTION, ROUND_ROBIN)
+    assert headings(reply) == in_rounds(5, seat_of("Ann"), seat_of("Ben"))[:2]
+    (line,) = lines(reply, "> ⚠️ ")
+    assert re.fullmatch(r"> ⚠️ [\d,]+ tokens were used, and 10 are the ceiling\.", line)
+    assert last_status(reply).startswith("Ended: the ceiling on tokens is reached · ")
 
 
 @pytest.mark.parametrize(("chair", "who"), [("", "Ben"), ("Cy", "Cy")])

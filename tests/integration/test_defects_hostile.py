@@ -1,5 +1,7 @@
 """What a hostile or broken model, tool or client does costs only its own place."""
 
+import json
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -23,7 +25,7 @@ from tests.stack.host import OpenWebUI
 from tests.stack.members import member, stage_of
 from tests.stack.page import Reply
 from tests.stack.prompts import fresh_results, last_user_text
-from tests.stack.scripts import Behaviour, Body, Script, Style, Text, ToolCall
+from tests.stack.scripts import Behaviour, Body, Raw, Script, Style, Text, ToolCall
 
 COUNCIL = f"{FUNCTION_ID}.council"
 QUESTION = "Should we plant oaks or birches?"
@@ -387,3 +389,41 @@ async def test_who_is_busy_in_the_middle_is_not_asked_again_into_the_same_text(
     assert "Half an" in reply.text and "whole answer" not in reply.text
     assert "> ⚠️ **Rex** broke off: " in reply.text
     assert "Bob here." in reply.text
+
+
+# -- 6: what no database takes ---------------------------------------------------------
+
+HALVES = (
+    '"""Tools."""\n\n\nclass Tools:\n    def read_tape(self, label: str) -> str:\n'
+    '        """Reads a tape."""\n        return f"tape {label}: \\0\\ud83c end"\n'
+)
+
+
+def delta(**fields: object) -> Raw:
+    """A chunk in which everything but ASCII is escaped, as many providers do."""
+    chunk = {"choices": [{"index": 0, "delta": fields}]}
+    return Raw(f"data: {json.dumps(chunk)}\n\n".encode())
+
+
+def speaks_in_halves(body: Body) -> Script:
+    if fresh_results(body):
+        texts = ("Oaks \ud83c", "\udf33 grow\0 ", "slowly\ud83c.")
+        return Script([*(delta(content=text) for text in texts), Text(" So be it.")])
+    function = {"name": "read_tape", "arguments": '{"label": "a\0\ud83c"}'}
+    call = {"index": 0, "id": "call\0", "type": "function", "function": function}
+    return Script(
+        [delta(reasoning_content="Which\0 \ud83c?"), delta(tool_calls=[call])]
+    )
+
+
+async def test_what_no_database_takes_is_shown_as_it_is_stored(talk: Talk) -> None:
+    talk.host.create_tool("tapes", HALVES)
+    talk.add_model("halves", with_tasks(speaks_in_halves))
+    talk.seat("Ha\0lf | halves", "Ben | bob")
+    reply = await talk.ask("Use read_tape.", tool_ids=["tapes"])  # sees it stored, too
+    assert "Oaks 🌳 grow\ufffd slowly\ufffd. So be it." in reply.text
+    assert "Bob here." in reply.text
+    assert results(reply)[0].startswith("tape a\ufffd")
+    shown = json.dumps(reply.output)
+    assert "\\u0000" not in shown
+    assert not re.search(r"\\ud[89ab]\w\w(?!\\ud[c-f])", shown)

@@ -99,7 +99,8 @@ def seated(who: Character, speaks: Behaviour) -> Behaviour:
         if not is_asked_alone(asked):
             return speaks(asked)
         pause, pace = SPEEDS[who.name]
-        script = breaks_off(asked) if who is EDSGER else speaks(asked)
+        breaks = who is EDSGER and not brief  # in a debate it holds
+        script = breaks_off(asked) if breaks else speaks(asked)
         wait = Pause(0.0 if fresh_results(asked) else pause)
         return replace(script, steps=[wait, *script.steps], pace=pace)
 
@@ -138,8 +139,12 @@ def review(who: Character, asked: Body, brief: str) -> str:
         said.speaker: (later if at else first).format(point=point_of(said))
         for at, said in enumerate(answers)
     }
-    ranking = [[said.speaker] for said in answers]
-    return json.dumps({"ranking": ranking, "comments": comments}, ensure_ascii=False)
+    verdict = {
+        "comments": comments,
+        "scores": {said.speaker: 9 - 2 * at for at, said in enumerate(answers)},
+        "ranking": [[said.speaker] for said in answers],
+    }
+    return json.dumps(verdict, ensure_ascii=False)
 
 
 def vote(who: Character, asked: Body, brief: str) -> str:
@@ -152,52 +157,47 @@ def vote(who: Character, asked: Body, brief: str) -> str:
 
 
 def conclude(who: Character, asked: Body, brief: str) -> str:
-    """Write the conclusion of a council, or of a debate."""
+    """Write the conclusion of a council, or of a debate, with letters for names."""
     question = read_prompt(asked).question
     a, b = things(question, 0)
     slots = {"q": quoted(question), "a": a, "b": b}
     answers = {str(s.speaker): s for s in split_speakers(brief) if s.speaker}
+    got = dict(re.findall(r"(?m)^\| \[([A-H])\] \| ([\d.]+|–) \|", brief))
     if answers:
-        ranked = re.findall(r"(?m)^- (.+?) \((?:mean rank|not ranked)", brief)
-        order = [name for name in ranked if name in answers] or list(answers)
-        points = {name: point_of(answers[name]) for name in order}
-        parts = _of_council(who, points, slots)
+        order = [letter for letter in got if letter in answers] or list(answers)
+        points = {f"[{letter}]": point_of(answers[letter]) for letter in order}
+        parts = _of_council(points, slots)
     else:
         # The last point of everybody who spoke since the question.
-        said = [one for one in conversation(asked) if one.speaker != ""]
-        points = {one.speaker or who.name: point_of(one) for one in said}
-        counts = dict(re.findall(r"(\w+) has (\d+)", brief))
-        parts = _of_debate(who, counts, points, slots)
+        said = [one for one in conversation(asked) if one.speaker]
+        points = {f"[{one.speaker}]": point_of(one) for one in said}
+        parts = _of_debate(
+            {f"[{who}]": count for who, count in got.items()}, points, slots
+        )
     return "\n\n".join(parts)
 
 
 Slots = Mapping[str, str]
 
 
-def _of_council(who: Character, points: Slots, slots: Slots) -> Iterator[str]:
+def _of_council(points: Slots, slots: Slots) -> Iterator[str]:
     words = SAID["council"]
     *agreeing, last = points
     wanted = ", then ".join(points[name] for name in agreeing) or points[last]
     yield words["first"].format(wanted=wanted, **slots)
     if len(agreeing) > 1:
-        names = [name for name in agreeing if name != who.name]
-        names += ["I"] if who.name in agreeing else []
-        listed = f"{', '.join(names[:-1])} and {names[-1]}"
+        listed = f"{', '.join(agreeing[:-1])} and {agreeing[-1]}"
         yield words["agreed"].format(names=listed, **slots)
-    minority = words["own" if last == who.name else "minority"]
-    yield minority.format(name=last, point=points[last], **slots)
+    yield words["minority"].format(name=last, point=points[last], **slots)
 
 
-def _of_debate(
-    who: Character, counts: Slots, points: Slots, slots: Slots
-) -> Iterator[str]:
+def _of_debate(counts: Slots, points: Slots, slots: Slots) -> Iterator[str]:
     words = SAID["debate"]
-    order = sorted(counts, key=lambda name: -int(counts[name]))
-    first, second = [*order, "", ""][:2]
+    first, second = [*counts, "", ""][:2]
     yield words["first"].format(
-        whose="my" if first == who.name else f"{first}’s",
+        whose=f"{first}’s",
         point=points.get(first, "a first step"),
-        votes=", ".join(f"{name} {counts[name]}" for name in order),
+        votes=", ".join(f"{name} {count}" for name, count in counts.items()),
         **slots,
     )
     if second in points:

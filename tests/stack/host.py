@@ -31,6 +31,8 @@ START_TIMEOUT = 120.0
 """Seconds a server may take from its start to its first answer."""
 STOP_TIMEOUT = 15.0
 """Seconds a server may take to end after SIGTERM."""
+KEPT_ALIVE = httpx.Limits(keepalive_expiry=2.0)
+"""The server closes a connection after five idle seconds; who asks just then fails."""
 LOG_LINES = 60
 """Lines of the server's log that an error shows."""
 PROBE = Path(__file__).parent / "probe"
@@ -62,7 +64,10 @@ class Counts:
     `sql` and `sql_bytes` are by verb (`SELECT`, `UPDATE`, ...). `lookups` are calls
     of the host's look-ups by name (`Models.get_model_by_id`, `get_tools`, ...) except
     those made inside its own `generate_chat_completion`, which are in `inside`.
-    `memory` is bytes in use, where asked for.
+    `memory` is bytes in use, where asked for. `tasks`, `threads` and `files` are those
+    of now, tasks of sockets left out. Once `watch` was asked for, `stall` is the
+    longest delay of the event loop and `collection` the longest collection of garbage,
+    in seconds, since the last question.
     """
 
     sql: dict[str, int] = field(default_factory=dict)
@@ -71,6 +76,11 @@ class Counts:
     inside: dict[str, int] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     memory: int = 0
+    tasks: int = 0
+    threads: int = 0
+    files: int = 0
+    stall: float = 0.0
+    collection: float = 0.0
 
     @property
     def writes(self) -> int:
@@ -85,6 +95,11 @@ class Counts:
             inside=difference(self.inside, earlier.inside),
             cpu_seconds=self.cpu_seconds - earlier.cpu_seconds,
             memory=self.memory - earlier.memory,
+            tasks=self.tasks - earlier.tasks,
+            threads=self.threads - earlier.threads,
+            files=self.files - earlier.files,
+            stall=self.stall,
+            collection=self.collection,
         )
 
 
@@ -134,7 +149,8 @@ class ServerProcess:
     def __init__(self, data_dir: Path, environment: Mapping[str, str], port: int):
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = data_dir / "server.log"
-        program = Path(sys.executable).parent / "open-webui"
+        installed = Path(sys.executable).parent / "open-webui"
+        program = os.environ.get("MMC_OPEN_WEBUI", installed)  # or another version's
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [str(program), "serve", "--host", "127.0.0.1", "--port", str(port)],
@@ -193,7 +209,9 @@ class Api:
     def __init__(self, url: str):
         self.url = url
         self._admin: Account | None = None
-        self._client = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        self._client = httpx.Client(
+            base_url=url, timeout=60, trust_env=False, limits=KEPT_ALIVE
+        )
 
     @property
     def admin(self) -> Account:
@@ -446,12 +464,16 @@ class OpenWebUI(Api):
         """The last lines the server has logged."""
         return self.server.log_tail(lines)
 
-    def counts(self, timeout: float = 10.0, memory: bool = False) -> Counts:
+    def counts(
+        self, timeout: float = 10.0, memory: bool = False, watch: bool = False
+    ) -> Counts:
         """What the server has done so far, counted inside it.
 
         With `memory`, what it has in use too; for that it stops and collects garbage.
+        With `watch`, its event loop is watched from now on.
         """
-        nonce = f"{'memory' if memory else 'counts'} {uuid4().hex}"
+        kind = "memory" if memory else "watch" if watch else "counts"
+        nonce = f"{kind} {uuid4().hex}"
         question = os.open(f"{self._probe}.ask", os.O_WRONLY | os.O_NONBLOCK)
         with open(question, "w", encoding="utf-8") as pipe:
             pipe.write(f"{nonce}\n")

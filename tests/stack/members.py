@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from tests.stack.behaviours import with_tasks
 from tests.stack.prompts import (
@@ -20,8 +21,9 @@ from tests.stack.scripts import Behaviour, Body, Script, Status, Step, Text
 __all__ = ["busy", "member", "ranking", "stage_of"]
 
 
-def ranking(body: Body, prefers: str) -> str:
-    """Rank the answers by the words in them: "oak elm=fir", the best first."""
+def ranking(body: Body, prefers: str, scores: Sequence[float] = ()) -> str:
+    """Rank the answers by the words in them: "oak elm=fir", the best first; with these
+    scores, place by place, if any."""
     answers = [s for s in split_speakers(last_user_text(body)) if s.speaker]
     letters = {
         word: one.speaker
@@ -35,13 +37,18 @@ def ranking(body: Body, prefers: str) -> str:
     ]
     comments = {letter: f"It says {word}." for word, letter in letters.items()}
     ranked = [place for place in places if place]
-    return json.dumps({"ranking": ranked, "comments": comments})
+    verdict = {"ranking": ranked, "comments": comments}
+    if scores:
+        given = zip(ranked, scores, strict=False)
+        verdict["scores"] = {each: score for place, score in given for each in place}
+    return json.dumps(verdict)
 
 
 def member(
     word: str,
     prefers: str = "",
     votes: str = "",
+    scores: Sequence[Any] = (),
     **instead: Sequence[Step],
 ) -> Behaviour:
     """Make a member whose answers have `word` in them, and the question's first words.
@@ -57,7 +64,7 @@ def member(
         question = read_prompt(body).question
         about = few_words(question if stage == "answer" else last_user_text(body), 3)
         if stage == "review":
-            return Script([Text(ranking(body, prefers))])
+            return Script([Text(ranking(body, prefers, scores))])
         if stage == "vote":
             candidates = read_candidates(body)
             choice = votes if votes in candidates else (candidates or [""])[0]

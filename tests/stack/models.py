@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -23,9 +25,11 @@ from tests.stack.behaviours import BEHAVIOURS, OLLAMA_BEHAVIOURS, of_family
 from tests.stack.demo_models import DEMO_NAMES
 from tests.stack.prompts import messages_of, read_prompt, task_of, text_of, whole_text
 from tests.stack.scripts import (
+    Answer,
     Behaviour,
     Body,
     CallStart,
+    Cut,
     Delta,
     Disconnect,
     Fail,
@@ -67,6 +71,7 @@ _WHOLES: dict[WireName, Callable[[Reply, Sequence[Delta]], Body]] = {
     "ollama": whole_ollama,
 }
 _CLOSE_SECONDS = 0.2
+_RESET = struct.pack("ii", 1, 0)  # linger for no time: a close is a reset
 _YIELD_EVERY = 16
 
 
@@ -148,11 +153,12 @@ class Hold:
 
 
 class _Ended(Exception):
-    """The script ends the response: by an HTTP error, or by letting it die."""
+    """The script ends the response: by another one, or by letting it die."""
 
-    def __init__(self, status: Status | None = None) -> None:
+    def __init__(self, instead: Status | Answer | None = None, reset: bool = False):
         super().__init__()
-        self.status = status
+        self.instead = instead
+        self.reset = reset
 
 
 class ModelServer:
@@ -321,6 +327,7 @@ class ModelServer:
         model: str,
         behaviour: Behaviour | None = None,
         surface: Literal["openai", "ollama"] = "openai",
+        listed: bool = True,
     ) -> None:
         """Add or replace a model; without a behaviour the id must be a family's."""
         made = behaviour or of_family(model)
@@ -331,7 +338,7 @@ class ModelServer:
                 self._ollama[model] = made
                 return
             self._behaviours[model] = made
-            if model not in self._listed:
+            if listed and model not in self._listed:
                 self._listed.append(model)
 
     def hold(self, name: str, after: int = 0) -> Hold:
@@ -532,6 +539,7 @@ class _Exchange:
         self._script = script
         self._reply = reply
         self._began = time.monotonic()
+        self._cut = False
 
     async def stream(self) -> web.StreamResponse:
         """Send the answer as it is made."""
@@ -549,10 +557,10 @@ class _Exchange:
                 await response.write(opening + wire.render(delta))
                 opening = b""
         except _Ended as ended:
-            return self._end(ended.status, response)
+            return self._end(ended, response)
         if not response.prepared:
             await response.prepare(self._request)
-        if not self._reply.failed:
+        if not self._reply.failed and not self._cut:
             await response.write(opening + wire.closing())
         return response
 
@@ -561,20 +569,26 @@ class _Exchange:
         try:
             played = [delta async for delta in self._play()]
         except _Ended as ended:
-            return self._end(ended.status, web.Response())
+            return self._end(ended, web.Response())
         deltas = [delta for delta in played if not isinstance(delta, Headers)]
         for delta in deltas:
             if isinstance(delta, Fail):
                 return _refusal(Status(delta.code, error_body(delta)), self._wire)
         return web.json_response(_WHOLES[self._wire](self._reply, deltas))
 
-    def _end(
-        self, status: Status | None, response: web.StreamResponse
-    ) -> web.StreamResponse:
-        if status:
-            return _refusal(status, self._wire)
-        if self._request.transport is not None:
-            self._request.transport.close()
+    def _end(self, ended: _Ended, response: web.StreamResponse) -> web.StreamResponse:
+        match ended.instead:
+            case Status() as status:
+                return _refusal(status, self._wire)
+            case Answer() as answer:
+                return _answer(answer)
+        transport = self._request.transport
+        if transport is not None and ended.reset:
+            connection = transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            transport.abort()
+        elif transport is not None:
+            transport.close()
         return response
 
     async def _play(self) -> AsyncIterator[Delta | Headers]:
@@ -606,10 +620,12 @@ class _Exchange:
                 self._reply.tally.override = step
             case Silence():
                 await asyncio.Event().wait()
-            case Status():
+            case Status() | Answer():
                 raise _Ended(step)
-            case Disconnect():
-                raise _Ended
+            case Disconnect(reset):
+                raise _Ended(reset=reset)
+            case Cut():
+                self._cut = True
             case _:
                 pass
 
@@ -631,6 +647,11 @@ def _refusal(status: Status, wire: WireName) -> web.Response:
     if wire == "ollama" and isinstance(body.get("error"), dict):
         body["error"] = body["error"].get("message")
     return web.json_response(body, status=status.code, headers=dict(status.headers))
+
+
+def _answer(answer: Answer) -> web.Response:
+    headers = {"Content-Type": answer.content_type, **answer.headers}
+    return web.Response(body=answer.content, status=answer.code, headers=headers)
 
 
 def _ollama_model(model: str) -> Body:

@@ -21,7 +21,7 @@ from uuid import uuid4
 import httpx
 import socketio
 
-from tests.stack.host import Account, Api, Json
+from tests.stack.host import KEPT_ALIVE, Account, Api, Json
 from tests.stack.structured_output import Output, apply_response_event, get_output_text
 
 TIMEOUT = 60.0
@@ -476,6 +476,7 @@ class Page:
             headers={"Authorization": f"Bearer {account.token}"},
             timeout=120,
             trust_env=False,
+            limits=KEPT_ALIVE,
         )
 
     # -- the socket ----------------------------------------------------------------
@@ -504,9 +505,10 @@ class Page:
     async def _beat(self) -> None:
         features = self._config.get("features") or {}
         interval = features.get("websocket_heartbeat_interval") or 30
-        while True:
-            await asyncio.sleep(interval)
+        await asyncio.sleep(interval)
+        while self._socket.connected:
             await self._socket.emit("heartbeat", {})
+            await asyncio.sleep(interval)
 
     async def _join(self, chat: Chat) -> None:
         if chat.id and not chat.temporary and chat.id not in self._joined:

@@ -7,7 +7,7 @@ wire it came in by) and returns a `Script`; the server plays it and a wire rende
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from uuid import uuid4
@@ -102,8 +102,25 @@ class Status:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The whole response is these bytes, streaming asked for or not."""
+
+    content: bytes
+    content_type: str = "application/json"
+    code: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Disconnect:
-    """The connection dies."""
+    """The connection dies: closed, or reset, with what was on its way lost."""
+
+    reset: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The response ends in good order here, without a last chunk or an end mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +140,9 @@ Step = (
     | Raw
     | Fail
     | Status
+    | Answer
     | Disconnect
+    | Cut
     | Silence
 )
 
@@ -143,7 +162,7 @@ class Style:
 class Script:
     """Steps in order, at `pace` tokens per second (0: as fast as it can)."""
 
-    steps: Sequence[Step]
+    steps: Iterable[Step]
     pace: float = 0.0
     style: Style = Style()
 

@@ -15,7 +15,5 @@ settings.register_profile(
     max_examples=150,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile(
-    "fuzz", settings.get_profile("unit"), derandomize=False, max_examples=1000
-)
+settings.register_profile("fuzz", settings.get_profile("unit"), derandomize=False)
 settings.load_profile("fuzz" if os.environ.get("FUZZ_SECONDS") else "unit")

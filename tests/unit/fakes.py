@@ -64,6 +64,10 @@ class ScriptedHost(mmc.Host):
     async def _emit(self, event: Json) -> None:
         self.events.append(event)
 
+    @property
+    def can_replace(self) -> bool:
+        return self.in_chat
+
     async def may_save(self) -> bool:
         return False
 

@@ -24,8 +24,15 @@ def settings(**fields: Any) -> mmc.Settings:
     return mmc.merge_settings(mmc.Settings(**fields), None)
 
 
-def agenda(aliases: Sequence[str] = ALL, seed: str = "s", **fields: Any) -> mmc.Agenda:
-    return mmc.Agenda(tuple(aliases), QUESTION, settings(**fields), seed=seed)
+def agenda(
+    aliases: Sequence[str] = ALL,
+    seed: str = "s",
+    models: Mapping[str, str] | None = None,
+    **fields: Any,
+) -> mmc.Agenda:
+    mode = mmc.Agenda(tuple(aliases), QUESTION, settings(**fields), seed=seed)
+    found: mmc.Agenda = replace(mode, models=models or {})
+    return found
 
 
 class Room:
@@ -96,11 +103,17 @@ class Room:
 
 
 def ballot(voter: str, order: str, **remarks: str) -> mmc.Ballot:
-    """A ballot from "Bob Cat=Dan": places in order, shared ones with "="."""
-    ranks: dict[str, float] = {}
-    for place in order.split():
-        mmc.share_place(ranks, place.split("="))
-    return mmc.Ballot(voter, ranks, remarks)
+    """A ballot from "Bob Cat=Dan": places in order, shared ones with "="; one for a
+    vote among all is "Bob>Ann=Cat"."""
+    places = [place.split("=") for place in order.split()]
+    below = [sum(map(len, places[at + 1 :])) for at in range(len(places))]
+    above = [sum(map(len, places[:at])) for at in range(len(places))]
+    values = {
+        alias: 5 + (below[at] - above[at]) / 2
+        for at, place in enumerate(places)
+        for alias in place
+    }
+    return mmc.Ballot(voter, values, remarks)
 
 
 BALLOTS = {
@@ -116,7 +129,7 @@ BALLOTS = {
 def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     room = Room(ranks=BALLOTS)
     assert room.play(mmc.council(agenda())) == "Chaired by Cat"
-    answers, rank, ranking, outcome, conclusion = room.steps
+    answers, rank, ranking, outcome, conclusion, fold = room.steps
     assert answers == mmc.Speak(ALL, "answering", joins=False)
     assert isinstance(rank, mmc.Judge) and rank.read is mmc.read_ranking
     assert [paper.voter for paper in rank.papers] == list(ALL)
@@ -125,6 +138,9 @@ def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     assert isinstance(conclusion, mmc.Speak)
     assert conclusion.aliases == ("Cat",)
     assert conclusion.concludes and not conclusion.joins
+    assert fold == mmc.Fold(
+        {"Cat": "rank 1", "Bob": "rank 2", "Ann": "rank 3", "Dan": "rank 4"}
+    )
 
 
 def test_the_quorum_of_the_valves_is_asked_for() -> None:
@@ -234,7 +250,7 @@ def test_under_the_ranking_stands_whose_ballot_was_lost_and_why() -> None:
     room = Room(ranks={"Ann": "Bob Cat Dan", "Cat": "Bob Ann Dan"})
     assert room.play(mmc.council(agenda())) == "Chaired by Bob"
     assert room.of(mmc.Publish)[0].text.endswith(
-        "| Dan | 3.0 | 2 | 0 |\n\n"
+        "| Dan | 4.0 | – |\n\n"
         "No ballot from Bob: said nothing for 60 s.\n\n"
         "No ballot from Dan: said nothing for 60 s."
     )
@@ -260,7 +276,7 @@ def test_with_no_ballot_the_first_seat_concludes() -> None:
     assert ranking.text.startswith(
         "\n---\n\n### 🏆 Ranking\n\nNo valid ballots: the members stay in their order."
     )
-    assert "gave no result" in room.of(mmc.Speak)[-1].brief
+    assert "No valid ballots" in room.of(mmc.Speak)[-1].brief
 
 
 def test_ballots_that_are_left_count_alone() -> None:
@@ -341,7 +357,7 @@ def test_a_chair_that_breaks_off_has_concluded() -> None:
     assert room.chairs == ["Cat"]
 
 
-def test_the_chair_is_told_the_answers_by_name_the_ranking_and_the_remarks() -> None:
+def test_the_chair_is_told_answers_and_judgements_without_any_name() -> None:
     class Remarking(Room):
         def perform(self, step: mmc.Step) -> Any:
             if isinstance(step, mmc.Judge):
@@ -353,20 +369,55 @@ def test_the_chair_is_told_the_answers_by_name_the_ranking_and_the_remarks() -> 
             return super().perform(step)
 
     room = Remarking(silent={"Dan": "boom"})
-    prompt = "{question}|{answers}|{result}|{other}"
+    prompt = "{question}~{answers}~{result}~{other}"
     room.play(mmc.council(agenda(conclusion_prompt=prompt)))
-    question, answers, result, other = room.of(mmc.Speak)[-1].brief.split("|")
+    step = room.of(mmc.Speak)[-1]
+    question, answers, result, other = step.brief.split("~")
     assert (question, other) == (QUESTION, "{other}")
+    assert sorted(step.names) == ["A", "B", "C"]
+    assert sorted(step.names.values()) == ["Ann", "Bob", "Cat"]
     assert answers == "\n\n".join(
-        f'<message from="{alias}">\n{alias}\'s tree.\n</message>'
-        for alias in ("Ann", "Bob", "Cat")
+        f'<message from="{letter}">\n[{letter}]\'s tree.\n</message>'
+        for letter in step.names
     )
-    assert result == (
-        "The participants ranked each other's answers, the best first:\n"
-        "- Bob (mean rank 1.0) Right.\n"
-        "- Cat (mean rank 1.5) Short. Clear.\n"
-        "- Ann (mean rank 2.0)"
+    assert not any(name in answers + result for name in step.names.values())
+    assert mmc.NameFilter(step.names).feed(result) == (
+        "| Member | Score | First place from |\n|---|---|---|\n"
+        "| Bob | 5.8 | Ann |\n| Cat | 5.0 | Bob |\n| Ann | 4.2 | – |\n\n"
+        "No ballot from Cat: was late.\n\n- Bob: Right.\n- Cat: Short.\n- Cat: Clear."
     )
+
+
+def test_answers_reach_the_chair_in_an_order_of_the_runs_seed() -> None:
+    orders = set()
+    for seed in range(60):
+        room = Room()
+        room.play(mmc.council(agenda(ALL[:3], seed=str(seed))))
+        orders.add(tuple(room.of(mmc.Speak)[-1].names.values()))
+    assert orders == set(permutations(ALL[:3]))
+
+
+def test_a_chair_from_outside_concludes_and_the_best_ranked_where_it_fails() -> None:
+    from_outside = replace(agenda(chair="judge-1"), judge="Judge")
+    room = Room(ranks=BALLOTS)
+    assert room.play(mmc.council(from_outside)) == "Chaired by Judge"
+    assert [paper.voter for paper in room.of(mmc.Judge)[0].papers] == list(ALL)
+    assert "Judge" not in room.of(mmc.Speak)[-1].names.values()
+    room = Room(ranks=BALLOTS, chairless=["Judge"])
+    assert room.play(mmc.council(from_outside)) == "Chaired by Cat (Judge failed)"
+    assert room.chairs == ["Judge", "Cat"]
+
+
+def test_ballots_of_seats_of_one_model_count_and_are_marked() -> None:
+    models = {"Ann": "oak", "Bob": "elm", "Cat": "oak", "Dan": "oak"}
+    room = Room(ranks={k: v for k, v in BALLOTS.items() if k != "Dan"})
+    room.play(mmc.council(agenda(models=models)))
+    table = room.of(mmc.Publish)[0].text
+    assert "\n\nAnn and Cat are one model, which may favour itself." in table
+    assert "| Bob | 6.1 | Ann, Cat |" in table
+    room = Room(ranks=BALLOTS)
+    room.play(mmc.council(agenda(models=dict(zip(ALL, "abcd", strict=True)))))
+    assert "one model" not in room.of(mmc.Publish)[0].text
 
 
 def test_two_seats_of_one_model_are_two_members() -> None:
@@ -384,14 +435,13 @@ def test_two_seats_of_one_model_are_two_members() -> None:
 # -- the debate ------------------------------------------------------------------------
 
 
-def test_a_debate_has_rounds_a_vote_and_the_winners_conclusion() -> None:
-    room = Room(ranks={"Ann": "Cat", "Bob": "Cat", "Cat": "Ann"})
+def test_a_debate_begins_blind_goes_on_in_turns_and_ends_with_a_vote() -> None:
+    room = Room(ranks={"Ann": "Cat Bob", "Bob": "Cat Ann", "Cat": "Ann Bob"})
     end = room.play(mmc.debate(agenda(ALL[:3], rounds=2)))
     assert end == "Chaired by Cat"
     spoken = [step for step in room.of(mmc.Speak) if not step.concludes]
-    assert [step.aliases for step in spoken] == [("Ann",), ("Bob",), ("Cat",)] * 2
-    roles = [step.role for step in spoken]
-    assert roles == ["round 1 of 2", "", "", "round 2 of 2", "", ""]
+    assert [s.aliases for s in spoken] == [ALL[:3], ("Ann",), ("Bob",), ("Cat",)]
+    assert [s.role for s in spoken] == ["opening", "round 2 of 2", "", ""]
     assert all(step.joins and step.brief == mmc.DEBATE_PROMPT for step in spoken)
     assert room.chairs == ["Cat"]
     assert room.outcomes == ["> 🏁 3 of 3 answered · chaired by Cat"]
@@ -400,10 +450,23 @@ def test_a_debate_has_rounds_a_vote_and_the_winners_conclusion() -> None:
         "| Member | Votes | From |\n|---|---|---|\n"
         "| Cat | 2 | Ann, Bob |\n| Ann | 1 | Cat |\n| Bob | 0 | – |"
     )
-    assert (
-        "(3 valid votes): Cat has 2, Ann has 1, Bob has 0."
-        in room.of(mmc.Speak)[-1].brief
-    )
+    conclusion = room.of(mmc.Speak)[-1]
+    told = mmc.NameFilter(conclusion.names).feed(conclusion.brief)
+    assert "| Cat | 2 | Ann, Bob |\n| Ann | 1 | Cat |\n| Bob | 0 | – |" in told
+
+
+def test_a_debate_of_one_round_is_blind_and_needs_no_role() -> None:
+    room = Room()
+    room.play(mmc.debate(agenda(ALL[:2], rounds=1)))
+    opening, _ = room.of(mmc.Speak)
+    assert (opening.aliases, opening.role) == (("Ann", "Bob"), "")
+
+
+def test_who_is_late_in_the_opening_sits_out_the_rest() -> None:
+    room = Room(silent={"Bob": "it was late"}, ranks={"Ann": "Cat"})
+    room.play(mmc.debate(agenda(ALL[:3], rounds=3)))
+    spoken = [s.aliases for s in room.of(mmc.Speak) if not s.concludes]
+    assert spoken == [ALL[:3], *[("Ann",), ("Cat",)] * 2]
 
 
 def test_nobody_can_vote_for_itself() -> None:
@@ -411,7 +474,7 @@ def test_nobody_can_vote_for_itself() -> None:
     room.play(mmc.debate(agenda(ALL[:3], rounds=1)))
     (vote,) = room.of(mmc.Judge)
     assert vote.read is mmc.read_vote
-    assert [(paper.voter, list(paper.choices)) for paper in vote.papers] == [
+    assert [(paper.voter, sorted(paper.choices)) for paper in vote.papers] == [
         ("Ann", ["Bob", "Cat"]),
         ("Bob", ["Ann", "Cat"]),
         ("Cat", ["Ann", "Bob"]),
@@ -421,8 +484,15 @@ def test_nobody_can_vote_for_itself() -> None:
         assert json.dumps(list(paper.choices)) in paper.brief
 
 
+def test_the_candidates_stand_in_an_order_of_each_voters_own() -> None:
+    papers = list(mmc.vote_papers(agenda(seed="s"), "abcdefgh"))
+    firsts = {next(iter(paper.choices)) for paper in papers}
+    assert len(firsts) > 2
+
+
 def test_equal_votes_are_decided_by_the_order_of_the_seats() -> None:
-    room = Room(ranks={"Ann": "Bob", "Bob": "Cat", "Cat": "Ann"})
+    ranks = {"Ann": "Bob Cat", "Bob": "Cat Ann", "Cat": "Ann Bob"}
+    room = Room(ranks=ranks)
     room.play(mmc.debate(agenda(ALL[:3], rounds=1)))
     assert room.chairs == ["Ann"]
 
@@ -437,7 +507,7 @@ def test_with_no_valid_vote_the_members_stay_in_their_order() -> None:
     room = Room()
     room.play(mmc.debate(agenda(ALL[:2], rounds=1)))
     assert room.of(mmc.Publish)[0].text.startswith(
-        "\n---\n\n### 🏆 Votes\n\nNo valid votes: the members stay in their order."
+        "\n---\n\n### 🏆 Votes\n\nNo valid ballots: the members stay in their order."
     )
     assert room.chairs == ["Ann"]
 
@@ -445,8 +515,8 @@ def test_with_no_valid_vote_the_members_stay_in_their_order() -> None:
 def test_who_fails_twice_sits_out_the_rest_of_a_debate_and_does_not_vote() -> None:
     room = Room(silent={"Bob": "boom"}, ranks={"Ann": "Cat"})
     room.play(mmc.debate(agenda(ALL[:3], rounds=3)))
-    spoken = [s.aliases[0][0] for s in room.of(mmc.Speak) if not s.concludes]
-    assert "".join(spoken) == "ABCABCAC"
+    spoken = ["".join(s.aliases) for s in room.of(mmc.Speak) if not s.concludes]
+    assert " ".join(spoken) == "AnnBobCat Ann Bob Cat Ann Cat"
     (vote,) = room.of(mmc.Judge)
     assert [paper.voter for paper in vote.papers] == ["Ann", "Cat"]
     assert room.outcomes == ["> 🏁 2 of 3 answered · Bob failed: boom · chaired by Cat"]
@@ -455,7 +525,7 @@ def test_who_fails_twice_sits_out_the_rest_of_a_debate_and_does_not_vote() -> No
 def test_who_spoke_once_is_heard_although_it_failed_later() -> None:
     class OnlyFirst(Room):
         def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
-            if alias == "Bob" and step.note.startswith("round 2"):
+            if alias == "Bob" and step.role != "opening":
                 return mmc.Turn("Bob", "", failure="boom")
             return super().turn(alias, step)
 
@@ -544,8 +614,12 @@ WRONG = "Your ranking must name each of A, B, C once, as a JSON object."
 
 
 def ranks(answer: str, lenient: bool = False) -> Any:
+    """The ranks a ballot without scores stands for."""
     found = mmc.read_ranking(answer, PAPER, lenient)
-    return found if isinstance(found, str) else dict(found.ranks)
+    if isinstance(found, str):
+        return found
+    assert sum(found.values.values()) == 5 * len(found.values)
+    return {alias: 7 - value for alias, value in found.values.items()}
 
 
 @pytest.mark.parametrize(
@@ -604,11 +678,8 @@ def test_leniently_who_is_not_named_shares_the_last_place() -> None:
     [
         "B > A > C",
         "B, A, C.",
-        "1. B\n2. A\n3. C",
-        "The best is B, then A, and C is last.",
         '{"ranking": "B, A, C"}',
-        "A is good. Mine:\n\n1. B\n\n2) A\n\n - C",
-        "B > A, D; and then C",
+        "A is good. Mine:\n\nB > A > C",
         "A, B? No: B → A → C, as the BAD say.",
     ],
 )
@@ -666,7 +737,7 @@ def test_remarks_are_kept_by_name_as_harmless_lines() -> None:
     found = mmc.read_ranking(answer, PAPER)
     assert found == mmc.Ballot(
         "Zoe",
-        {"Ann": 1.0, "Bob": 2.0, "Cat": 3.0},
+        {"Ann": 6.0, "Bob": 5.0, "Cat": 4.0},
         {"Ann": "Very bgood/b", "Cat": "7"},
     )
 
@@ -678,9 +749,56 @@ def test_remarks_of_another_shape_are_none(comments: str) -> None:
     assert isinstance(found, mmc.Ballot) and found.remarks == {}
 
 
+SCORES = '"scores": {"A": 6, " b ": 9, "C": 2.5}'
+
+
+def values(answer: str, lenient: bool = False) -> Any:
+    found = mmc.read_ranking(answer, PAPER, lenient)
+    return found if isinstance(found, str) else dict(found.values)
+
+
+def test_scores_count_with_a_point_for_each_place() -> None:
+    both = f'{{{SCORES}, "ranking": ["A", ["B", "C"]]}}'
+    assert values(both) == {"Ann": 7.0, "Bob": 8.5, "Cat": 2.0}
+
+
+def test_scores_alone_make_a_ranking() -> None:
+    assert values(f"{{{SCORES}}}") == {"Ann": 6.0, "Bob": 10.0, "Cat": 1.5}
+    tied = '{"scores": {"A": 7, "B": 7, "C": 7}, "ranking": ["B"]}'
+    assert values(tied) == {"Ann": 7.0, "Bob": 7.0, "Cat": 7.0}
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        '{"A": 6, "B": 9}',
+        '{"A": 6, "B": 9, "C": 11}',
+        '{"A": 6, "B": 9, "C": -1}',
+        '{"A": 6, "B": 9, "C": "two"}',
+        '{"A": 6, "B": 9, "C": NaN}',
+        '{"A": 60, "B": 90, "C": 25}',
+        '{"A": 6, "B": 9, "C": 1' + "0" * 400 + "}",
+        "[6, 9, 2]",
+        "null",
+    ],
+)
+def test_where_a_score_is_missing_the_places_count_alone(scores: str) -> None:
+    ranked = f'{{"scores": {scores}, "ranking": ["B", "A", "C"]}}'
+    assert values(ranked) == {"Bob": 6.0, "Ann": 5.0, "Cat": 4.0}
+    assert values(f'{{"scores": {scores}}}') == WRONG
+
+
+def test_a_ballot_is_read_wherever_the_object_stands() -> None:
+    answer = f'{{"comments": {{"A": "Good."}}, {SCORES}}} That is all.'
+    found = mmc.read_ranking(f"My view: {answer}", PAPER)
+    assert isinstance(found, mmc.Ballot)
+    assert found.remarks == {"Ann": "Good."}
+
+
 SCRAPS = st.lists(
     st.sampled_from(
-        ["A", "B", "C", "Z", '{"ranking":', "[", "]", "}", '"A"', '"B"', ",", "=", " "]
+        ["A", "B", "C", "Z", '{"ranking":', '{"scores":', "[", "]", "{", "}"]
+        + ['"A"', '"B"', '"A":', '"B":', '"C":', "7", ",", "=", " "]
     )
 ).map("".join)
 
@@ -689,8 +807,8 @@ SCRAPS = st.lists(
 def test_a_ballot_has_everybody_once_or_is_none(answer: str, lenient: bool) -> None:
     found = mmc.read_ranking(answer, PAPER, lenient)
     if isinstance(found, mmc.Ballot):
-        assert set(found.ranks) == {"Ann", "Bob", "Cat"}
-        assert sum(found.ranks.values()) == 6
+        assert set(found.values) == {"Ann", "Bob", "Cat"}
+        assert all(-1 <= value <= 11 for value in found.values.values())
     else:
         assert found == WRONG
 
@@ -700,7 +818,10 @@ VOTERS = mmc.BallotPaper("Zoe", "", {name: name for name in ("Ann", "Ann Lee", "
 
 def vote(answer: str, lenient: bool = False) -> Any:
     found = mmc.read_vote(answer, VOTERS, lenient)
-    return found if isinstance(found, str) else list(found.ranks.items())
+    if isinstance(found, str):
+        return found
+    assert set(found.values) == set(VOTERS.choices)
+    return [(alias, value) for alias, value in found.values.items() if value]
 
 
 @pytest.mark.parametrize(
@@ -749,131 +870,84 @@ def test_leniently_a_vote_is_a_text_that_names_one() -> None:
 FOUR = [ballot(voter, order) for voter, order in BALLOTS.items()]
 
 
-def rounded(standings: Sequence[mmc.Standing]) -> list[tuple[Any, ...]]:
-    return [
-        (
-            s.alias,
-            None if s.score is None else round(s.score, 4),
-            None if s.mean_rank is None else round(s.mean_rank, 4),
-            s.ballots,
-            s.firsts,
-        )
-        for s in standings
+def scored(voter: str, **scores: float) -> mmc.Ballot:
+    """A ballot of these values."""
+    return mmc.Ballot(voter, scores)
+
+
+def fared(standings: Sequence[mmc.Standing]) -> list[tuple[str, float | None]]:
+    return [(s.alias, s.score and round(s.score, 2)) for s in standings]
+
+
+def names_of(standings: Sequence[mmc.Standing]) -> list[str]:
+    return [s.alias for s in standings]
+
+
+def test_members_are_compared_by_what_the_ballots_say_of_them() -> None:
+    standings = mmc.tally(ALL, FOUR)
+    assert names_of(standings) == ["Cat", "Bob", "Ann", "Dan"]
+    assert [s.first_for for s in standings] == [("Bob", "Dan"), ("Ann", "Cat"), (), ()]
+
+
+def test_a_lenient_judge_lifts_nobody_over_itself() -> None:
+    """Ann and Bob are as good, but Ann is judged by a strict one only."""
+    ballots = [
+        scored("Strict", Ann=3, Bob=3, Cat=1),
+        scored("Lenient", Bob=10, Cat=8),
+        scored("Mild", Ann=6, Cat=4),
     ]
+    standings = {s.alias: s.score or 0.0 for s in mmc.tally(ALL[:3], ballots)}
+    raw = {"Ann": (3 + 6) / 2, "Bob": (3 + 10) / 2}
+    assert abs(standings["Ann"] - standings["Bob"]) < abs(raw["Ann"] - raw["Bob"]) / 2
 
 
-def test_members_are_compared_by_their_mean_normalised_rank() -> None:
-    assert rounded(mmc.tally(ALL, FOUR)) == [
-        ("Cat", 0.1667, 1.3333, 3, 2),
-        ("Bob", 0.3333, 1.6667, 3, 2),
-        ("Ann", 0.5, 2.0, 3, 0),
-        ("Dan", 1.0, 3.0, 3, 0),
+def test_who_meets_the_best_one_on_every_ballot_is_not_put_back_for_it() -> None:
+    """Dan is best, and so never met by himself; Ann's opponents are the same as Bob's
+    but for that: mean ranks would put Dan's rivals under whoever met him less."""
+    truth = {"Ann": 6.0, "Bob": 5.0, "Cat": 4.0, "Dan": 9.0}
+    ballots = [
+        scored(voter, **{a: x for a, x in truth.items() if a != voter})
+        for voter in truth
     ]
-
-
-def test_ballots_of_different_lengths_count_alike() -> None:
-    ballots = [ballot("Ann", "Bob Cat"), ballot("Bob", "Cat Ann Dan Eve")]
-    assert rounded(mmc.tally(["Ann", "Bob", "Cat", "Dan", "Eve"], ballots)) == [
-        ("Bob", 0.0, 1.0, 1, 1),
-        ("Ann", 0.3333, 2.0, 1, 0),
-        ("Cat", 0.5, 1.5, 2, 1),
-        ("Dan", 0.6667, 3.0, 1, 0),
-        ("Eve", 1.0, 4.0, 1, 0),
-    ]
-
-
-def test_shared_places_have_the_mean_of_their_ranks() -> None:
-    assert ballot("Zoe", "Bob=Cat=Dan Ann").ranks == {
-        "Bob": 2,
-        "Cat": 2,
-        "Dan": 2,
-        "Ann": 4,
-    }
+    assert names_of(mmc.tally(ALL, ballots)) == ["Dan", "Ann", "Bob", "Cat"]
 
 
 def test_equal_members_stay_in_the_order_of_the_seats() -> None:
     ballots = [ballot("Ann", "Bob=Cat"), ballot("Bob", "Ann=Cat")]
-    assert [s.alias for s in mmc.tally(["Cat", "Ann", "Bob"], ballots)] == [
-        "Cat",
-        "Ann",
-        "Bob",
-    ]
+    assert names_of(mmc.tally(["Cat", "Ann", "Bob"], ballots)) == ["Cat", "Ann", "Bob"]
 
 
-def test_without_ballots_nobody_has_a_rank() -> None:
-    assert rounded(mmc.tally(["Bob", "Ann"], [])) == [
-        ("Bob", None, None, 0, 0),
-        ("Ann", None, None, 0, 0),
-    ]
+def test_of_two_the_one_that_is_judged_better_is_first() -> None:
+    ballots = [scored("Ann", Bob=9), scored("Bob", Ann=6)]
+    assert names_of(mmc.tally(["Ann", "Bob"], ballots)) == ["Bob", "Ann"]
+
+
+def test_without_ballots_nobody_has_a_score() -> None:
+    assert fared(mmc.tally(["Bob", "Ann"], [])) == [("Bob", None), ("Ann", None)]
 
 
 def test_who_stands_on_no_ballot_is_last() -> None:
     standings = mmc.tally(["Ann", "Bob", "Cat"], [ballot("Ann", "Bob Cat")])
-    assert standings[0].alias == "Bob"
-    assert {s.alias for s in standings[1:]} == {"Ann", "Cat"}
+    assert names_of(standings) == ["Bob", "Cat", "Ann"]
 
 
-def test_votes_are_counted() -> None:
-    ballots = [
-        ballot("Ann", "Cat"),
-        ballot("Bob", "Cat"),
-        ballot("Cat", "Bob"),
-        ballot("Dan", "Bob"),
-        ballot("Eve", "Cat"),
-    ]
-    standings = mmc.tally(["Ann", "Bob", "Cat", "Dan", "Eve"], ballots)
-    assert [(s.alias, s.ballots) for s in standings] == [
-        ("Cat", 3),
-        ("Bob", 2),
-        ("Ann", 0),
-        ("Dan", 0),
-        ("Eve", 0),
-    ]
+CHOICES = st.lists(st.integers(-1, 4), min_size=5, max_size=5)
 
 
-def test_who_ranked_most_differently_is_named() -> None:
-    assert mmc.most_dissenting(mmc.tally(ALL, FOUR), FOUR) == ["Ann", "Dan"]
-
-
-def test_members_in_the_same_order_do_not_disagree() -> None:
-    same = [
-        ballot("Ann", "Bob Cat"),
-        ballot("Bob", "Ann Cat"),
-        ballot("Cat", "Ann Bob"),
-    ]
-    assert mmc.most_dissenting(mmc.tally(ALL[:3], same), same) == []
-
-
-@pytest.mark.parametrize(
-    "ballots",
-    [
-        [],
-        [ballot("Ann", "Bob Cat")],
-        [ballot("Ann", "Bob Cat"), ballot("Dan", "Bob Cat")],
-        [ballot("Ann", "Bob"), ballot("Bob", "Ann")],
-    ],
-)
-def test_where_all_agree_nobody_disagreed(ballots: list[mmc.Ballot]) -> None:
-    assert mmc.most_dissenting(mmc.tally(ALL, ballots), ballots) == []
-
-
-def test_the_table_of_a_ranking() -> None:
-    assert mmc.render_ranking(mmc.tally(ALL, FOUR), FOUR) == (
-        "\n---\n\n### 🏆 Ranking\n\n"
-        "| Member | Mean rank | Ballots | First places |\n|---|---|---|---|\n"
-        "| Cat | 1.3 | 3 | 2 |\n"
-        "| Bob | 1.7 | 3 | 2 |\n"
-        "| Ann | 2.0 | 3 | 0 |\n"
-        "| Dan | 3.0 | 3 | 0 |\n"
-        "\nAnn and Dan disagreed most with the others."
-    )
-
-
-def test_the_table_says_who_was_not_ranked() -> None:
-    one = [ballot("Ann", "Cat Bob")]
-    table = mmc.render_ranking(mmc.tally(["Ann", "Bob", "Cat"], one), one)
-    assert "| Ann | – | 0 | 0 |" in table
-    assert "disagreed" not in table
+@given(CHOICES)
+def test_who_has_more_votes_stands_higher_whoever_did_not_vote(
+    choices: list[int],
+) -> None:
+    everybody = ("Ann", "Bob", "Cat", "Dan", "Eve")
+    ballots = []
+    for voter, choice in zip(everybody, choices, strict=True):
+        others = [alias for alias in everybody if alias != voter]
+        if 0 <= choice < len(others):
+            chosen = {alias: float(alias == others[choice]) for alias in others}
+            ballots.append(mmc.Ballot(voter, chosen))
+    standings = mmc.tally(everybody, ballots)
+    votes = [len(s.first_for) for s in standings if s.score is not None]
+    assert votes == sorted(votes, reverse=True)
 
 
 @given(st.lists(st.permutations(ALL), max_size=6))
@@ -882,9 +956,308 @@ def test_who_every_ballot_puts_first_wins(orders: list[list[str]]) -> None:
         ballot(f"V{n}", " ".join(["Eve", *o]))
         for n, o in enumerate([list(ALL)] + orders)
     ]
-    standings = mmc.tally([*ALL, "Eve"], ballots)
-    assert standings[0].alias == "Eve" and standings[0].score == 0
-    assert all(0 <= (s.score or 0) <= 1 for s in standings)
+    assert mmc.tally([*ALL, "Eve"], ballots)[0].alias == "Eve"
+
+
+AGREED = {"Ann": "Bob Cat Dan", "Bob": "Ann Cat Dan", "Cat": "Ann Bob Dan"}
+AGREED["Dan"] = "Ann Bob Cat"
+
+
+@pytest.mark.parametrize(
+    ("orders", "words"),
+    [
+        (AGREED, "The members agree."),
+        (BALLOTS, "The members agree partly."),
+        (
+            {
+                "Ann": "Bob Cat Dan",
+                "Bob": "Dan Cat Ann",
+                "Cat": "Ann Dan Bob",
+                "Dan": "Cat Bob Ann",
+            },
+            "The members hardly agree.",
+        ),
+        ({k: v for k, v in AGREED.items() if k < "C"}, ""),
+        ({"Ann": "Bob=Cat=Dan", "Bob": "Ann=Cat=Dan"}, ""),
+        ({}, ""),
+    ],
+)
+def test_how_far_the_members_agree_is_said_in_words(
+    orders: dict[str, str], words: str
+) -> None:
+    ballots = [ballot(voter, order) for voter, order in orders.items()]
+    assert mmc.describe_agreement(mmc.tally(ALL, ballots), ballots) == words
+
+
+def test_the_table_of_a_ranking() -> None:
+    assert mmc.render_standings(mmc.tally(ALL, FOUR), votes=False) == (
+        "| Member | Score | First place from |\n|---|---|---|\n"
+        "| Cat | 5.7 | Bob, Dan |\n"
+        "| Bob | 5.4 | Ann, Cat |\n"
+        "| Ann | 5.0 | – |\n"
+        "| Dan | 3.9 | – |"
+    )
+
+
+def test_the_table_says_who_was_not_judged() -> None:
+    one = [ballot("Ann", "Cat Bob")]
+    table = mmc.render_standings(mmc.tally(["Ann", "Bob", "Cat"], one), votes=False)
+    assert "| Ann | – | – |" in table
+
+
+# -- names and letters -----------------------------------------------------------------
+
+NAMES = {"A": "Cat", "B": "Ann Lee", "C": "Bob"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("[A] is right, [B] is not.", "Cat is right, Ann Lee is not."),
+        ("[A][C] ([A, B]) and [C,B].", "Cat, Bob (Cat, Ann Lee) and Bob, Ann Lee."),
+        ("[D] [a] [AB] [A,] [] [A B] [[A]]", "[D] [a] [AB] [A,] [] [A B] [Cat]"),
+        ("`x[A]`, f()[B], m[A][B] and `[A]`", "`x[A]`, f()[B], m[A][B] and `Cat`"),
+        ("A list: [1, 2], [A, D], [A", "A list: [1, 2], [A, D], [A"),
+        ("Plan A, **[B]**", "Plan A, **Ann Lee**"),
+    ],
+)
+def test_names_stand_where_the_chair_wrote_letters(text: str, shown: str) -> None:
+    def read(*pieces: str) -> str:
+        names = mmc.NameFilter(NAMES)
+        return "".join([*map(names.feed, pieces), names.close()])
+
+    assert read(text) == read(*text) == shown
+    for at in range(len(text)):
+        assert read(text[:at], text[at:]) == shown
+
+
+@given(st.lists(st.text("[]ABD, x", max_size=6)))
+def test_names_are_put_in_wherever_the_text_is_cut(pieces: list[str]) -> None:
+    names, whole = mmc.NameFilter(NAMES), mmc.NameFilter(NAMES)
+    cut = "".join([*map(names.feed, pieces), names.close()])
+    assert cut == whole.feed("".join(pieces)) + whole.close()
+
+
+def test_a_text_without_letters_is_not_held_back() -> None:
+    assert mmc.NameFilter({}).feed("see [A") == "see [A"
+    names = mmc.NameFilter(NAMES)
+    assert names.feed("see [A") == "see "
+    assert names.feed(" long list") == "[A long list"
+
+
+def test_a_chair_hears_a_debate_under_letters() -> None:
+    entries: list[mmc.Entry] = [
+        mmc.Question("Is Bob right?"),
+        mmc.Turn("Bob", "I, Bob, say oaks.", ({"role": "assistant"},)),
+        mmc.Turn("Ann Lee", "Bob is wrong; Bobby is too."),
+        mmc.Turn("Gone", "I agree with Bob."),
+    ]
+    assert mmc.hide_speakers(entries, NAMES) == [
+        mmc.Question("Is Bob right?"),
+        mmc.Turn("C", "I, [C], say oaks."),
+        mmc.Turn("B", "[C] is wrong; Bobby is too."),
+        mmc.Turn("Gone", "I agree with Bob."),
+    ]
+
+
+# -- drafts in a line ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Plain.",
+        "R&D & x &lt; y &amp;amp; &#35; &copy",
+        "```html\n</details>\n```",
+        "&lt;/details> and </details",
+        "",
+        "</summary>\n\nEnd",
+    ],
+)
+def test_a_draft_is_read_back_as_it_was_folded(text: str) -> None:
+    folds = mmc.render_fold("🔵 Ann · 2 words", f"### 🔵 Ann\n\n{text}")
+    assert folds.count("</details>") == 1
+    assert mmc.unfold(f"Before.\n{folds}\nAfter.") == (
+        f"Before.\n### 🔵 Ann\n\n{text}\nAfter."
+    )
+
+
+@given(st.lists(st.text("&<>/#;altmpdei \n", max_size=20), max_size=4))
+def test_all_drafts_are_read_back_as_they_were_folded(texts: list[str]) -> None:
+    joined = "\n".join(mmc.render_fold("🔵 Ann", text) for text in texts)
+    assert mmc.unfold(joined) == "\n".join(texts)
+
+
+def transcript_of(*sections: Sequence[tuple[Any, str]]) -> mmc.Transcript:
+    """A transcript of these sections, each of blocks with a kind and a text."""
+    transcript = mmc.Transcript("t")
+    for blocks in sections:
+        number = transcript.open_section()
+        for kind, text in blocks:
+            fields = {"call_id": "c1"} if kind.startswith("function") else {}
+            speaker = text.rpartition("### 🔵 ")[2][:3] if "🔵" in text else ""
+            transcript.add(kind, speaker, number, **fields).text.append(text)
+    return transcript
+
+
+def folded(transcript: mmc.Transcript, **marks: str) -> list[Json]:
+    """What a page has once it is folded; the server has the same."""
+    page: Output = []
+    server: Output = []
+    emitter = mmc.Emitter(mmc.plan_items, 0.0)
+    for block in transcript.blocks:
+        emitter.emit_replace(block, block.text)
+
+    def send() -> None:
+        nonlocal page, server
+        for event in emitter.flush():
+            page = apply_response_event(page, event)
+            server = reduce_by_index(server, event)
+
+    send()
+    outcome, ranking = (
+        next(b.section for b in transcript.blocks if sign in str(b.text))
+        for sign in "🏁🏆"
+    )
+    for block in mmc.fold_drafts(transcript, outcome, ranking, marks):
+        emitter.emit_replace(block, block.text)
+    send()
+    assert page == server == list(map(mmc.render_item, transcript.blocks))
+    return [item for item in page if item["type"] != "message" or text_in(item)]
+
+
+def text_in(item: Json) -> str:
+    return str(item["content"][0]["text"])
+
+
+def test_the_conclusion_moves_to_the_front_with_everything_of_it() -> None:
+    transcript = transcript_of(
+        [("message", "> ⚠️ Team line 2: no.")],
+        [("message", "### 🔵 Ann"), ("reasoning", "Hm."), ("message", "Oaks & elms.")],
+        [("message", "\n---\n\n### 🔴 Bob · opening"), ("message", "Firs.")],
+        [("message", "\n---\n\n### 🏆 Ranking\n\n| Bob |")],
+        [("message", "> 🏁 chaired by Bob")],
+        [
+            ("message", "\n---\n\n### 🔴 Bob · conclusion"),
+            ("function_call", "{}"),
+            ("function_call_output", "found"),
+            ("message", "Firs it is."),
+        ],
+        [("message", "> ⏱️ 3 model calls")],
+    )
+    for block in transcript.blocks:
+        block.speaker = {2: "Ann", 3: "Bob", 6: "Bob"}.get(block.section, "")
+    items = folded(transcript, Ann="rank 2", Bob="rank 1")
+    assert [item["type"] for item in items] == [
+        *("message", "message", "function_call", "function_call_output"),
+        *("message", "message", "message", "message", "reasoning"),
+        *("message", "message"),
+    ]
+    assert [item["speaker"] for item in items[1:5]] == ["Bob"] * 4
+    assert {item["call_id"] for item in items[2:4]} == {"c1_"}
+    texts = [text_in(item) for item in items if item["type"] == "message"]
+    assert [text.strip() for text in texts] == [
+        "> 🏁 chaired by Bob",
+        "---\n\n### 🔴 Bob · conclusion",
+        "Firs it is.",
+        "---\n\n### 🏆 Ranking\n\n| Bob |",
+        "> ⚠️ Team line 2: no.",
+        mmc.render_fold("🔵 Ann · rank 2 · 3 words", "### 🔵 Ann\n\nOaks & elms."),
+        mmc.render_fold(
+            "🔴 Bob · opening · rank 1 · 1 word", "### 🔴 Bob · opening\n\nFirs."
+        ),
+        "> ⏱️ 3 model calls",
+    ]
+    assert turns(asked("Trees?"), said(*texts)) == [
+        ("Ann", "Oaks & elms.", False),
+        ("Bob", "Firs.", False),
+        ("Bob", "Firs it is.", True),
+    ]
+
+
+def test_of_two_chairs_the_one_that_spoke_last_has_concluded() -> None:
+    transcript = transcript_of(
+        [("message", "### 🔵 Ann"), ("message", "Oaks.")],
+        [("message", "### 🏆 Ranking")],
+        [("message", "> 🏁 chaired by Ann (Bob failed)")],
+        [("message", "### 🔴 Bob · conclusion"), ("message", "> ⚠️ **Bob** broke off")],
+        [("message", "### 🔵 Ann · conclusion"), ("message", "Oaks it is.")],
+    )
+    texts = [text_in(item) for item in folded(transcript)]
+    assert texts[:3] == [
+        "> 🏁 chaired by Ann (Bob failed)",
+        "### 🔵 Ann · conclusion",
+        "Oaks it is.",
+    ]
+    assert "<summary>🔴 Bob · conclusion · " in texts[-1]
+
+
+# -- a chair from outside --------------------------------------------------------------
+
+CARDS = {
+    "oak-1": mmc.ModelCard("oak-1", "Oak"),
+    "judge-1": mmc.ModelCard("judge-1", "The Judge"),
+    "ann-1": mmc.ModelCard("ann-1", "Ann"),
+    "talk": mmc.ModelCard("talk", "Talk", is_self=True),
+}
+SEATS = [mmc.Seat("Ann", "oak-1"), mmc.Seat("Bob", "oak-1")]
+
+
+@pytest.mark.parametrize(
+    ("chair", "seats"),
+    [
+        ("", []),
+        ("  ", []),
+        ("ann", []),
+        ("Zoe", []),
+        ("talk", []),
+        ("judge-1", [mmc.Seat("The Judge", "judge-1")]),
+        ("the judge", [mmc.Seat("The Judge", "judge-1")]),
+        ("ann-1", [mmc.Seat("Ann 2", "ann-1")]),
+        ("oak-1", [mmc.Seat("Oak", "oak-1")]),
+    ],
+)
+def test_a_chair_that_is_no_member_is_a_model_the_asker_may_use(
+    chair: str, seats: list[mmc.Seat]
+) -> None:
+    assert mmc.choose_chair(settings(chair=chair), CARDS, SEATS) == seats
+
+
+# -- the ceiling on tokens -------------------------------------------------------------
+
+
+def spending(agenda: mmc.Agenda, room: Room, each: int) -> mmc.Agenda:
+    """An agenda of a room in which each turn takes so many tokens."""
+
+    def used() -> int:
+        return each * sum(len(step.aliases) for step in room.of(mmc.Speak))
+
+    found: mmc.Agenda = replace(agenda, tokens_used=used)
+    return found
+
+
+def test_a_ceiling_on_tokens_ends_it_with_the_round() -> None:
+    room = Room()
+    wanted = agenda(ALL[:2], rounds=3, max_tokens=900)
+    end = room.play(mmc.round_robin(spending(wanted, room, 500)))
+    spoken = [step.aliases for step in room.of(mmc.Speak)]
+    assert spoken == [("Ann",), ("Bob",)]
+    assert end == "Ended: the ceiling on tokens is reached"
+
+
+def test_after_the_ceiling_a_debate_is_decided_as_after_its_last_round() -> None:
+    room = Room(ranks={"Ann": "Bob"})
+    wanted = agenda(ALL[:2], rounds=9, max_tokens=40)
+    assert room.play(mmc.debate(spending(wanted, room, 10))) == "Chaired by Bob"
+    spoken = [step.aliases for step in room.of(mmc.Speak) if not step.concludes]
+    assert spoken == [("Ann", "Bob"), ("Ann",), ("Bob",)]
+
+
+def test_without_a_ceiling_nobody_counts() -> None:
+    room = Room()
+    wanted = agenda(ALL[:1], rounds=2)
+    end = room.play(mmc.round_robin(spending(wanted, room, 10**9)))
+    assert end == "Finished after 2 rounds"
 
 
 # -- the next question -----------------------------------------------------------------
@@ -904,11 +1277,11 @@ COUNCIL = said(
     "Oaks.",
     "\n---\n\n### 🔴 Bob",
     "Elms,\nand oaks.",
-    "> ⏳ not ranked: it came after the review had begun",
+    "> ⏳ not counted: the others had gone on",
     "\n---\n\n### 🟢 Cat",
     "> ⚠️ **Cat** could not answer: boom",
-    "\n---\n\n### 🏆 Ranking\n\n| Member | Mean rank | Ballots | First places |\n"
-    "|---|---|---|---|\n| Ann | 1.0 | 1 | 1 |\n\nAnn disagreed most with the others.",
+    "\n---\n\n### 🏆 Ranking\n\n| Member | Score | First place from |\n"
+    "|---|---|---|\n| Ann | 6.1 | Bob |\n\nThe members agree.",
     "> 🏁 2 of 3 answered · Cat failed: boom · chaired by Ann",
     "\n---\n\n### 🔵 Ann · conclusion",
     "Oaks and elms.",
@@ -1270,6 +1643,16 @@ def test_the_closing_line_and_the_usage_say_the_same() -> None:
     }
     assert run._describe_figures() == (
         "> ⏱️ Ann: first token 0.2 s · 40 tokens/s · 1,500 in, 90 out | 3 model calls"
+    )
+
+
+def test_the_closing_line_says_what_it_cost_where_the_provider_does() -> None:
+    run, _ = make_run()
+    counts = {"input_tokens": 9, "output_tokens": 1, "cost": 0.01234}
+    run.ledger.figures["Ann"] = mmc.Figures(calls=2, usage=counts)
+    run.ledger.usage = counts
+    assert run._describe_figures() == (
+        "> ⏱️ Ann: 9 in, 1 out · cost 0.0123 | 2 model calls · cost 0.0123 in all"
     )
 
 

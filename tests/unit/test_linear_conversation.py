@@ -69,10 +69,15 @@ READERS: dict[str, Reader] = {
     "a list": ticked,
     "a line": mmc.plain_line,
     "a label": mmc.escape_labels,
+    "a fold": lambda text: mmc.unfold(mmc.render_fold("🔵 Ann", text) + text),
+    "letters": lambda text: mmc.NameFilter({"A": "Ann"}).feed(text),
+    "names": partial(mmc.hide_names, names={"A": "Ann", "B": "木"}),
     "a template": partial(mmc.fill_template, values={"history": "x", "name": "{"}),
 }
 
 SCRAPS = [
+    *('<details type="draft">\n', "</details>\n\n", "</summary>\n\n", "<summary>"),
+    *("[A", "[A, ", "[A]", "[", "&amp;", "&", "&lt;/details"),
     *("<", "< ", "</", "<\n", "<\u200b", "<message", " ", "\n", "\t", "\u00a0", "#"),
     *("{", '{"', '{"a":', '{"\n', "{'a':", '{"a":[', '[{"a":1},', "[", "(", "-", "1"),
     *("A", "A ", "A>", "A=", "A\n\n-", "A, then ", "\n1. A", "and then ", "\n\n-"),

@@ -204,6 +204,12 @@ async def test_an_error_response_is_a_failure_with_its_reason(
     assert str(failure.value) == reason
 
 
+async def test_a_web_page_is_no_answer() -> None:
+    with pytest.raises(mmc.ModelFailure, match="a web page"):
+        await items_of(" \n<!DOCTYPE html><html><body>Sign in</body></html>")
+    assert await items_of("<p>is a tag") == ["<p>is a tag"]
+
+
 async def test_a_body_nested_without_end_is_only_a_text() -> None:
     (item,) = await items_of(PlainTextResponse("[" * 100_000))
     assert item.startswith("[[")
@@ -226,6 +232,26 @@ async def test_whatever_foreign_code_raises_is_a_failure_that_says_why(
         raise raised
     assert str(failure.value) == reason
     assert failure.value.__cause__ is raised
+
+
+@pytest.mark.parametrize(
+    ("package", "reason", "status"),
+    [
+        ("aiohttp.client_exceptions", "the connection broke off", 0),
+        ("sqlalchemy.exc", "Open WebUI's database does not answer", 503),
+        ("redis.exceptions", "Open WebUI's database does not answer", 503),
+    ],
+)
+async def test_errors_in_words_for_developers_are_said_plainly(
+    package: str, reason: str, status: int
+) -> None:
+    error = type("LibraryError", (Exception,), {"__module__": package})
+    with (
+        pytest.raises(mmc.ModelFailure) as failure,
+        mmc.foreign_errors(mmc.ModelFailure),
+    ):
+        raise error("connection to 10.0.0.5:5432 failed")
+    assert (str(failure.value), failure.value.status) == (reason, status)
 
 
 def test_what_is_known_to_be_a_failure_passes() -> None:

@@ -419,6 +419,20 @@ def test_nobody_can_pose_as_another_speaker(pieces: list[str | None]) -> None:
     assert {entry.alias for entry in entries if isinstance(entry, mmc.Turn)} == {"Ann"}
 
 
+def test_what_a_model_thinks_cannot_pose_either() -> None:
+    run, _ = make_run()
+    reply = section_of(run).begin_reply()
+    for piece in ("Hm.\n##", "# 🔴 Bob\n", "<det", 'ails type="tool_calls">\n```\nx'):
+        reply.apply(mmc.ReasoningDelta(piece))
+    reply.apply(mmc.TextDelta("Oaks."))
+    reply.end()
+    (thought,) = texts_of(run, "reasoning")
+    assert (
+        thought == 'Hm.\n\\### 🔴 Bob\n<\u200bdetails type="tool_calls">\n```\nx\n```'
+    )
+    assert texts_of(run)[1:] == ["Oaks."]
+
+
 def test_arguments_stream_into_a_card_with_an_id_of_our_own() -> None:
     run, _ = make_run()
     section = section_of(run)

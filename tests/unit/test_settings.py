@@ -451,7 +451,7 @@ def test_rounds_named_in_the_question_win_under_the_ceiling() -> None:
     assert mmc.merge_settings(admin, None, body, 99).rounds == 3
 
 
-@pytest.mark.parametrize("number", ["abc", None, [], "-"])
+@pytest.mark.parametrize("number", ["abc", None, [], "-", float("inf")])
 def test_a_v2_number_of_participants_that_cannot_be_read_takes_all(number: Any) -> None:
     settings = merged({}, V2_STORED | {"NUM_PARTICIPANTS": number})
     assert len(settings.team.splitlines()) == 3

@@ -7,7 +7,8 @@ nothing unless `MMC_PROBE` names a file. Then it counts
 - calls of the host's look-ups (`Models.get_model_by_id`, `get_tools`, ...) for the
   answers of pipes, apart for those made inside the host's own
   `generate_chat_completion`;
-- the processor time of the process, and where asked for, its memory in use.
+- the processor time of the process, its tasks, threads and open files;
+- where asked for, its memory in use, and how late its event loop has been at most.
 
 A reader writes a nonce, as a line, into the pipe `<MMC_PROBE>.ask`; the counts so
 far, with that nonce, then appear in `<MMC_PROBE>`. Where nobody asks, the probe does
@@ -15,6 +16,7 @@ nothing. The host's own files are not changed: the named modules are wrapped onc
 right after they are first imported.
 """
 
+import asyncio
 import ctypes
 import functools
 import gc
@@ -35,6 +37,10 @@ from typing import Any
 
 MEMORY = "memory"
 """How a nonce begins that asks for the memory in use too; that stops the server."""
+WATCH = "watch"
+"""How a nonce begins that asks for the event loop's delays from then on."""
+WATCH_EVERY = 0.01
+"""Seconds between two looks at the clock in the event loop."""
 
 inside_host: ContextVar[bool] = ContextVar("inside_host", default=False)
 answering: ContextVar[bool] = ContextVar("answering", default=False)
@@ -55,6 +61,8 @@ CLASSES = {
         r"(has_|get_accessible)",
     ),
     "open_webui.models.config": ("Config", "Config", r"get"),
+    # the model list where Redis holds it: each a round trip (from 0.12)
+    "open_webui.socket.utils": ("CachedRedisDict", "MODELS", r"_refresh"),
 }
 """Module -> its class, the name calls are counted under, which methods."""
 
@@ -137,7 +145,7 @@ def replace_everywhere(
 def wrap_class(module: ModuleType) -> None:
     """Count the look-up methods of the module's table class."""
     class_name, label, pattern = CLASSES[module.__name__]
-    table = getattr(module, class_name)
+    table = getattr(module, class_name, object)
     for name, member in list(vars(table).items()):
         static = isinstance(member, staticmethod)
         function = member.__func__ if static else member
@@ -157,7 +165,70 @@ def wrap_functions(module: ModuleType) -> None:
 def wrap_completion(module: ModuleType) -> None:
     """Mark everything the host does to answer one completion as its own."""
     function = module.generate_chat_completion
-    replace_everywhere(module, function, marked(function, True))
+    inner = marked(function, True)
+
+    @functools.wraps(function)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        watch.loop = asyncio.get_running_loop()
+        return await inner(*args, **kwargs)
+
+    replace_everywhere(module, function, call)
+
+
+OF_THE_HOST = "AsyncSocket._send_ping"
+"""A task of each socket, which outlives it by up to 25 seconds."""
+
+
+class Watch:
+    """The event loop that answers, how late it has been at most, and whether for
+    collections of garbage, which take longer the more the host has loaded."""
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.running = False
+        self._worst = 0.0
+        self._longest_collection = 0.0
+        self._begun = 0.0
+
+    def start(self) -> None:
+        """Look at the clock again and again from now on."""
+        if self.loop is not None and not self.running:
+            self.running = True
+            gc.callbacks.append(self._collecting)
+            self.loop.call_soon_threadsafe(self._look)
+
+    def _look(self, due: float | None = None) -> None:
+        if self.loop is None:
+            return
+        now = self.loop.time()
+        self._worst = max(self._worst, now - due if due is not None else 0.0)
+        due = now + WATCH_EVERY
+        self.loop.call_at(due, self._look, due)
+
+    def _collecting(self, phase: str, _: dict[str, int]) -> None:
+        now = time.monotonic()
+        if phase == "start":
+            self._begun = now
+        else:
+            took = now - self._begun
+            self._longest_collection = max(self._longest_collection, took)
+
+    def stall(self) -> tuple[float, float]:
+        """The longest delay and collection, in seconds, since this was asked last."""
+        found = self._worst, self._longest_collection
+        self._worst = self._longest_collection = 0.0
+        return found
+
+    def tasks(self) -> int:
+        """How many tasks the loop has, without those of sockets."""
+        if self.loop is None:
+            return 0
+        tasks = asyncio.all_tasks(self.loop)
+        names = [getattr(one.get_coro(), "__qualname__", "") for one in tasks]
+        return len(names) - names.count(OF_THE_HOST)
+
+
+watch = Watch()
 
 
 def wrap_pipes(module: ModuleType) -> None:
@@ -226,6 +297,9 @@ def bytes_in_use() -> int:
 def snapshot(nonce: str) -> str:
     """The counts so far as JSON."""
     memory = bytes_in_use() if nonce.startswith(MEMORY) else 0
+    if nonce.startswith(WATCH):
+        watch.start()
+    stall, collection = watch.stall()
     with lock:
         counts = {
             "nonce": nonce,
@@ -235,6 +309,11 @@ def snapshot(nonce: str) -> str:
             "inside": dict(inside),
             "cpu_seconds": time.process_time(),
             "memory": memory,
+            "tasks": watch.tasks(),
+            "threads": threading.active_count(),
+            "files": len(os.listdir("/proc/self/fd")),
+            "stall": stall,
+            "collection": collection,
         }
     return json.dumps(counts)
 

@@ -1,0 +1,1 @@
+"""Three Open WebUI processes over PostgreSQL and Redis, behind nginx."""

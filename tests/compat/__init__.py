@@ -1,0 +1,1 @@
+"""The same tests against several versions of Open WebUI."""

@@ -1,0 +1,88 @@
+"""What came of the tests against a version, and its row in the document."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+BEGIN, END = "<!-- rows: make compat -->", "<!-- end of rows -->"
+HEAD = """\
+| Open WebUI | names | integration tests | browser | file | Python | day |
+|--|--|--|--|--|--|--|"""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a suite ended: counts, the names of what failed, and seconds."""
+
+    passed: int = 0
+    skipped: int = 0
+    failed: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def cell(self) -> str:
+        """For the table."""
+        parts = [f"{self.passed} passed"]
+        parts += [f"**{len(self.failed)} failed**"] if self.failed else []
+        parts += [f"{self.skipped} skipped"] if self.skipped else []
+        return f"{', '.join(parts)} in {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One version: what it lacks, and how the tests ended there."""
+
+    version: str
+    plugin: str
+    python: str
+    day: str
+    missing: tuple[str, ...]
+    done_without: tuple[str, ...]
+    integration: Outcome
+    smoke: Outcome
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing is missing and nothing failed."""
+        return not (self.missing or self.integration.failed or self.smoke.failed)
+
+    def names(self) -> str:
+        """Whether all names of the host that the file uses are there."""
+        if self.missing:
+            return f"**{len(self.missing)} missing**"
+        without = len(self.done_without)
+        return f"all but {without} it does without" if without else "all"
+
+    def line(self) -> str:
+        """The row as Markdown."""
+        suites = (self.integration.cell(), self.smoke.cell())
+        cells = (self.version, self.names(), *suites, self.plugin, self.python)
+        return f"| {' | '.join(cells)} | {self.day} |"
+
+    def summary(self) -> str:
+        """The row for a reader of the terminal, with every name."""
+        bad = (*self.missing, *self.integration.failed, *self.smoke.failed)
+        return "\n  ".join((self.line(), *self.done_without, *bad))
+
+
+def version_key(version: str) -> list[int]:
+    """Sorts 0.9 before 0.12."""
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+def with_rows(text: str, rows: Iterable[Row]) -> str:
+    """The document with these rows in place of those of the same versions."""
+    before, _, rest = text.partition(BEGIN)
+    table, _, after = rest.partition(END)
+    lines = {}
+    for line in table.strip().splitlines()[2:]:
+        lines[line.split("|")[1].strip()] = line
+    lines.update((row.version, row.line()) for row in rows)
+    in_order = [lines[version] for version in sorted(lines, key=version_key)]
+    return "\n".join((f"{before}{BEGIN}", HEAD, *in_order, f"{END}{after}"))
+
+
+def write_rows(document: Path, rows: Iterable[Row]) -> None:
+    """Change the document."""
+    text = document.read_text("utf-8")
+    document.write_text(with_rows(text, rows), "utf-8")
