@@ -656,7 +656,7 @@ class SSEDecoder:
         if self._line or self._event:
             self._held += len(data)
             if self._held > _MOST_HELD:
-                raise ModelFailure("one piece of its answer has over 32 MB")
+                raise ModelFailure("one piece of its answer has over 32 MB", 413)
         elif self._held:
             self._held = 0
         return values
@@ -2840,12 +2840,14 @@ class Host:
             return bool(await Chats.is_chat_owner(chat_id, self.user.id))
         return False
 
-    async def save_output(self, items: list[Json]) -> bool:
-        """Store the output so far in the message, as one write; gives whether it is."""
+    async def save_output(self, items: list[Json], usage: Json) -> bool:
+        """Store the output so far and its usage in the message, as one write; gives
+        whether it is stored."""
         ids = self.metadata["chat_id"], self.metadata["message_id"]
+        message = {"output": items, **({"usage": usage} if usage else {})}
         with suppress(HostFailure), foreign_errors(HostFailure):
             save = Chats.upsert_message_to_chat_by_id_and_message_id
-            writing = save(*ids, {"output": items}, touch=False)
+            writing = save(*ids, message, touch=False)
             return await apart(writing, WRITE_TIMEOUT) is not None
         return False
 
@@ -3189,6 +3191,14 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
     }
 
 
+def _nobody_left(problems: Sequence[str]) -> ConversationError:
+    reasons = " ".join(problems) or "There is no chat model that you may use."
+    return ConversationError(
+        f"Nobody can take part in this conversation. {reasons} Choose participants "
+        "in the valves of this model, or ask an admin for access to models."
+    )
+
+
 def _choose_leader(
     settings: Settings, seats: Sequence[Seat], cards: Mapping[str, ModelCard]
 ) -> tuple[str, str]:
@@ -3216,14 +3226,6 @@ def _tell_problems(
     return [*problems, told] if misled else problems
 
 
-def _nobody_left(problems: Sequence[str]) -> ConversationError:
-    reasons = " ".join(problems) or "There is no chat model that you may use."
-    return ConversationError(
-        f"Nobody can take part in this conversation. {reasons} Choose participants "
-        "in the valves of this model, or ask an admin for access to models."
-    )
-
-
 async def resolve_cast(
     host: Host, settings: Settings, cards: dict[str, ModelCard], body: Json, system: str
 ) -> Cast:
@@ -3235,8 +3237,8 @@ async def resolve_cast(
     seats, problems, by_default = choose_seats(settings, cards)
     chairs = choose_chair(settings, cards, seats)
     leader, misled = _choose_leader(settings, seats, cards)
-    models = (*(seat.model_id for seat in (*seats, *chairs)), leader)
-    wanted = dict.fromkeys(filter(None, models))
+    asked = (*(seat.model_id for seat in (*seats, *chairs)), leader)
+    wanted = dict.fromkeys(filter(None, asked))
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
     params, defaults = await host.model_params([*wanted, pipe_id])
     readable = host.readable(settings, defaults, params.get(pipe_id, {}))
@@ -3487,24 +3489,26 @@ class Saver:
     """Keeps what was said in the database, for the case that the server goes down.
 
     One write a turn, and one every 20 s of a longer one; the host saves the whole at
-    the end. `before` is the output of the reply that is continued here.
+    the end, but not the usage of what was stopped. `before` is the output of the reply
+    that is continued here.
     """
 
-    EVERY = 20  # s
+    EVERY = 20.0  # s
 
     host: Host
     transcript: Transcript
     emitter: Emitter
+    usage: Callable[[], Json]
     before: list[Json] | None = field(default_factory=list)  # None: it cannot be read
     due: asyncio.Event = field(default_factory=asyncio.Event)  # a turn has ended
+    may_save: bool = False
     is_behind: bool = False  # the last write failed
 
     async def keep(self) -> None:
         """Save whenever it is due, until it is cancelled."""
-        if self.before is None or not await self.host.may_save():
-            return
+        self.may_save = self.before is not None and await self.host.may_save()
         seen = 0
-        while True:
+        while self.may_save:
             try:
                 async with asyncio.timeout(self.EVERY):
                     await self.due.wait()
@@ -3518,16 +3522,20 @@ class Saver:
     async def finish(self, patience: float) -> None:
         """The run is over: wait for a database that is away, so that the host's own
         save, which comes next, finds it."""
-        for _ in range(int(patience)):
-            if not self.is_behind:
-                return
-            await asyncio.sleep(1)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while self.is_behind:
+                    await asyncio.sleep(1)
+                    await self._save()
+
+    async def stop(self) -> None:
+        """The run was stopped: store the usage, which the host would forget."""
+        if self.may_save and self.usage():
             await self._save()
 
     async def _save(self) -> None:
-        items = render_checkpoint(self.transcript)
-        saved = await self.host.save_output([*(self.before or ()), *items])
-        self.is_behind = not saved
+        items = [*(self.before or ()), *render_checkpoint(self.transcript)]
+        self.is_behind = not await self.host.save_output(items, self.usage())
 
 
 @dataclass(slots=True)
@@ -4299,6 +4307,8 @@ class Run:
             return ended
         finally:
             await end_tasks(saving, seconds=WRITE_TIMEOUT)
+            if was_cancelled():
+                await self.saver.stop()
 
     async def _search_once(self) -> None:
         """Where the chat searches the web: once, shared with everybody."""
@@ -4734,7 +4744,7 @@ def _make_run(
     screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
-    saver = Saver(host, transcript, emitter)
+    saver = Saver(host, transcript, emitter, ledger.report)
     return Run(host, settings, cast, entries, screen, ledger, models, saver, drafts)
 
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
+from pathlib import Path
 from typing import Any, Unpack
 
 from tests.conftest import FUNCTION_ID
@@ -128,6 +130,29 @@ async def assert_stored(page: Page, reply: Reply) -> Json:
 async def reached(condition: Callable[[], Any]) -> Any:
     """Wait on another thread, so that the page goes on listening."""
     return await asyncio.to_thread(condition)
+
+
+# -- the host's database -------------------------------------------------------------
+
+
+def stored_row(data_dir: Path, reply: Reply) -> Json:
+    """A reply as the database has it; the API mixes in what is streaming."""
+    path = f"file:{data_dir / 'webui.db'}?mode=ro"
+    with closing(sqlite3.connect(path, uri=True)) as database:
+        query = "SELECT chat FROM chat WHERE id = ?"
+        (found,) = database.execute(query, [reply.chat.id]).fetchone()
+    message: Json = json.loads(found)["history"]["messages"][reply.id]
+    return message
+
+
+@contextmanager
+def locked(data_dir: Path) -> Iterator[None]:
+    """Nobody else can write to the database; reading goes on."""
+    with closing(sqlite3.connect(data_dir / "webui.db", timeout=30)) as database:
+        database.isolation_level = None
+        database.execute("BEGIN IMMEDIATE")
+        yield
+        database.execute("ROLLBACK")
 
 
 # -- reading a reply -----------------------------------------------------------------

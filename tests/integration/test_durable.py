@@ -1,6 +1,5 @@
 """A server that dies in mid-run loses no turn that was over, and the chat goes on."""
 
-import json
 import os
 import signal
 import sqlite3
@@ -14,12 +13,13 @@ import pytest
 
 from tests.conftest import FUNCTION, FUNCTION_ID, FUNCTION_NAME
 from tests.integration.conftest import GARDEN
-from tests.integration.talk import ask, headings, reached
+from tests.integration.talk import ask, headings, locked, reached, stored_row
 from tests.stack.behaviours import choice
+from tests.stack.browser import Browser
 from tests.stack.host import Json, OpenWebUI
 from tests.stack.members import member
 from tests.stack.models import ModelServer
-from tests.stack.page import Chat, Page, Reply
+from tests.stack.page import Page, Reply
 from tests.stack.prompts import stage_of
 from tests.stack.scripts import Behaviour, Body, Gate, Script, Text, ToolCall
 from tests.stack.waiting import wait_until
@@ -135,18 +135,13 @@ class Doomed:
         self.start()
         self.host.adopt(self.account)
 
-    def stored(self, reply: Reply) -> Json:
-        """A reply as the database has it; the API would mix in what is streaming."""
-        path = f"file:{self.data_dir / 'webui.db'}?mode=ro"
-        with closing(sqlite3.connect(path, uri=True)) as database:
-            query = "SELECT chat FROM chat WHERE id = ?"
-            (found,) = database.execute(query, [reply.chat.id]).fetchone()
-        message: Json = json.loads(found)["history"]["messages"][reply.id]
-        return message
-
     def text(self, reply: Reply) -> str:
         """Its text there."""
-        return str(self.stored(reply).get("content") or "")
+        return str(stored_row(self.data_dir, reply).get("content") or "")
+
+    def output(self, reply: Reply) -> list[Json]:
+        """Its items there."""
+        return list(stored_row(self.data_dir, reply)["output"])
 
     async def begin(self, page: Page, name: str, scene: Scene) -> Reply:
         """Seat a scene's models and ask."""
@@ -165,12 +160,14 @@ class Doomed:
         )
 
 
-@pytest.fixture
-def doomed(model_server: ModelServer, tmp_path: Path) -> Iterator[Doomed]:
+@pytest.fixture(scope="module")
+def doomed(
+    model_server: ModelServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Doomed]:
     """The server, with models of its own."""
     model_server.wait_for(lambda server: server.in_flight == 0)
     model_server.clear()
-    server = Doomed(tmp_path / "doomed", model_server)
+    server = Doomed(tmp_path_factory.mktemp("doomed"), model_server)
     try:
         yield server
     finally:
@@ -183,9 +180,9 @@ def has_all(doomed: Doomed, reply: Reply, words: tuple[str, ...]) -> bool:
     return all(word in text for word in (*words, SAVED))
 
 
-async def test_a_killed_server_has_kept_every_turn_in_every_mode_and_stage(
-    doomed: Doomed,
-) -> None:
+@pytest.fixture(scope="module")
+async def lost(doomed: Doomed) -> dict[str, Reply]:
+    """The replies of all scenes, whose server was killed and is there again."""
     begun: dict[str, Reply] = {}
     shown = scenes()
     with doomed.models.hold("doom"):
@@ -197,28 +194,98 @@ async def test_a_killed_server_has_kept_every_turn_in_every_mode_and_stage(
                 await reached(partial(wait_until, stored, 20, f"{name} is stored"))
             doomed.die()
     doomed.revive()
-    async with Page(doomed.host, doomed.account) as page:
-        for name, scene in shown.items():
-            text = doomed.text(begun[name])
-            assert has_all(doomed, begun[name], scene.there), name
-            assert text.count(SAVED) == 1 and text.rstrip().endswith("or ask on.")
-            output = doomed.stored(begun[name])["output"]
-            assert "in_progress" not in str(output), name
-            chat = await page.open(begun[name].chat.id or "")
-            await assert_goes_on(doomed, page, name, chat, scene)
+    return begun
 
 
-async def assert_goes_on(
-    doomed: Doomed, page: Page, name: str, chat: Chat, scene: Scene
+@pytest.mark.parametrize("name", scenes())
+async def test_a_killed_server_has_kept_every_turn(
+    doomed: Doomed, lost: dict[str, Reply], name: str
 ) -> None:
-    """A next question is answered by models that know what was said."""
-    model = f"doomed-{name}-ann"
+    text, output = doomed.text(lost[name]), doomed.output(lost[name])
+    assert has_all(doomed, lost[name], scenes()[name].there)
+    assert text.count(SAVED) == 1 and text.rstrip().endswith("or ask on.")
+    assert "in_progress" not in str(output)
+
+
+async def test_the_page_says_in_one_line_what_happened(
+    doomed: Doomed, lost: dict[str, Reply], browser: Browser, tmp_path: Path
+) -> None:
+    pictures = Path(os.environ.get("MMC_SCREENSHOTS", tmp_path))
+    for name in ("turns", "conclusion"):
+        chat_id = lost[name].chat.id
+        page = await browser.open_as(doomed.host, doomed.account, chat_id=chat_id)
+        await page.wait_text("The oak it is")
+        await page.wait_finished()
+        for width in (1280, 390):
+            await page.tab.set_viewport_size({"width": width, "height": 900})
+            line = page.tab.get_by_text("the server went down")
+            await line.scroll_into_view_if_needed()
+            await page.screenshot(pictures / f"lost-{name}-{width}.png")
+        assert (await page.visible_reply_text()).count(SAVED[2:]) == 1
+        assert await page.tab.get_by_label("Continue Response").count() == 1
+        assert page.errors == []
+        await page.close()
+
+
+@pytest.mark.parametrize("name", scenes())
+async def test_a_next_question_is_answered_by_models_that_know_what_was_said(
+    doomed: Doomed, lost: dict[str, Reply], name: str
+) -> None:
+    scene, model = scenes()[name], f"doomed-{name}-ann"
     before = len(doomed.models.turns(model))
     preset = {"team": f"Ann | {model}\nBen | doomed-{name}-ben", "rounds": 1}
-    mode = f"{FUNCTION_ID}.round_robin"
-    reply = await ask(page, "Why?", mode, chat=chat, extra=preset)
+    async with Page(doomed.host, doomed.account) as page:
+        chat = await page.open(lost[name].chat.id or "")
+        mode = f"{FUNCTION_ID}.round_robin"
+        reply = await ask(page, "Why?", mode, chat=chat, extra=preset)
     assert headings(reply)[:2] == ["🔵 Ann", "🔴 Ben"]
     sent = str(doomed.models.turns(model)[before].messages)
     if scene.mode in ("round_robin", "manager"):
         assert all(word in sent for word in scene.there if "it is" in word)
     assert SAVED[2:] not in sent and "⏳" not in sent
+
+
+async def continue_all(doomed: Doomed, page: Page, lost: dict[str, Reply]) -> None:
+    """Press Continue in these chats; Ben stops in the middle of his second turn."""
+    for name, reply in lost.items():
+        ids = {alias: f"doomed-{name}-{alias.lower()}" for alias in ("Ann", "Ben")}
+        doomed.models.add(ids["Ann"], member("yew"))
+        doomed.models.add(ids["Ben"], halts(2, member("box")))
+        doomed.models.add("doomed-manager-lead", leads(0))
+        team = "\n".join(f"{alias} | {ids[alias]}" for alias in ids)
+        lead: Json = {"rounds": 3, "manager_model": "doomed-manager-lead"}
+        await page.open(reply.chat.id or "")
+        again = page.reply(reply.id)
+        await page.continue_(again, background_tasks={}, extra={"team": team} | lead)
+
+
+async def test_continue_goes_on_and_a_kill_in_a_write_leaves_the_one_before(
+    doomed: Doomed, lost: dict[str, Reply]
+) -> None:
+    going = {name: lost[name] for name in ("turns", "manager")}
+    first = {name: doomed.output(going[name]) for name in going}
+    there = ("The yew it is", "The box it is")
+    async with Page(doomed.host, doomed.account) as page:
+        with doomed.models.hold("doom") as gate:
+            await continue_all(doomed, page, going)
+            for name, reply in going.items():
+                stored = partial(has_all, doomed, reply, there)
+                await reached(partial(wait_until, stored, 20, f"{name} is stored"))
+            await reached(partial(gate.wait_until_reached, 2))
+            with (
+                locked(doomed.data_dir),
+                doomed.models.hold("doomed-turns-ann") as next_turn,
+            ):
+                second = {name: doomed.output(going[name]) for name in going}
+                gate.release()
+                await reached(next_turn.wait_until_reached)
+                doomed.die()  # for good: what is left is read from its files
+    sent = str(doomed.models.turns("doomed-turns-ann")[-1].messages)
+    assert SAVED[2:] not in sent and all(word in sent for word in (OAK, *there))
+    for name, reply in going.items():
+        assert second[name][: len(first[name])] == first[name]
+        assert doomed.output(reply) == second[name]
+        assert has_all(doomed, reply, (*scenes()[name].there, *there))
+        assert "is whole" not in doomed.text(reply)
+    with closing(sqlite3.connect(doomed.data_dir / "webui.db")) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -483,6 +483,11 @@ class Page:
 
     async def __aenter__(self) -> Self:
         self._config = await self._get("/api/config")
+        await self._connect()
+        self._heart = asyncio.create_task(self._beat())
+        return self
+
+    async def _connect(self) -> None:
         token = {"token": self.account.token}
         await self._socket.connect(
             self.host.url,
@@ -491,8 +496,6 @@ class Page:
             auth=token,
         )
         await self._socket.call("user-join", {"auth": token})
-        self._heart = asyncio.create_task(self._beat())
-        return self
 
     async def __aexit__(self, *exc: object) -> None:
         if self._heart:
@@ -501,6 +504,22 @@ class Page:
                 await self._heart
         await self._socket.disconnect()
         await self._http.aclose()
+
+    async def lose_socket(self) -> None:
+        """The connection breaks; what is sent meanwhile is lost."""
+        await self._socket.disconnect()
+
+    async def regain_socket(self) -> None:
+        """The connection is there again: `handleSocketConnect` of the page."""
+        await self._connect()
+        self._joined.clear()
+        for reply in list(self._replies.values()):
+            await self._join(reply.chat)
+            running = await self._get(f"/api/tasks/chat/{reply.chat.id}")
+            reply.chat.active = bool(running["task_ids"])
+            if not (reply.chat.active or reply.done):
+                await self._reload(reply)
+            reply.notice()
 
     async def _beat(self) -> None:
         features = self._config.get("features") or {}

@@ -165,7 +165,7 @@ def make_run(
         mmc.Screen(transcript, emitter, in_chat, False),
         ledger,
         mmc.ModelCalls(host, settings, ledger, emitter),
-        mmc.Saver(host, transcript, emitter),
+        mmc.Saver(host, transcript, emitter, ledger.report),
     )
     return run, host
 
