@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Sequence
 
+from tests.integration.crowd import of_crowd
+from tests.integration.faults import FAULTY, STEADY
+from tests.integration.members import member
 from tests.stack.behaviours import of_family, prose, with_tasks
-from tests.stack.crowd import of_crowd
-from tests.stack.faults import FAULTY, STEADY
-from tests.stack.members import member
 from tests.stack.models import ModelServer
 from tests.stack.prompts import stage_of
 from tests.stack.scripts import Behaviour, Body, Script, Text

@@ -26,9 +26,17 @@ from benchmarks import plots
 from benchmarks.__main__ import DOCS, machine
 from benchmarks.measure import NO_POLLING, percentile, scripted_models
 from tests.conftest import FUNCTION, FUNCTION_ID, FUNCTION_NAME
-from tests.stack.crowd import LEAD, Crowd, Plan, ask_all
-from tests.stack.document import write_part
-from tests.stack.faults import FAULTS, MODES, STEADY, TROUBLE, TROUBLE_ID, VALVES, Fault
+from tests.integration.crowd import LEAD, Crowd, Plan, ask_all
+from tests.integration.document import write_part
+from tests.integration.faults import (
+    FAULTS,
+    MODES,
+    STEADY,
+    TROUBLE,
+    TROUBLE_ID,
+    VALVES,
+    Fault,
+)
 from tests.stack.host import Account, Counts, OpenWebUI
 from tests.stack.page import Page, Reply, assert_same_text
 

@@ -9,10 +9,10 @@ from playwright.async_api import expect
 
 from tests.browser.scene import COUNCIL, DEBATE, Scene
 from tests.conftest import FUNCTION_ID
+from tests.integration.members import member
 from tests.integration.talk import in_rounds
 from tests.stack.browser import REPLY, OpenPage
 from tests.stack.host import OpenWebUI
-from tests.stack.members import member
 from tests.stack.models import Hold, ModelServer
 from tests.stack.scripts import Fail, Gate, Status, Step, Text
 

@@ -126,9 +126,9 @@ async def test_no_stop_through_another_replica_is_lost(
 
         async with asyncio.timeout(90):
             ended = await asyncio.gather(*(stopped() for _ in range(STOPS)))
-            running = talk.models.in_flight
-    assert ended.count(False) == 0
-    assert running == 0
+        assert ended.count(False) == 0
+        # a lost run would go on for 18 s
+        await reached(lambda: talk.models.wait_for(lambda m: m.in_flight == 0, 8))
 
 
 # -- dialogs ---------------------------------------------------------------------------

@@ -392,6 +392,13 @@ def test_an_api_client_is_not_told_the_admins_team(talk: Talk, vault: None) -> N
     assert not any(seen.model == HIDDEN for seen in talk.models.requests)
 
 
+def test_the_panels_offer_nothing_that_is_hidden(talk: Talk, vault: None) -> None:
+    path = f"/api/v1/functions/id/{FUNCTION_ID}/valves/user/spec"
+    told = as_text(talk.host.request("GET", path, account=talk.account))
+    assert '"alice"' in told and SHARED in told
+    assert not [each for each in (HIDDEN, NAME, PRESET, MARK) if each in told]
+
+
 # -- another's chat --------------------------------------------------------------------
 
 FORGED: dict[str, Callable[[str, str], Json]] = {

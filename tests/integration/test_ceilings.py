@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.conftest import FUNCTION_ID
+from tests.integration.members import member, stage_of
 from tests.integration.talk import (
     MANAGER,
     ROUND_ROBIN,
@@ -17,7 +18,6 @@ from tests.integration.talk import (
     results,
 )
 from tests.stack.host import Account, OpenWebUI
-from tests.stack.members import member, stage_of
 from tests.stack.page import Reply
 from tests.stack.scripts import Behaviour, Body, Script, Silence, Status, Text
 

@@ -11,6 +11,7 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from tests.integration.members import busy
 from tests.integration.talk import (
     ROUND_ROBIN,
     Talk,
@@ -28,7 +29,6 @@ from tests.integration.talk import (
 )
 from tests.stack.behaviours import says, speaker, with_tasks
 from tests.stack.host import Json
-from tests.stack.members import busy
 from tests.stack.page import Reply
 from tests.stack.scripts import Body, Script, Status
 

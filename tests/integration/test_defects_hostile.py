@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.conftest import FUNCTION_ID
+from tests.integration.members import member, stage_of
 from tests.integration.talk import (
     MANAGER,
     ROUND_ROBIN,
@@ -22,7 +23,6 @@ from tests.integration.talk import (
 )
 from tests.stack.behaviours import says, with_tasks
 from tests.stack.host import OpenWebUI
-from tests.stack.members import member, stage_of
 from tests.stack.page import Reply
 from tests.stack.prompts import fresh_results, last_user_text
 from tests.stack.scripts import Behaviour, Body, Raw, Script, Style, Text, ToolCall

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration.members import busy, stage_of
+from tests.integration.search_engine import SearchEngine
 from tests.integration.talk import (
     MANAGER,
     ROUND_ROBIN,
@@ -38,7 +40,6 @@ from tests.integration.test_council import (
 )
 from tests.integration.test_council import seats as seats  # a model for each seat
 from tests.stack.behaviours import manager, with_tasks
-from tests.stack.members import busy, stage_of
 from tests.stack.page import Call, Page, Reply
 from tests.stack.prompts import last_user_text, text_of
 from tests.stack.scripts import (
@@ -54,7 +55,6 @@ from tests.stack.scripts import (
     Style,
     Text,
 )
-from tests.stack.search_engine import SearchEngine
 
 RANKING = "🏆 Ranking"
 BROKEN = [Status(500, {"error": {"message": "The shed burns."}})]

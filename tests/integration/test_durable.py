@@ -13,11 +13,11 @@ import pytest
 
 from tests.conftest import FUNCTION, FUNCTION_ID, FUNCTION_NAME
 from tests.integration.conftest import GARDEN
+from tests.integration.members import member
 from tests.integration.talk import ask, headings, locked, reached, stored_row
 from tests.stack.behaviours import choice
 from tests.stack.browser import Browser
 from tests.stack.host import Json, OpenWebUI
-from tests.stack.members import member
 from tests.stack.models import ModelServer
 from tests.stack.page import Page, Reply
 from tests.stack.prompts import stage_of

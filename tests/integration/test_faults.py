@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import FUNCTION_ID
-from tests.integration.talk import assert_stored, items, reached, text_of_item
-from tests.stack.document import write_part
-from tests.stack.faults import (
+from tests.integration.document import write_part
+from tests.integration.faults import (
     FAULTS,
     FAULTY,
     MODES,
@@ -29,6 +28,7 @@ from tests.stack.faults import (
     Fault,
     table,
 )
+from tests.integration.talk import assert_stored, items, reached, text_of_item
 from tests.stack.host import OpenWebUI, free_port
 from tests.stack.models import ModelServer
 from tests.stack.page import Page, Reply

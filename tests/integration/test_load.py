@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.integration.crowd import LEAD, MARK, Plan, ask_all, of_crowd
 from tests.integration.talk import reached
-from tests.stack.crowd import LEAD, MARK, Plan, ask_all, of_crowd
 from tests.stack.host import Account, OpenWebUI
 from tests.stack.models import ModelServer
 

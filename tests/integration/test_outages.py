@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tests.conftest import FUNCTION_ID
+from tests.integration.members import member
 from tests.integration.talk import (
     ROUND_ROBIN,
     Talk,
@@ -17,7 +18,6 @@ from tests.integration.talk import (
     reached,
 )
 from tests.stack.host import OpenWebUI
-from tests.stack.members import member
 from tests.stack.page import Page, Reply
 from tests.stack.prompts import stage_of
 from tests.stack.scripts import Behaviour, Body, Gate, Script, Text

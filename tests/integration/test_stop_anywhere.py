@@ -13,6 +13,7 @@ from typing import Self
 import pytest
 
 from tests.conftest import FUNCTION_ID
+from tests.integration.members import member
 from tests.integration.talk import (
     Talk,
     finish,
@@ -22,7 +23,6 @@ from tests.integration.talk import (
     results,
 )
 from tests.stack.host import Counts, OpenWebUI
-from tests.stack.members import member
 from tests.stack.page import Page, Reply
 from tests.stack.scripts import Behaviour, Body, Reasoning, Script, ToolCall, Usage
 from tests.stack.waiting import wait_until

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import GROWTH, Sample, curves, grown, growth
-from tests.stack import document, faults
-from tests.stack.crowd import Plan, of_crowd, speech
-from tests.stack.faults import FAULTS, MODES, row
+from tests.integration import document, faults
+from tests.integration.crowd import Plan, of_crowd, speech
+from tests.integration.faults import FAULTS, MODES, row
 from tests.stack.scripts import Text
 from tests.unit.plugin import SOURCE, mmc
 

@@ -10,8 +10,8 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from tests.conftest import FUNCTION_ID
+from tests.integration.faults import MODES, steady
 from tests.stack.behaviours import manager, with_tasks
-from tests.stack.faults import MODES, steady
 from tests.stack.host import Account, OpenWebUI
 from tests.stack.page import Page, Reply, assert_same_text
 from tests.stack.prompts import stage_of, whole_text
