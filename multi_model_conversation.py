@@ -2,7 +2,7 @@
 title: Multi-Model Conversation
 author: The Multi-Model Conversation authors
 description: Two or more models answer each other, live, in one message.
-version: 0.2.0
+version: 0.3.0
 license: MIT
 required_open_webui_version: 0.11.0
 """
@@ -4304,6 +4304,9 @@ class Run:
                     waits = f"{ended} · waiting for {late}"
                     await self.host.show_status(waits, done=False)
             await self.saver.finish(self.settings.busy_patience)
+            can_fold = self.screen.can_replace and not self.screen.continued
+            if self.screen.marks and can_fold and self.settings.fold_drafts:
+                self.screen.fold()
             return ended
         finally:
             await end_tasks(saving, seconds=WRITE_TIMEOUT)
@@ -4362,9 +4365,6 @@ class Run:
         most, used = self.settings.max_tokens, self.ledger.tokens()
         if 0 < most <= used:
             screen.notice(f"{used:,} tokens were used, and {most:,} are the ceiling.")
-        can_fold = screen.can_replace and not screen.continued
-        if screen.marks and can_fold and self.settings.fold_drafts:
-            screen.fold()
         screen.fix()
 
     def _describe_end(self, reason: str) -> str:
