@@ -45,13 +45,13 @@ async def test_the_administrators_valves_are_saved(
     panel = await ValvesPanel.of(tab)
     await panel.tick("Participants", "dave", "erin")
     await panel.fill("Rounds", "1")
-    await panel.fill("Silence Timeout", "45")
+    await panel.fill("Turn Timeout", "450")
     await panel.save()
     try:
         path = f"/api/v1/functions/id/{FUNCTION_ID}/valves"
         stored = host.request("GET", path)
         assert stored["participants"] == ["dave", "erin"]
-        assert (stored["rounds"], stored["silence_timeout"]) == (1, 45)
+        assert (stored["rounds"], stored["turn_timeout"]) == (1, 450)
         visitor = await scene.join("Vito")
         await visitor.ask("Which of you is here?")
         await visitor.wait_finished()

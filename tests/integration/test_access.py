@@ -92,7 +92,8 @@ ODD = {
     "shared": SHARED,
 }
 LOST = f"Eve {MARK} | {HIDDEN} | Persona {MARK}."
-CROWD = "\n".join(f"P{n} {MARK} | alice" for n in range(12))
+# eight are seated, and their names are seen
+CROWD = "\n".join(f"P{n}{f' {MARK}' if n > 7 else ''} | alice" for n in range(12))
 OF_THE_ADMIN = [
     *(
         Attempt(f"team in {mode}", mode=mode, admin={"team": f"Ann | alice\n{LOST}"})
@@ -102,7 +103,7 @@ OF_THE_ADMIN = [
     Attempt("list", admin={"participants": ["alice", HIDDEN]}),
     Attempt("list alone", admin={"participants": [HIDDEN]}),
     Attempt("no model", admin={"team": f"Ann | alice\nPersona {MARK}.\n{MARK} ||"}),
-    Attempt("crowd", admin={"team": CROWD.replace(f"P0 {MARK}", "Ann"), "rounds": 1}),
+    Attempt("crowd", admin={"team": CROWD.replace("P0 ", "Ann "), "rounds": 1}),
     Attempt("manager", admin={"manager_model": HIDDEN}, mode="manager"),
     Attempt(
         "chair",
@@ -267,8 +268,7 @@ async def test_what_the_admin_has_chosen_is_not_quoted(
     got = await attempt(talk, desk, tried)
     assert not any(seen.model == HIDDEN for seen in talk.models.requests)
     assert HIDDEN not in got.everything and NAME not in got.everything
-    seated = rf"\bP[1-7] {MARK}" if tried.name == "crowd" else "(?!)"
-    assert MARK not in re.sub(seated, "", got.everything)
+    assert MARK not in got.everything
     known = "cannot be used", "is not here", "Nobody can take part"
     assert any(words in got.said for words in known)
 

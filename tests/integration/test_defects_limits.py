@@ -304,10 +304,8 @@ async def test_a_slow_ballot_that_is_written_all_the_time_is_counted(
     talk.admin_sets(first_token_timeout=1, silence_timeout=1)
     gather(talk, 3, Ben=odd("Ben", review=in_pieces(text, 0.5)))
     reply = await talk.ask(QUESTION, COUNCIL)
-    counted = {row.split("|")[1].strip(): row.split("|")[3] for row in table(reply)}
-    assert {name: number.strip() for name, number in counted.items()} == {
-        name: "2" for name in NAMES[:3]
-    }
+    assert len(table(reply)) == 3
+    assert "No ballot from" not in section(reply, RANKING)
 
 
 def reasons(reply: Reply, heading: str, voter: str) -> str:
@@ -332,10 +330,9 @@ async def test_the_ranking_says_why_a_ballot_was_lost(
     talk.admin_sets(first_token_timeout=0.5)
     gather(talk, 4, Dee=odd("Dee", review=review))
     reply = await talk.ask(QUESTION, COUNCIL)
-    ballots = [row.split("|")[3].strip() for row in table(reply)]
-    assert sorted(ballots) == ["2", "2", "2", "3"]
+    assert section(reply, RANKING).count("No ballot from") == 1
     said = reasons(reply, RANKING, "Dee")
-    assert reason in said and "disagreed most" not in said
+    assert said.startswith("No ballot from Dee") and reason in said
 
 
 async def test_the_votes_say_why_one_was_lost(talk: Talk) -> None:

@@ -36,7 +36,7 @@ from tests.stack.page import Page, Reply
 ALL = "MMC_FAULTS" in os.environ
 AT_ONCE = 8
 """Conversations at a time; those with a heavy fault go alone, after the others."""
-IN_ALL_MODES = ("http-500", "silent-midway", "error-midway", "tool-hangs")
+IN_ALL_MODES = ("http-500", "error-midway")
 NAMES = ("Ann", "Rex", "Ben")
 
 KEYS = re.compile(r"sk-[\w-]{8,}|Bearer \S{8,}")

@@ -27,7 +27,7 @@ from tests.stack.page import Page, Reply
 from tests.stack.scripts import Behaviour, Body, Reasoning, Script, ToolCall, Usage
 from tests.stack.waiting import wait_until
 
-STOPS = int(os.environ.get("STOPS", "8"))
+STOPS = int(os.environ.get("STOPS", "4"))
 """How often each mode is stopped; 50 for the figures in docs/reliability.md."""
 MODES = ("round_robin", "manager", "council", "debate")
 USED_BY_A_TOOL_CALL = 15

@@ -398,7 +398,7 @@ CHECKS: list[tuple[Check, tuple[st.SearchStrategy[Any], ...]]] = [
 def test_no_input_is_fatal(
     check: Check, inputs: tuple[st.SearchStrategy[Any], ...]
 ) -> None:
-    @settings(max_examples=300 if SECONDS else 75)
+    @settings(max_examples=300 if SECONDS else 40)
     @given(st.tuples(*inputs))
     def attempt(drawn: tuple[Any, ...]) -> None:
         check(*drawn)
