@@ -653,12 +653,10 @@ class SSEDecoder:
                 values += self._read_line(line)
         if rest:
             self._line.append(rest)
-        if self._line or self._event:
-            self._held += len(data)
-            if self._held > _MOST_HELD:
-                raise ModelFailure("one piece of its answer has over 32 MB", 413)
-        elif self._held:
-            self._held = 0
+        goes_on = self._event or not lines  # nothing that was held is given out
+        self._held = self._held + len(data) if goes_on else len(rest)
+        if self._held > _MOST_HELD:
+            raise ModelFailure("one piece of its answer has over 32 MB", 413)
         return values
 
     def close(self) -> list[Any]:

@@ -972,3 +972,24 @@ def test_plain_text_is_not_held_back() -> None:
     assert guarding.feed("# Title") == ""
     assert guarding.feed("\nText") == "### Title\nText"
     assert guarding.feed(" a < b") == " a < b"
+
+
+# -- what grows without end ------------------------------------------------------------
+
+
+def test_a_long_stream_may_be_cut_in_the_middle_of_every_line() -> None:
+    decoder = mmc.SSEDecoder()
+    line = b'data: {"a": "' + b"x" * 2**20 + b'"}\n\n'
+    found = len(decoder.feed(line[:9]))
+    for _ in range(40):
+        found += len(decoder.feed(line[9:] + line[:9]))
+    assert found == 40
+
+
+@pytest.mark.parametrize("piece", [b"x" * 2**20, b"data: [\n" * 2**17])
+def test_a_line_or_an_event_without_end_is_refused(piece: bytes) -> None:
+    decoder = mmc.SSEDecoder()
+    decoder.feed(b"data: [\ndata: ")
+    with pytest.raises(mmc.ModelFailure, match="over 32 MB"):
+        for _ in range(33):
+            decoder.feed(piece)
