@@ -1,6 +1,7 @@
 """What an admin allows at a time, and how much may be said, on the real server."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -18,7 +19,8 @@ from tests.integration.talk import (
     results,
 )
 from tests.stack.host import Account, OpenWebUI
-from tests.stack.page import Reply
+from tests.stack.models import Hold
+from tests.stack.page import Page, Reply
 from tests.stack.scripts import Behaviour, Body, Script, Silence, Status, Text
 
 QUESTION = "Should we plant oaks or birches?"
@@ -44,43 +46,47 @@ def hoard(host: OpenWebUI) -> Iterator[str]:
     yield "hoard"
 
 
-async def test_a_second_conversation_of_a_user_waits_for_the_first(
-    talk: Talk, neighbour: Account
-) -> None:
-    talk.admin_sets(max_runs_per_user=1)
+@asynccontextmanager
+async def one_underway(
+    talk: Talk, neighbour: Account, **ceiling: int
+) -> AsyncIterator[tuple[Hold, Reply, Page, Page]]:
+    """A conversation that is held in its second turn, its page, and a neighbour's."""
+    talk.admin_sets(**ceiling)
     talk.seat("Ann | alice", "Ben | bob")
     talk.seat("Cy | carol", account=neighbour)
     with talk.models.hold("bob", after=2) as hold:
         async with talk.page() as page, talk.page(neighbour) as other:
             first = await page.send(ROUND_ROBIN, QUESTION, background_tasks={})
             await reached(hold.wait_until_reached)
-            second = await ask(page, "And maples?")
-            assert talk.order() == ["alice", "bob"]
-            assert "> ⚠️ You have as many conversations going" in second.text
-            assert last_status(second).startswith("Not begun · 0 turns")
-            assert "Carol here." in (await ask(other, QUESTION)).text
-            hold.release()
-            await finish(page, first)
-            assert headings(first) == ["🔵 Ann", "🔴 Ben"]
-            assert "Bob here." in (await ask(page, "And maples?")).text
+            yield hold, first, page, other
+
+
+async def test_a_second_conversation_of_a_user_waits_for_the_first(
+    talk: Talk, neighbour: Account
+) -> None:
+    async with one_underway(talk, neighbour, max_runs_per_user=1) as found:
+        hold, first, page, other = found
+        second = await ask(page, "And maples?")
+        assert talk.order() == ["alice", "bob"]
+        assert "> ⚠️ You have as many conversations going" in second.text
+        assert last_status(second).startswith("Not begun · 0 turns")
+        assert "Carol here." in (await ask(other, QUESTION)).text
+        hold.release()
+        await finish(page, first)
+        assert headings(first) == ["🔵 Ann", "🔴 Ben"]
+        assert "Bob here." in (await ask(page, "And maples?")).text
 
 
 async def test_as_many_run_in_all_as_the_admin_allows(
     talk: Talk, neighbour: Account
 ) -> None:
-    talk.admin_sets(max_runs=1)
-    talk.seat("Ann | alice", "Ben | bob")
-    talk.seat("Cy | carol", account=neighbour)
-    with talk.models.hold("bob", after=2) as hold:
-        async with talk.page() as page, talk.page(neighbour) as other:
-            first = await page.send(ROUND_ROBIN, QUESTION, background_tasks={})
-            await reached(hold.wait_until_reached)
-            refused = await ask(other, QUESTION)
-            assert "Wait a little, and ask again." in refused.text
-            assert "carol" not in talk.order()
-            await page.stop(first)
-            await first.wait_idle()
-            assert "Carol here." in (await ask(other, QUESTION)).text
+    async with one_underway(talk, neighbour, max_runs=1) as (_, first, page, other):
+        refused = await ask(other, QUESTION)
+        assert "Wait a little, and ask again." in refused.text
+        assert "carol" not in talk.order()
+        await page.stop(first)
+        await first.wait_idle()
+        assert "Carol here." in (await ask(other, QUESTION)).text
 
 
 async def test_two_users_share_the_calls_of_one_connection(
