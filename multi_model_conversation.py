@@ -213,27 +213,23 @@ class Settings(UserSettings):
     builtin_tools: Literal["features", "all", "none"] = _setting(
         "features", "Open WebUI's tools: of active features and knowledge, all or none."
     )
+    skip_after: float = _setting(45, "Seconds of silence until you may skip. 0: never.")
+    answer_deadline: Seconds = _setting(180, "Seconds a council waits for a member.")
+    first_token_timeout: Seconds = _setting(120, "Seconds a model may take to begin.")
+    turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
+    tool_timeout: Seconds = _setting(120, "Seconds of one tool call or web search.")
     max_participants: Seats = _setting(8, "The most participants (1 to 8).")
     max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
     max_tokens: int = _setting(
         0, "Tokens after which no further round begins, as providers report. 0: any."
     )
     max_runs: int = _setting(0, "The most conversations at a time. 0: no limit.")
-    max_runs_per_user: int = _setting(0, "And of one user's. 0: no limit.")
-    calls_in_all: int = _setting(
-        0, "The most calls of one connection at a time, over all. 0: no limit."
-    )
     calls_per_connection: Count = _setting(
         8, "How many models of one connection may answer a conversation at a time."
     )
     calls_per_ollama: Count = _setting(
         1, "How many models of one Ollama server may answer it at a time."
     )
-    skip_after: float = _setting(45, "Seconds of silence until you may skip. 0: never.")
-    answer_deadline: Seconds = _setting(180, "Seconds a council waits for a member.")
-    first_token_timeout: Seconds = _setting(120, "Seconds a model may take to begin.")
-    turn_timeout: Seconds = _setting(600, "Seconds of one turn in all, with its tools.")
-    tool_timeout: Seconds = _setting(120, "Seconds of one tool call or web search.")
     rules_prompt: str = _setting(
         RULES_PROMPT, "What everybody is told. Knows {name} and {participants}."
     )
@@ -244,12 +240,12 @@ class Settings(UserSettings):
     conclusion_prompt: str = _setting(
         CONCLUSION_PROMPT, "Asks the chair. Knows {question}, {answers} and {result}."
     )
-    debate_prompt: str = _setting(
-        DEBATE_PROMPT, "What is said at each turn of a debate. Knows {question}."
-    )
     # Not in the panel: what they ask for must be readable here, and few tune the rest.
+    debate_prompt: SkipJsonSchema[str] = DEBATE_PROMPT  # knows {question}
     review_prompt: SkipJsonSchema[str] = REVIEW_PROMPT  # knows {question}, {answers}
     vote_prompt: SkipJsonSchema[str] = VOTE_PROMPT  # knows {question}, {candidates}
+    max_runs_per_user: SkipJsonSchema[int] = 0  # conversations at a time; 0: any
+    calls_in_all: SkipJsonSchema[int] = 0  # of one connection, over all; 0: any
     quorum: SkipJsonSchema[int] = 0  # answers that a council needs; 0: all in time
     max_tool_rounds: SkipJsonSchema[
         Annotated[int, AfterValidator(lambda n: max(n, 0))]
@@ -4736,12 +4732,14 @@ class Pipe:
 
         model_options = staticmethod(Host.model_options)
 
-    name = "Conversation · "  # stands before the names of `pipes`
     valves = Valves()
 
     def pipes(self) -> list[dict[str, str]]:
-        """The models this function offers."""
-        return [{"id": mode_id, "name": row.name} for mode_id, row in MODES.items()]
+        """The models this function offers; what differs stands first, for phones."""
+        return [
+            {"id": mode_id, "name": f"{row.name} · Conversation"}
+            for mode_id, row in MODES.items()
+        ]
 
     async def pipe(  # noqa: PLR0913 - the host passes what these names ask for
         self,

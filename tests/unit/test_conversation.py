@@ -23,7 +23,7 @@ CARDS = {
         mmc.ModelCard("twin-1", "Twin"),
         mmc.ModelCard("twin-2", "twin"),
         mmc.ModelCard("embed", "Embedding", by_default=False),
-        mmc.ModelCard("pipe.manager", "Conversation · Manager", is_self=True),
+        mmc.ModelCard("pipe.manager", "Manager · Conversation", is_self=True),
     )
 }
 
@@ -73,7 +73,7 @@ def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
         ),
         (
             "Me | pipe.manager\nAnn | oak-1",
-            'Team line 1: "Conversation · Manager" is this '
+            'Team line 1: "Manager · Conversation" is this '
             "conversation itself, which cannot take part in it: choose another model.",
         ),
         (
