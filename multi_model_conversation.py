@@ -2697,6 +2697,12 @@ class Host:
         """Whether there is a page at which somebody can answer."""
         return self.in_chat and self.caller is not None
 
+    @property
+    def has_card(self) -> bool:
+        """Whether the page can ask on a card above the input, which covers nothing and
+        which we can close: from 0.12."""
+        return not VERSION.startswith("0.11.")
+
     # -- who and what there is ---------------------------------------------------------
 
     @staticmethod
@@ -2968,16 +2974,36 @@ class Host:
         if (self.metadata.get("params") or {}).get("tool_approval_mode") != "ask":
             return True
         asked = {"id": call.id, "name": call.name, "arguments": arguments}
-        return await self.confirm({"tool_call": asked})
+        return await self._call("confirmation", {"tool_call": asked}) is True
 
-    async def confirm(self, question: Json) -> bool:
-        """Ask the person at the page; no answer is a no."""
+    async def ask(
+        self, title: str, question: str, options: Mapping[str, str], free: bool = False
+    ) -> str:
+        """What the person at the page chose of these options (label -> what it does),
+        or said in words of their own where they are `free` to; "" is no answer.
+
+        Where there is no card a dialog asks whether it shall be the second option.
+        """
+        if not self.has_card:
+            asked: Json = {"title": title, "message": question}
+            agreed = await self._call("confirmation", asked) is True
+            return list(options)[agreed]
+        listed = [{"label": name, "description": options[name]} for name in options]
+        asked = {"id": "answer", "header": title, "question": question}
+        asked |= {"options": listed, "allow_other": free}
+        data = {"questions": [asked], "timeout_ms": 240_000}
+        match await self._call("request:user_input", data):
+            case {"answers": {"answer": {"label": str(said)} | {"text": str(said)}}}:
+                return said
+        return ""
+
+    async def _call(self, kind: str, asked: Json) -> Any:
+        """What the page answers to a question; None if nobody does."""
         if self.caller:
-            asked = {"type": "confirmation", "data": question}
             with suppress(HostFailure), foreign_errors(HostFailure):
                 async with asyncio.timeout(250):  # s; the host gives a person 60 to 240
-                    return await self.caller(asked) is True
-        return False
+                    return await self.caller({"type": kind, "data": asked})
+        return None
 
     # -- search and tools --------------------------------------------------------------
 
@@ -3927,6 +3953,7 @@ class Reply:
         self.text = "".join(self._parts).strip()
 
 
+_SKIP, _GO_ON = "Skip it", "Go on with what is there"  # answers of the person
 MOST_FAILURES = 2  # in a row, after which a model is not asked again
 MOST_IN_ALL = 5_000_000  # characters of all replies
 # Of this process, for all runs: places at a connection, and who has runs going.
@@ -3965,6 +3992,8 @@ class ModelCalls:
     emitter: Emitter | None = None
     # when a speaker's first call in a stage got its slot; until then it is queued
     admitted: dict[tuple[int, str], float] = field(default_factory=dict)
+    # stages in which some have answered and several have not -> whether to go on
+    enough: dict[int, bool] = field(default_factory=dict)
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
@@ -4029,7 +4058,7 @@ class ModelCalls:
         decoder = ReplyDecoder(voice.think_tags)
         async with (
             self._place(call, reply, streams) as deadline,
-            self.limits(call.speaker, deadline),
+            self.limits(call.speaker, deadline, call.stage),
             self.host.completion(payload) as items,
         ):
             pace = Pace(self.emitter) if self.emitter else None
@@ -4074,19 +4103,24 @@ class ModelCalls:
                 self.ledger.count_call(call.speaker, reply.usage, deadline)
 
     @asynccontextmanager
-    async def limits(self, name: str, deadline: ReplyDeadline) -> AsyncIterator[None]:
+    async def limits(
+        self, name: str, deadline: ReplyDeadline, stage: int = 0
+    ) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
         watch = []
         if self.settings.skip_after > 0 and self.host.can_ask:
-            watch.append(asyncio.create_task(self._offer_to_skip(name, deadline)))
+            offer = self._offer_to_skip(name, deadline, stage)
+            watch.append(asyncio.create_task(offer))
         try:
             async with deadline.running():
                 yield
         finally:
             await end_tasks(*watch)
 
-    async def _offer_to_skip(self, name: str, deadline: ReplyDeadline) -> None:
-        """Ask the person at the page whenever there is silence for long. Who says no is
+    async def _offer_to_skip(
+        self, name: str, deadline: ReplyDeadline, stage: int
+    ) -> None:
+        """Ask the person at the page whenever there is silence for long. Who waits is
         asked again after as long a silence."""
         limit, asked_at = self.settings.skip_after, 0.0
         while True:
@@ -4095,23 +4129,26 @@ class ModelCalls:
             async with self._dialog:  # one at a time
                 if deadline.now() - max(deadline.heard_at, asked_at) < limit:
                     continue
-                if await self._ask_to_skip(name, deadline):
+                answer = await self._ask_to_skip(name, deadline, stage)
+                if answer == _GO_ON:
+                    self.enough[stage] = True
+                if answer in (_SKIP, _GO_ON):
                     deadline.skip()
                     return
                 asked_at = deadline.now()
 
-    async def _ask_to_skip(self, name: str, deadline: ReplyDeadline) -> bool:
-        """One dialog, which closes by itself when the model speaks."""
+    async def _ask_to_skip(self, name: str, deadline: ReplyDeadline, stage: int) -> str:
+        """One question, which goes away by itself when the model speaks."""
         silence = deadline.now() - deadline.heard_at
-        question = {
-            "title": f"Skip {name}?",
-            "message": f"{name} has said nothing for {silence:.0f} s. "
-            "Skip it and go on without it?",
-        }
+        question = f"{name} has said nothing for {silence:.0f} s. "
+        question += "Skip it and go on without it?"
+        options = {"Wait": "You are asked again later", _SKIP: f"Go on without {name}"}
+        if stage in self.enough:
+            options[_GO_ON] = "Go on without all who have not answered yet"
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as deadline.dialog:
-                return await self.host.confirm(question)
-        return False
+                return await self.host.ask(f"Skip {name}?", question, options)
+        return ""
 
 
 # -- a participant's turn --------------------------------------------------------------
@@ -4597,8 +4634,13 @@ class Run:
             silent = [who for who in tasks if who not in done]
             since = {who: self.models.admitted.get((stage, who)) for who in silent}
             late = all(at is not None and now - at > limit for at in since.values())
+            late = late or self.models.enough.get(stage, False)
             if (quorum and len(there) >= quorum) or (late and there):
                 break
+            if there and silent[1:]:
+                self.models.enough.setdefault(stage, False)
+            else:
+                self.models.enough.pop(stage, None)
             if now - shown_at < 1:
                 continue
             shown_at = now
