@@ -1246,11 +1246,11 @@ _LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is le
 _LEAST_TOKENS = 100  # to which the middle of a text may be cut
 _TOO_LONG = re.compile(  # what providers say of a prompt
     r"(?i)context[ _](?:length|window|size|limit)|maximum (?:prompt|model|input) length"
-    r"|(?:prompt|input|request|message)\w* (?:\w+ ){0,3}too (?:long|large)"
-    r"|too many tokens|tokens exceed|exceeds? the (?:\w+ ){1,5}tokens"
+    r"|(?:prompt|input|request|message)s? (?:\w{1,20} ){0,3}too (?:long|large)"
+    r"|too many tokens|tokens exceed|exceeds? the (?:\w{1,20} ){1,5}tokens"
     r"|tokens must be ="
 )
-_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,}(?![\w-]|\.\d)")
+_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
 _HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 _JSON_TYPES: dict[str, Any] = dict(
     string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
@@ -3836,7 +3836,7 @@ class Ledger:
         """How many model calls there were."""
         return sum(figures.calls for figures in self.figures.values())
 
-    def count_call(self, speaker: str, usage: Json, deadline: ReplyDeadline) -> None:
+    def count_call(self, speaker: str, usage: Json, deadline: Deadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
         counted = self.add_usage({}, usage) if usage else {}
@@ -3861,12 +3861,22 @@ def _move(timeout: asyncio.Timeout, when: float | None) -> None:
         timeout.reschedule(when)
 
 
-class _Deadline:
-    """A limit in time that moves; who runs into it gets a `ModelFailure`."""
+class Deadline:
+    """A limit in time; who runs into it gets a `ModelFailure`.
 
-    def __init__(self, seconds: float, reason: str) -> None:
+    A turn has so many seconds, without those in which it has to wait. A reply, which
+    may be silent for a while, has them for its first word.
+    """
+
+    def __init__(self, seconds: float, silence: float = 0) -> None:
         self.seconds = seconds
-        self._reason = reason
+        self.now = time.monotonic  # as the loop's clock
+        self.begun = self.heard_at = self.now()
+        self.first_at: float | None = None
+        self.dialog: asyncio.Timeout | None = None  # ends when it says something
+        what = "said nothing for" if silence else "took longer than"
+        self._reason = f"it {what} {seconds:g} s"
+        self._silence, self._left, self._pauses = silence, seconds, 0
         self._timeout = asyncio.Timeout(None)
 
     @asynccontextmanager
@@ -3878,21 +3888,11 @@ class _Deadline:
         except TimeoutError as error:
             raise ModelFailure(self._reason, 408) from error  # Request Timeout
 
-
-class TurnClock(_Deadline):
-    """How many seconds a turn may take, without those in which it has to wait."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds, f"it took longer than {seconds:g} s")
-        self._left = seconds
-        self._pauses = 0
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The clock stands still meanwhile; several may want that at a time."""
-        now = asyncio.get_running_loop().time
         if (when := self._timeout.when()) is not None:
-            self._left = when - now()
+            self._left = when - self.now()
             _move(self._timeout, None)
         self._pauses += 1
         try:
@@ -3900,19 +3900,7 @@ class TurnClock(_Deadline):
         finally:
             self._pauses -= 1
             if not self._pauses:
-                _move(self._timeout, now() + self._left)
-
-
-class ReplyDeadline(_Deadline):
-    """How many seconds a model may be silent: before its first word, and after any."""
-
-    def __init__(self, first: float, silence: float) -> None:
-        super().__init__(first, f"it said nothing for {first:g} s")
-        self.now = asyncio.get_running_loop().time
-        self.begun = self.heard_at = self.now()
-        self.first_at: float | None = None
-        self.dialog: asyncio.Timeout | None = None  # ends when it says something
-        self._silence = silence
+                _move(self._timeout, self.now() + self._left)
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
@@ -3944,42 +3932,42 @@ class ConnectionGate:
 
     def __init__(self, places: int) -> None:
         self._free = places
-        self._queue: list[tuple[int, str, asyncio.Future[None]]] = []
+        self._queue: list[tuple[int, str, object]] = []
+        self._changed = asyncio.Event()
         self._model = ""
         self._stage = 0  # for which the last place is kept
 
     async def enter(self, stage: int, model_id: str) -> None:
         """Wait for a place."""
         self._stage = max(self._stage, stage)
-        admission = asyncio.get_running_loop().create_future()
-        self._queue.append((stage, model_id, admission))
-        self._admit()
+        me = (stage, model_id, object())
+        self._queue.append(me)
         try:
-            await admission
-        except asyncio.CancelledError:
-            if not admission.cancelled():  # let in at the very moment
-                self.leave()
-            raise
+            while self._next() is not me:
+                await self._changed.wait()
+            self._free, self._model = self._free - 1, model_id
+        finally:
+            self._queue.remove(me)
+            self._tell()
 
     def leave(self) -> None:
         """Give the place to who is next."""
         self._free += 1
-        self._admit()
+        self._tell()
 
     def open_to_all(self) -> None:
         """No stage comes any more: who is late may have every place."""
         self._stage = 0
-        self._admit()
+        self._tell()
 
-    def _admit(self) -> None:
-        self._queue = [each for each in self._queue if not each[2].done()]
-        spare = self._free > 1
-        may = [each for each in self._queue if spare or each[0] >= self._stage]
-        if self._free and may:  # there is never room for two who wait
-            best = max(may, key=lambda each: (each[0], each[1] == self._model))
-            self._free -= 1
-            self._model = best[1]
-            best[2].set_result(None)
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _next(self) -> tuple[int, str, object] | None:
+        # of the last stage any place is enough, of others the last one is none
+        may = (each for each in self._queue if self._free > (each[0] < self._stage))
+        return max(may, key=lambda e: (e[0], e[1] == self._model), default=None)
 
 
 # -- one model call --------------------------------------------------------------------
@@ -3998,7 +3986,7 @@ class ModelCall:
     speaker: str
     voice: Voice
     prompt: Prompt
-    clock: TurnClock
+    clock: Deadline
     stage: int = 0
     specs: Sequence[Json] = ()
     parameters: Json = field(default_factory=dict)
@@ -4079,16 +4067,16 @@ _RUNS: Counter[str] = Counter()
 @contextmanager
 def counted_run(user_id: str, settings: Settings) -> Iterator[None]:
     """One more run, unless there are as many as may be; raises `ConversationError`."""
-    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
-        raise ConversationError(
-            "You have as many conversations going as you may have at a time. Wait "
-            "until one ends, or stop one, and ask again."
-        )
+    busy = ""
     if 0 < settings.max_runs <= _RUNS.total():
-        raise ConversationError(
-            "As many conversations are going as there may be at a time. Wait a little, "
-            "and ask again."
+        busy = (
+            "As many conversations are going as there may be at a time. Wait a little"
         )
+    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
+        busy = "You have as many conversations going as you may have at a time. Wait "
+        busy += "until one ends, or stop one"
+    if busy:
+        raise ConversationError(f"{busy}, and ask again.")
     _RUNS[user_id] += 1
     try:
         yield
@@ -4220,7 +4208,7 @@ class ModelCalls:
     @asynccontextmanager
     async def _place(
         self, call: ModelCall, reply: Reply, streams: bool
-    ) -> AsyncIterator[ReplyDeadline]:
+    ) -> AsyncIterator[Deadline]:
         """A place at the model's connection; with it begins the time of the reply, and
         when it is given up the reply has ended and is counted."""
         settings, voice = self.settings, call.voice
@@ -4238,7 +4226,7 @@ class ModelCalls:
                 await in_all.acquire()
                 held.callback(in_all.release)
             first = settings.first_token_timeout if streams else call.clock.seconds
-            deadline = ReplyDeadline(first, settings.silence_timeout)
+            deadline = Deadline(first, settings.silence_timeout)
             self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
             try:
                 yield deadline
@@ -4249,7 +4237,7 @@ class ModelCalls:
 
     @asynccontextmanager
     async def limits(
-        self, name: str, deadline: ReplyDeadline, stage: int = 0
+        self, name: str, deadline: Deadline, stage: int = 0
     ) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
         watch = []
@@ -4262,9 +4250,7 @@ class ModelCalls:
         finally:
             await end_tasks(*watch)
 
-    async def _offer_to_skip(
-        self, name: str, deadline: ReplyDeadline, stage: int
-    ) -> None:
+    async def _offer_to_skip(self, name: str, deadline: Deadline, stage: int) -> None:
         """Ask the person at the page whenever there is silence for long. Who waits is
         asked again after as long a silence."""
         limit, asked_at = self.settings.skip_after, 0.0
@@ -4282,7 +4268,7 @@ class ModelCalls:
                     return
                 asked_at = deadline.now()
 
-    async def _ask_to_skip(self, name: str, deadline: ReplyDeadline, stage: int) -> str:
+    async def _ask_to_skip(self, name: str, deadline: Deadline, stage: int) -> str:
         """One question, which goes away by itself when the model speaks."""
         silence = deadline.now() - deadline.heard_at
         question = f"{name} has said nothing for {silence:.0f} s. "
@@ -4306,7 +4292,7 @@ class Section:
 
     screen: Screen
     participant: Participant
-    clock: TurnClock
+    clock: Deadline
     role: str = ""
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
     number: int = field(init=False)
@@ -4610,7 +4596,7 @@ class Run:
     async def _search_once(self) -> None:
         """Where the chat searches the web: once, shared with everybody."""
         limit = self.settings.tool_timeout
-        deadline = ReplyDeadline(limit, limit)
+        deadline = Deadline(limit, limit)
         model_id, question = self.cast.manager.model_id, last_question(self.entries)
         try:
             async with self.models.limits("the web search", deadline):
@@ -4697,7 +4683,7 @@ class Run:
             self.screen.publish_progress("answered", f"waiting for {who}")
         sections, tasks = {}, {}
         for alias in step.aliases:
-            clock = TurnClock(self.settings.turn_timeout)
+            clock = Deadline(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role, step.names)
             if not step.concludes:
@@ -4729,7 +4715,7 @@ class Run:
     ) -> Ballot | str:
         """A voter's ballot: asked, asked again with what was wrong, read leniently."""
         voter = self.cast.participants[paper.voter]
-        clock = TurnClock(self.settings.turn_timeout)
+        clock = Deadline(self.settings.turn_timeout)
         prompt = self._prompt(voter, paper.brief, {})
         call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
         for lenient in (False, True):
@@ -4754,7 +4740,7 @@ class Run:
             heard = shorten(self.entries, room, aliases)
             return messages_for_manager(settings, heard, step)
 
-        clock = TurnClock(settings.turn_timeout)
+        clock = Deadline(settings.turn_timeout)
         try:
             call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
             return await self.models.text(call)
@@ -5088,7 +5074,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         card = cards[seats[0].model_id]
         tags = host.think_tags()
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
-        clock = TurnClock(settings.first_token_timeout)
+        clock = Deadline(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
         call = ModelCall("task", voice, lambda _: body["messages"], clock)
         call = replace(call, parameters=sampling)
