@@ -2447,22 +2447,15 @@ if sys.modules.get("open_webui"):  # there is none where the unit tests run
     from open_webui.models.models import Models
     from open_webui.models.users import Users
     from open_webui.utils import middleware
+    from open_webui.utils import payload as host_payload
+    from open_webui.utils import tools as host_tools
     from open_webui.utils.access_control import has_permission
     from open_webui.utils.chat import generate_chat_completion
     from open_webui.utils.chat_id import is_saved_chat_id
     from open_webui.utils.files import get_image_base64_from_url
     from open_webui.utils.misc import get_message_list
     from open_webui.utils.models import get_all_models, get_filtered_models
-    from open_webui.utils.payload import (
-        apply_model_params_to_body_openai,
-        resolve_system_prompt,
-    )
     from open_webui.utils.response import merge_usage
-    from open_webui.utils.tools import (
-        get_builtin_tools,
-        get_tools,
-        get_updated_tool_function,
-    )
 
 _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
@@ -2480,15 +2473,16 @@ _SAMPLING_NAMES = (  # the host's
     "num_predict num_keep num_batch num_thread num_gpu think keep_alive"
 )
 SAMPLING = tuple(_SAMPLING_NAMES.split())  # what a chat's controls set for the models
-_TOOLS_TIMEOUT = 30  # s in which the tools of a model must be there
-_GRACE = 0.1  # s; a query of the host's takes some milliseconds
+
 WRITE_TIMEOUT = 15  # s for a write of the host's; SQLite itself waits for 5
 MOST_RESULT = 200_000  # characters of a tool's result; a prompt holds no more
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
 _AWAY = "Open WebUI's database does not answer"
-_SAID_PLAINLY = {  # an error of these packages, whose words are for developers
+_SAID_PLAINLY = {  # errors of these packages or names, whose words are for developers
     **dict.fromkeys(("sqlalchemy", "sqlite3", "psycopg", "asyncpg", "redis"), _AWAY),
     "aiohttp": "the connection broke off",
+    "CancelledError": "it was cancelled from inside",
+    "TimeoutError": "it timed out",
 }
 
 
@@ -2510,17 +2504,13 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         yield
     except (ModelFailure, ToolFailure):
         raise
-    except asyncio.CancelledError as error:
-        if was_cancelled():
-            raise
-        raise failure("it was cancelled from inside") from error
-    except Exception as error:  # foreign code raises what it likes
-        if was_cancelled():  # also in place of our cancellation
+    except (Exception, asyncio.CancelledError) as error:  # it raises what it likes
+        if was_cancelled():  # also where something else was raised in its place
             raise asyncio.CancelledError from error
         log.debug("foreign code failed: %s", hide_keys(traceback.format_exc()))
-        plain = _SAID_PLAINLY.get(type(error).__module__.split(".")[0])
-        reason = "it timed out" if isinstance(error, TimeoutError) else str(error)
-        detail = getattr(error, "detail", None) or reason or type(error).__name__
+        package, name = type(error).__module__.split(".")[0], type(error).__name__
+        plain = _SAID_PLAINLY.get(package) or _SAID_PLAINLY.get(name)
+        detail = getattr(error, "detail", None) or str(error) or name
         failed = failure(plain or error_text(detail))
         if isinstance(failed, ModelFailure):
             status = getattr(error, "status_code", 0)
@@ -2528,11 +2518,12 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         raise failed from error
 
 
-async def apart(work: Awaitable[Result], grace: float = _GRACE) -> Result:
+async def apart(work: Awaitable[Result], grace: float = 0.1) -> Result:
     """Somebody else's work, in a task of its own.
 
-    A cancellation reaches it only after `grace` seconds: in the middle of a query it
-    would leave the host's database locked. Work that swallows it is left behind.
+    A cancellation reaches it only after `grace` seconds: in the middle of a query,
+    which takes milliseconds, it would leave the host's database locked. Work that
+    swallows it is left behind.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -2649,8 +2640,9 @@ class Host:
         try:
             with foreign_errors(HostFailure):
                 prompt = params.get("system")
-                system = await resolve_system_prompt(prompt, self.metadata, self.user)
-                taken = apply_model_params_to_body_openai(missing, {})
+                render = host_payload.resolve_system_prompt
+                system = await render(prompt, self.metadata, self.user)
+                taken = host_payload.apply_model_params_to_body_openai(missing, {})
                 tools, problems = await self._tools(card.entry, settings)
         except HostFailure as failure:
             return str(failure)
@@ -2697,39 +2689,25 @@ class Host:
         }
         tools: dict[str, Json] = {}
         problems: list[str] = []
-        features = self.metadata.get("features") or {}
-        seen = _builtins_model(model, self.metadata, settings)
-        try:
-            with foreign_errors(HostFailure):
-                if seen:
-                    tools |= await get_builtin_tools(
-                        self.request, extra, features, seen
-                    )
-        except HostFailure:
-            problems.append("Open WebUI's own tools could not be loaded")
-        ids = _meta_of(model).get("toolIds") or []
-        tools |= await self._own_tools(ids, extra, problems)
+
+        async def add(what: str, loading: Awaitable[dict[str, Json]]) -> None:
+            try:
+                with foreign_errors(HostFailure):
+                    async with asyncio.timeout(30):  # s; it may ask a server
+                        tools.update(await loading)
+            except HostFailure:
+                problems.append(f"{what} could not be loaded")
+
+        if seen := _builtins_model(model, self.metadata, settings):
+            features = self.metadata.get("features") or {}
+            built_in = host_tools.get_builtin_tools(self.request, extra, features, seen)
+            await add("Open WebUI's own tools", built_in)
+        for tool_id in _meta_of(model).get("toolIds") or ():
+            own = host_tools.get_tools(self.request, [tool_id], self.user, extra)
+            await add(f'its tool "{plain_line(tool_id, 60)}"', own)
         chosen = (self.metadata.get("tools") or {}).items()
         tools |= {n: tool for n, tool in chosen if tool.get("type") != "builtin"}
         return tools, problems
-
-    async def _own_tools(
-        self, ids: list[str], extra: Json, problems: list[str]
-    ) -> dict[str, Json]:
-        """The tools of a workspace model; one that fails costs only itself."""
-        tools: dict[str, Json] = {}
-        try:
-            with foreign_errors(HostFailure):
-                async with asyncio.timeout(_TOOLS_TIMEOUT):
-                    tools |= await get_tools(self.request, ids, self.user, extra)
-        except HostFailure:
-            if len(ids) == 1:
-                name = plain_line(ids[0], 60)
-                problems.append(f'its tool "{name}" could not be loaded')
-                return {}
-            for tool_id in ids:
-                tools |= await self._own_tools([tool_id], extra, problems)
-        return tools
 
     async def stored_replies(self) -> list[Json]:
         """The stored messages that led to this question, the first one first.
@@ -2765,31 +2743,26 @@ class Host:
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
         kept = {name: self.metadata[name] for name in names if name in self.metadata}
-        opening = self._begin({**payload, "metadata": kept})
+        opening = asyncio.create_task(self._open({**payload, "metadata": kept}))
         try:
-            try:
-                with foreign_errors(ModelFailure):
-                    await apart(opening)
-            except ModelFailure as failure:
-                if str(failure) != "Model not found":
-                    raise
-                # It was there when the run began: the list of models went with the
-                # host's Redis, or its database is away, which this then says.
-                with foreign_errors(ModelFailure):
-                    await apart(get_all_models(self.request, user=self.user))
-                    opening = self._begin({**payload, "metadata": kept})
-                    await apart(opening)
-            async with aclosing(reply_items(opening.result())) as items:
+            async with aclosing(reply_items(await apart(opening))) as items:
                 yield items
         finally:
             await _close_reply(opening)
 
-    def _begin(self, payload: Json) -> asyncio.Task[Any]:
-        inner = self._inner_request()
-        ask = generate_chat_completion
-        return asyncio.create_task(
-            ask(inner, payload, self.user, bypass_system_prompt=True)
-        )
+    async def _open(self, payload: Json) -> Any:
+        ask = partial(generate_chat_completion, bypass_system_prompt=True)
+        try:
+            with foreign_errors(ModelFailure):
+                return await ask(self._inner_request(), payload, self.user)
+        except ModelFailure as failure:
+            if str(failure) != "Model not found":
+                raise
+        # It was there when the run began: the list of models went with the host's
+        # Redis, or its database is away, which this then says.
+        with foreign_errors(ModelFailure):
+            await get_all_models(self.request, user=self.user)
+            return await ask(self._inner_request(), payload, self.user)
 
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
@@ -2922,7 +2895,8 @@ class Host:
                 return await apart(asking)
             files = self.metadata.get("files") or []
             extra = {"__messages__": messages, "__files__": files}
-            function = await get_updated_tool_function(tool["callable"], extra)
+            prepare = host_tools.get_updated_tool_function
+            function = await prepare(tool["callable"], extra)
             return await apart(function(**arguments))
 
     async def read_tool_result(
@@ -2991,19 +2965,15 @@ class Host:
             for name, tool in voice.tools.items()
         }
         request = self._inner_request()
-        extra = {
-            "__event_emitter__": self.emitter,
-            "__event_call__": in_page,
-            "__metadata__": self.metadata,
-        }
+        extra: Json = {"__event_emitter__": self.emitter, "__event_call__": in_page}
+        extra["__metadata__"] = self.metadata
         body = {"model": voice.model_id, "messages": messages, "metadata": {}}
         with foreign_errors(ModelFailure):
             models = self.request.app.state.MODELS
-            _, flags = await apart(
-                middleware.chat_completion_tools_handler(
-                    request, body, extra, self.user, models, tools
-                )
+            using = middleware.chat_completion_tools_handler(
+                request, body, extra, self.user, models, tools
             )
+            _, flags = await apart(using)
             sources = flags.get("sources") or []
             copies = [dict(message) for message in messages]
             messages = await middleware.apply_source_context_to_messages(
@@ -3053,13 +3023,12 @@ def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, Mode
 
 def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
     """Whether one of these principals owns a model or was granted to read it."""
-    if ("user", info.get("user_id")) in me:
-        return True
-    return any(
-        grant.get("permission") == "read"
-        and (grant.get("principal_type"), grant.get("principal_id")) in me
+    granted = {
+        (grant.get("principal_type"), grant.get("principal_id"))
         for grant in info.get("access_grants") or ()
-    )
+        if grant.get("permission") == "read"
+    }
+    return not me.isdisjoint({("user", info.get("user_id")), *granted})
 
 
 def _connection_of(model: Json) -> str:
@@ -3072,15 +3041,14 @@ def _connection_of(model: Json) -> str:
 
 def _knowledge_prompt(meta: Json) -> str:
     """Names a model's attached knowledge to it, as the host does for native tools."""
-    items = [i for i in meta.get("knowledge") or () if i.get("id") and i.get("type")]
-    if not items:
-        return ""
     lines = [
         f'<knowledge type="{plain_line(i["type"])}" id="{plain_line(i["id"])}" '
-        f'name="{plain_line(i.get("name") or "")}"/>'
-        for i in items
+        f'name="{plain_line(i.get("name") or "")}"/>\n'
+        for i in meta.get("knowledge") or ()
+        if i.get("id") and i.get("type")
     ]
-    return "\n".join(("<attached_knowledge>", *lines, "</attached_knowledge>"))
+    whole = f"<attached_knowledge>\n{''.join(lines)}</attached_knowledge>"
+    return whole if lines else ""
 
 
 class _OnlyThese(dict[str, bool]):
@@ -3149,11 +3117,10 @@ def _read_whole(response: Any) -> Any:
 
 def read_seconds(text: str | None) -> float:
     """The seconds of a `Retry-After` header; 0 for a date, nonsense or nothing."""
-    try:
+    with suppress(ValueError):
         seconds = float(text or "")
-    except ValueError:
-        return 0
-    return seconds if 0 <= seconds < float("inf") else 0
+        return seconds if 0 <= seconds < float("inf") else 0
+    return 0
 
 
 async def _close_reply(opening: asyncio.Future[Any]) -> None:
