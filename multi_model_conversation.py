@@ -370,16 +370,10 @@ class ToolFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Visible text of a reply."""
+    """Text of a reply, or what the model thought, which no other participant reads."""
 
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
-    """Text the model thought, never shown to other participants."""
-
-    text: str
+    kind: Literal["message", "reasoning"] = "message"
 
 
 @dataclass(frozen=True, slots=True)
@@ -574,7 +568,7 @@ class AskManager:
     wrong_answer: str = ""
 
 
-ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | SourceFound
+ReplyEvent = TextDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
 Step = Speak | AskManager | Judge | Publish | Fold
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
@@ -736,7 +730,7 @@ class ThinkSplitter:
             self._trim = not text
         if not text:
             return []
-        return [(TextDelta if self._tag is self._start else ReasoningDelta)(text)]
+        return [TextDelta(text, "message" if self._tag is self._start else "reasoning")]
 
 
 def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
@@ -860,19 +854,16 @@ class ReplyDecoder:
             yield from self._think.feed(text)
             return
         try:
-            yield from self._read_value(value)
+            if not isinstance(value, dict):
+                yield from self._read_text(getattr(value, "content", value))
+            elif value.get("object") == "error":  # older vLLM
+                raise ModelFailure(error_text(value))
+            elif isinstance(value.get("type"), str) and "choices" not in value:
+                yield from self._read_responses_event(value["type"], value)
+            else:
+                yield from self._read_chunk(value)
         except _MALFORMED as error:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
-
-    def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
-        if not isinstance(value, dict):
-            yield from self._read_text(getattr(value, "content", value))
-        elif value.get("object") == "error":  # older vLLM
-            raise ModelFailure(error_text(value))
-        elif isinstance(value.get("type"), str) and "choices" not in value:
-            yield from self._read_responses_event(value["type"], value)
-        else:
-            yield from self._read_chunk(value)
 
     def _read_text(self, content: Any) -> Iterator[ReplyEvent]:
         if text := text_of(content):
@@ -892,7 +883,7 @@ class ReplyDecoder:
             message = choice.get("message") or chunk.get("message") or chunk
             yield from self._read_message(message, copy=self._has_deltas)
         for item in () if self._has_text else chunk.get("output") or ():
-            yield from self._read_value(item)
+            yield from self._read(item)
         sources = chunk.get("sources") or ()
         yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
@@ -901,7 +892,7 @@ class ReplyDecoder:
         if not copy:
             keys = ("reasoning_content", "reasoning", "thinking")
             if thought := text_of(next(filter(None, map(message.get, keys)), "")):
-                yield ReasoningDelta(storable(thought))
+                yield TextDelta(storable(thought), "reasoning")
             yield from self._read_text(message.get("content"))
         calls = message.get("tool_calls") or ()
         if message.get("function_call"):
@@ -971,10 +962,8 @@ def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
     """What can be counted in a chunk, as one report."""
     # Ollama counts beside the message
     ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
-    usage: Json = {}
-    for report in (chunk.get("usage"), chunk.get("timings"), ollama):
-        usage |= _counts_of(report)
-    if usage:
+    reports = map(_counts_of, (chunk.get("usage"), chunk.get("timings"), ollama))
+    if usage := dict(item for report in reports for item in report.items()):
         yield UsageReport(usage)
 
 
@@ -3749,9 +3738,9 @@ class Reply:
     def take(self, event: ReplyEvent) -> None:
         """Take one event; raises `ModelFailure` where it never ends."""
         match event:
-            case TextDelta(text) | ReasoningDelta(text):
+            case TextDelta(text):
                 if len(text) > (room := MOST_SAID - self.size):
-                    event = type(event)(text[:room])
+                    event = replace(event, text=text[:room])
                 self.size += len(text)
             case ToolCallDelta():
                 self.size += len(event.name) + len(event.arguments)
@@ -3764,10 +3753,10 @@ class Reply:
     def apply(self, event: ReplyEvent) -> None:
         """Note what it says."""
         match event:
-            case TextDelta(text):
+            case TextDelta(text, "message"):
                 self.spoke = True
                 self._parts.append(text)
-            case ReasoningDelta() | ToolCallDelta():
+            case TextDelta() | ToolCallDelta():
                 self.spoke = True
             case UsageReport(usage):
                 self.usage |= usage
@@ -4101,10 +4090,8 @@ class ShownReply(Reply):
     def apply(self, event: ReplyEvent) -> None:
         """Show one event."""
         match event:
-            case TextDelta(text):
-                self._add_text("message", text)
-            case ReasoningDelta(text):
-                self._add_text("reasoning", text)
+            case TextDelta(text, kind):
+                self._add_text(kind, text)
             case ToolCallDelta():
                 self._pause()
                 self._add_call_piece(event)
