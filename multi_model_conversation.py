@@ -415,10 +415,10 @@ class ToolResult:
 
     text: str
     failed: bool = False
-    files: tuple[Json, ...] = ()
-    embeds: tuple[Any, ...] = ()
-    images: tuple[str, ...] = ()  # as a model can read them
-    image_urls: tuple[str, ...] = ()  # as they are stored
+    files: Sequence[Json] = ()
+    embeds: Sequence[Any] = ()
+    images: Sequence[str] = ()  # as a model can read them
+    image_urls: Sequence[str] = ()  # as they are stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -2549,11 +2549,6 @@ class Host:
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
 
     @property
-    def user_id(self) -> str:
-        """Whose run it is."""
-        return str(getattr(self.user, "id", ""))
-
-    @property
     def can_replace(self) -> bool:
         """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
         return self.in_chat and VERSION != "0.11.0"
@@ -2574,19 +2569,17 @@ class Host:
     def model_options(__user__: Json) -> list[dict[str, str]]:
         """The models a user may use, for the inputs of the valves (synchronous)."""
         everything = BYPASS_MODEL_ACCESS_CONTROL or __user__.get("role") == "admin"
-        me = {("user", "*"), ("user", __user__.get("id"))}
-        if not everything:
-            with get_db() as session:
-                groups = session.query(GroupMember.group_id)
-                mine = groups.filter(GroupMember.user_id == __user__.get("id"))
-                me |= {("group", group_id) for (group_id,) in mine}
+        user_id = __user__.get("id")
+        with get_db() as session:
+            groups = session.query(GroupMember.group_id)
+            mine = groups.filter(GroupMember.user_id == user_id).all()
+        me = {("user", "*"), ("user", user_id), *(("group", g) for (g,) in mine)}
         models = dict(app.state.MODELS.items())
         cards = _cards_of(models.values(), models, own_function_id())
         return [
             {"value": card.id, "label": card.name}
             for card in cards.values()
-            if not card.is_self
-            and (everything or _may_read(card.entry.get("info") or {}, me))
+            if not card.is_self and (everything or _may_read(card.entry, me))
         ]
 
     async def model_cards(self, own_id: str) -> dict[str, ModelCard]:
@@ -2777,9 +2770,8 @@ class Host:
         One that is not done shimmers, for which the page paints every frame: only for
         work that nothing else shows.
         """
-        await self._emit(
-            {"type": "status", "data": {"description": text, "done": done}}
-        )
+        status = {"description": text, "done": done}
+        await self._emit({"type": "status", "data": status})
 
     async def show_sources(self, sources: Iterable[Json]) -> None:
         """Cite sources in the message, each in the host's shape."""
@@ -2880,13 +2872,11 @@ class Host:
                     "server": tool.get("server", {}),
                     "session_id": self.metadata.get("session_id"),
                 }
-                asking = self.caller({"type": "execute:tool", "data": asked})
-                return await apart(asking)
+                return await apart(self.caller({"type": "execute:tool", "data": asked}))
             files = self.metadata.get("files") or []
             extra = {"__messages__": messages, "__files__": files}
-            prepare = host_tools.get_updated_tool_function
-            function = await prepare(tool["callable"], extra)
-            return await apart(function(**arguments))
+            use = await host_tools.get_updated_tool_function(tool["callable"], extra)
+            return await apart(use(**arguments))
 
     async def read_tool_result(
         self, tool: Json, call: ToolCall, arguments: Json, value: Any
@@ -2906,10 +2896,8 @@ class Host:
         if len(text) > MOST_RESULT:
             text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
         failed = isinstance(value, dict) and bool(value.get("error"))
-        stored = tuple(image["url"] for image in images)
-        return ToolResult(
-            text, failed, tuple(files), tuple(embeds), tuple(readable), stored
-        )
+        stored = [image["url"] for image in images]
+        return ToolResult(text, failed, files, embeds, readable, stored)
 
     async def _keep_image(self, image: Json) -> str:
         """Keep an image out of the chat's JSON, where the host can (from 0.12); gives
@@ -3010,8 +2998,9 @@ def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, Mode
     return cards
 
 
-def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
+def _may_read(model: Json, me: set[tuple[str, Any]]) -> bool:
     """Whether one of these principals owns a model or was granted to read it."""
+    info = model.get("info") or {}
     granted = {
         (grant.get("principal_type"), grant.get("principal_id"))
         for grant in info.get("access_grants") or ()
@@ -4213,7 +4202,7 @@ class Run:
         """The whole conversation, shown on the screen, whose emitter it closes."""
         host, reason = self.host, _STOPPED
         try:
-            with counted_run(host.user_id, self.settings):
+            with counted_run(getattr(host.user, "id", ""), self.settings):
                 reason = await self._converse(mode)
         except ConversationError as error:
             reason = "Not begun"
