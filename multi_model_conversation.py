@@ -414,6 +414,7 @@ class ToolResult:
     embeds: Sequence[Any] = ()
     images: Sequence[str] = ()  # as a model can read them
     image_urls: Sequence[str] = ()  # as they are stored
+    sources: Sequence[Json] = ()  # of a tool that reads documents or pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -570,12 +571,9 @@ Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of t
 Mode = Steps[str]  # gives why the conversation ended
 
 
-_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
-
-
 def storable(text: str) -> str:
     """Text as it can be stored: the host drops NUL and halves of characters then."""
-    if (text.isascii() and "\0" not in text) or not _UNSTORABLE.search(text):
+    if text.isascii() and "\0" not in text:
         return text
     whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return whole.replace("\0", "\ufffd")
@@ -601,8 +599,7 @@ _JSON = json.JSONDecoder()
 
 def parse_json(text: str) -> Any:
     """The value of a JSON text, else a `ValueError`; faster than `json.loads`."""
-    text = text.strip()
-    value, end = parse_json_at(text)
+    value, end = parse_json_at(text := text.strip())
     if end < len(text):
         raise ValueError("more than one value")
     return value
@@ -3011,7 +3008,7 @@ class Host:
     async def read_tool_result(
         self, tool: Json, call: ToolCall, arguments: Json, value: Any
     ) -> ToolResult:
-        """What a tool gave -> text, files, embeds; citations and the like go out."""
+        """What a tool gave, as the host reads it; its own events go out."""
         kind, direct = tool.get("type", ""), bool(tool.get("direct"))
         with foreign_errors(ToolFailure):
             text, files, embeds = await middleware.process_tool_result(
@@ -3022,12 +3019,18 @@ class Host:
             )
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
             readable = [await self._keep_image(image) for image in images]
-        text = "" if text is None else storable(str(text))
-        if len(text) > MOST_RESULT:
-            text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
+            text = "" if text is None else storable(str(text))
+            if len(text) > MOST_RESULT:
+                text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
+            sources: list[Json] = []
+            citing = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
+            if text and call.name in citing:
+                sources = middleware.get_citation_source_from_tool_result(
+                    call.name, arguments, text, tool.get("tool_id", "")
+                )
         failed = isinstance(value, dict) and bool(value.get("error"))
         stored = [image["url"] for image in images]
-        return ToolResult(text, failed, files, embeds, readable, stored)
+        return ToolResult(text, failed, files, embeds, readable, stored, sources)
 
     async def _keep_image(self, image: Json) -> str:
         """Keep an image out of the chat's JSON, where the host can (from 0.12); gives
@@ -3039,18 +3042,6 @@ class Host:
         if store:
             image["url"] = await store(self.request, url, self.metadata, self.user)
         return str(data)
-
-    async def cite(
-        self, tool: Json, call: ToolCall, arguments: Json, text: str
-    ) -> None:
-        """Show the sources of a tool that reads documents or pages."""
-        names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
-        if call.name in names and text:
-            with suppress(HostFailure), foreign_errors(HostFailure):
-                sources = middleware.get_citation_source_from_tool_result(
-                    call.name, arguments, text, tool.get("tool_id", "")
-                )
-                await self.show_sources(sources)
 
     async def use_legacy_tools(
         self, voice: Voice, messages: list[Json], run: Callable[..., Awaitable[Any]]
@@ -3067,10 +3058,8 @@ class Host:
         async def in_page(event: Json) -> Any:
             return await run_one(event["data"]["name"], **event["data"]["params"])
 
-        tools = {
-            name: {**tool, "callable": partial(run_one, name)}
-            for name, tool in voice.tools.items()
-        }
+        known = voice.tools.items()
+        tools = {n: {**tool, "callable": partial(run_one, n)} for n, tool in known}
         request = self._inner_request()
         extra: Json = {"__event_emitter__": self.emitter, "__event_call__": in_page}
         extra["__metadata__"] = self.metadata
@@ -4665,7 +4654,7 @@ class Run:
         except ToolFailure as failure:
             return ToolResult(f"Error: {failure}", True)
         if voice.cites:
-            await host.cite(tool, call, arguments, result.text)
+            await host.show_sources(result.sources)
         return result
 
     async def _run_legacy_tool(
