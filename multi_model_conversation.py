@@ -47,7 +47,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import (
-    AsyncExitStack,
+    ExitStack,
     aclosing,
     asynccontextmanager,
     contextmanager,
@@ -3993,7 +3993,7 @@ _SKIP, _GO_ON = "Skip it", "Go on with what is there"  # answers of the person
 MOST_FAILURES = 2  # in a row, after which a model is not asked again
 MOST_IN_ALL = 5_000_000  # characters of all replies
 # Of this process, for all runs: places at a connection, and who has runs going.
-_CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], asyncio.Semaphore]
+_CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], ConnectionGate]
 _CALLS_IN_ALL = WeakValueDictionary()
 _RUNS: Counter[str] = Counter()
 
@@ -4150,15 +4150,13 @@ class ModelCalls:
         most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
         gate = self._gates.setdefault(voice.connection, ConnectionGate(most))
         places = settings.calls_in_all or 1_000_000
-        in_all = _CALLS_IN_ALL.setdefault(
-            (voice.connection, places), asyncio.Semaphore(places)
-        )
-        async with AsyncExitStack() as held:
+        of_all = (voice.connection, places)
+        in_all = _CALLS_IN_ALL.setdefault(of_all, ConnectionGate(places))
+        with ExitStack() as held:
             with call.clock.paused():
-                await gate.enter(call.stage, voice.model_id)
-                held.callback(gate.leave)
-                await in_all.acquire()
-                held.callback(in_all.release)
+                for each, stage in ((gate, call.stage), (in_all, 0)):
+                    await each.enter(stage, voice.model_id)
+                    held.callback(each.leave)
             first = settings.first_token_timeout if streams else call.clock.seconds
             deadline = Deadline(first, settings.silence_timeout)
             self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
@@ -4174,21 +4172,18 @@ class ModelCalls:
         self, name: str, deadline: Deadline, stage: int = 0
     ) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
-        watch = []
-        if self.settings.skip_after > 0 and self.host.can_ask:
-            offer = self._offer_to_skip(name, deadline, stage)
-            watch.append(asyncio.create_task(offer))
+        offer = asyncio.create_task(self._offer_to_skip(name, deadline, stage))
         try:
             async with deadline.running():
                 yield
         finally:
-            await end_tasks(*watch)
+            await end_tasks(offer)
 
     async def _offer_to_skip(self, name: str, deadline: Deadline, stage: int) -> None:
         """Ask the person at the page whenever there is silence for long. Who waits is
         asked again after as long a silence."""
         limit, asked_at = self.settings.skip_after, 0.0
-        while True:
+        while limit > 0 and self.host.can_ask:
             silence = deadline.now() - max(deadline.heard_at, asked_at)
             await asyncio.sleep(max(limit - silence, 0.05))
             async with self._dialog:  # one at a time
@@ -4956,16 +4951,16 @@ async def _prepare(
         raise ConversationError(
             f"Open WebUI could not prepare this conversation: {failure}. Try again."
         ) from failure
-    if commands.problem:
-        cast = replace(cast, problems=(*cast.problems, commands.problem))
-    asked = commands.rounds
-    if asked not in (None, settings.rounds):
-        line = f"You asked for {asked} rounds and get {settings.rounds}"
-        line += f": the administrator allows 1 to {settings.max_rounds}."
-        cast = replace(cast, problems=(*cast.problems, line))
+    told = [*cast.problems, *filter(None, [commands.problem])]
+    if commands.rounds not in (None, settings.rounds):
+        told.append(
+            f"You asked for {commands.rounds} rounds and get {settings.rounds}: "
+            f"the administrator allows 1 to {settings.max_rounds}."
+        )
     if row.drafts and not settings.remember_drafts:
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
+    cast = replace(cast, problems=tuple(told))
     run = _make_run(host, settings, cast, entries, row.drafts)
     if run.screen.continued and stored:
         run.go_on_after(stored[-1].get("output"))
