@@ -325,9 +325,7 @@ async def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
 
 
 def section_of(run: mmc.Run, alias: str = "Ann") -> mmc.Section:
-    section = mmc.Section(
-        run.screen, run.cast.participants[alias], mmc.Deadline(600.0)
-    )
+    section = mmc.Section(run.screen, run.cast.participants[alias], mmc.Deadline(600.0))
     section.show_heading()
     return section
 
