@@ -1092,6 +1092,8 @@ _HIDES_FENCES = re.compile(
     r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
 )
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
+_LARGE = re.compile(r"#{1,3}(?=\s|\Z)")  # a heading that ranks with the speakers'
+_FIRST = re.compile(r"(?: {0,3}(?:>|(?:[-*+]|\d{1,9}[.)])(?=\s)))*+ {0,3}#| {0,3}[-=]")
 
 
 @dataclass(slots=True)
@@ -1100,22 +1102,24 @@ class _LineTracker:
 
     closing: str = ""  # the line that closes the code fence that is open
     is_marked: bool = False  # there is a mark in the paragraph
-    _in_paragraph: bool = False  # or in a fence directly behind one
+    in_paragraph: bool = False  # or in a fence directly behind one
+    may_be_code: bool = False  # by fences in lists and quotes too
     _in_list: bool = False
     _is_sure: bool = True  # nothing can have hidden a fence, or its end, so far
 
     @property
     def in_code(self) -> bool:
         """Whether every parser is in code here: its fence stands at the left edge."""
-        is_sure = self._is_sure and not self._in_paragraph
+        is_sure = self._is_sure and not self.in_paragraph
         return is_sure and self.closing.startswith(("`", "~"))
 
     def read(self, line: str) -> None:
         """Take the next line."""
         words = line.strip(" \t")
         if not words:
-            self._in_paragraph = self.is_marked = False
+            self.in_paragraph = self.is_marked = False
             return
+        self.may_be_code ^= bool(_FENCE.match(words.lstrip("> *+-0123456789.)")))
         self.is_marked |= not self.in_code and any(mark in line for mark in _SPELLINGS)
         fence = self.closing.lstrip()
         if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
@@ -1124,14 +1128,14 @@ class _LineTracker:
         if not fence:
             opening = _FENCE.match(line)
             self.closing = opening[0] if opening else ""
-            self._in_paragraph |= not opening
+            self.in_paragraph |= not opening
             self._in_list |= bool(_LIST_ITEM.match(line))
             self._is_sure &= not _HIDES_FENCES.search(line)
         elif words.startswith(fence):
             self.closing = self.closing if words.strip(fence[0]) else ""
             exact = re.fullmatch(" {0,3}[^ \t]+ *", line)
             self._is_sure &= bool(exact) and not self.closing
-        elif self._in_paragraph and not words.strip("-="):
+        elif self.in_paragraph and not words.strip("-="):
             self._is_sure = False  # the page made a heading of it all, fence and all
 
 
@@ -1143,6 +1147,7 @@ class ForgeryGuard:
     `<video>`) as the host. None passes, however it is spelled: a backslash or a
     zero-width space shows it as the plain text it is. In a code fence that every parser
     sees, only what would be read back as ours, or the host's, is escaped.
+    Other headings, outside of what may be code, are made to rank below the speakers'.
     """
 
     def __init__(self) -> None:
@@ -1180,27 +1185,44 @@ class ForgeryGuard:
                     self._lines.read("".join([*self._line, text[begin:place]]))
                     self._line = []
                 begin = place + 1
-            elif hot[0] in "-=" and not self._lines.is_marked:
                 continue
-            elif reach := _REACH.match(text, place):
+            is_first = self._is_first(text[max(begin, place - 40) : place + 1])
+            if hot[0] in "-=" and not (self._lines.is_marked or is_first):
+                continue
+            if reach := _REACH.match(text, place):
                 if reach.end() == end and not final:
                     end = place
                     break
-                at, escape = self._escape(reach)
+                at, escape = self._escape(reach, is_first)
                 shown += [text[done:at], escape]
                 done = max(done, at)
-        self._line.append(text[begin:end])
+        self._line += filter(None, [text[begin:end]])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
-    def _escape(self, reach: re.Match[str]) -> tuple[int, str]:
-        """What disarms the forgery that stands there, if it is one, and where."""
+    def _is_first(self, end: str) -> bool:
+        """Whether the line, which ends so here, may become a heading by its last
+        character, or make one of the paragraph above."""
+        if self._lines.may_be_code or self._lines.closing or len(self._line) > 40:
+            return False
+        if end[-1] not in ("#-=" if self._lines.in_paragraph else "#"):
+            return False
+        line = "".join([*self._line, end])
+        return len(line) <= 40 and bool(_FIRST.fullmatch(line))
+
+    def _escape(self, reach: re.Match[str], is_first: bool) -> tuple[int, str]:
+        """What disarms the forgery that stands there, if it is one, and where; or what
+        makes a heading a smaller one, or none of what is underlined."""
         pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
         # with the character behind it, for what ends a name
         forged = pattern.match(reach.string, reach.start(), reach.end() + 1)
         if forged and forged["start"]:
             return forged.end("start"), "\u200b"
-        return reach.start(), "\\" * bool(forged)
+        if forged:
+            is_rule = reach[0][0] in "-=" and not self._lines.is_marked
+            return reach.start(), "\n" if is_rule else "\\"
+        large = is_first and _LARGE.match(reach[0])
+        return reach.start(), "#" * (4 - len(large[0])) if large else ""
 
 
 # ======================================================================================
