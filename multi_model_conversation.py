@@ -3363,6 +3363,10 @@ class Emitter:
         if self._timer:
             await self._nearly_due.wait()
 
+    def may_send(self, block: Block) -> bool:
+        """Whether it is held back no more."""
+        return not self.in_order or self._transcript.is_next(block)
+
     def nudge(self) -> None:
         """Something that was held back may go out now."""
         if self._noted:
@@ -3385,7 +3389,7 @@ class Emitter:
         # characters of one, or a message of 60,000 cost one interval. The costliest
         # update waits for four: 0.4 s is still seen to flow.
         for block in self._transcript.blocks:
-            if block in noted and self.in_order and not self._transcript.is_next(block):
+            if block in noted and not self.may_send(block):
                 self._noted.add(block)
             elif block in noted:
                 events.append(self._plan(block, place))
@@ -4148,13 +4152,13 @@ class Section:
 
     def describe(self, is_done: bool) -> str:
         """How far it is, where nothing of it is seen yet; else nothing."""
-        blocks = self.screen.transcript.of(self.number)
-        if blocks[1:] and blocks[0].sent_fields is not None:
+        said = self.screen.transcript.of(self.number)[1:]  # below the heading
+        if said and self.screen.emitter.may_send(said[0]):
             return ""
-        words = count_words(blocks[1:])
+        words = count_words(said)
         if is_done:
             return f"done, {words}" if words else "no answer"
-        return f"writing, {words}" if words else "thinking" if blocks[1:] else "waiting"
+        return f"writing, {words}" if words else "thinking" if said else "waiting"
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
@@ -4529,15 +4533,15 @@ class Run:
         quorum: int = 0,
     ) -> Json:
         """What is there by name once the quorum is, or everybody is done or has had its
-        time since its call was let in; shows once a second who of several is missing.
+        time since its call was let in; shows each second who of several is missing.
         """
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
-        begun = shown_at = clock()
+        begun = clock()
         done: Json = {}
         there: dict[str, float] = {}  # who did not fail, and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
-            wait, one = max(shown_at + 1 - clock(), 0), asyncio.FIRST_COMPLETED
-            await asyncio.wait(pending, timeout=wait, return_when=one)
+            one = asyncio.FIRST_COMPLETED
+            await asyncio.wait(pending, timeout=1, return_when=one)
             now = clock()
             done = {who: task.result() for who, task in tasks.items() if task.done()}
             for who, result in done.items():
@@ -4549,9 +4553,6 @@ class Run:
             late = all(at is not None and now - at > limit for at in since.values())
             if (quorum and len(there) >= quorum) or (late and there):
                 break
-            if now - shown_at < 1:
-                continue
-            shown_at = now
             if len(tasks) > 1:
                 what = "answered" if sections else "judged"
                 of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"

@@ -1724,11 +1724,9 @@ def test_a_section_says_how_far_it_is_until_it_is_seen() -> None:
     ann.begin_reply().apply(mmc.TextDelta("Oaks."))
     reply = bob.begin_reply()
     reply.apply(mmc.ReasoningDelta("Hm."))
-    run.screen.emitter.flush()
     assert (ann.describe(False), bob.describe(False)) == ("", "thinking")
     reply.apply(mmc.TextDelta("Elms it is."))
     assert bob.describe(False) == "writing, 3 words"
     assert bob.describe(True) == "done, 3 words"
     run.screen.transcript.close_section(ann.number)
-    run.screen.emitter.flush()
     assert bob.describe(False) == ""
