@@ -118,5 +118,5 @@ async def test_who_fails_before_a_word_has_a_heading_and_a_line(talk: Talk) -> N
     gone = [Status(404, {"error": {"message": "Gone."}})]
     gather(talk, 3, Ben=odd("Ben", answer=gone))
     reply = await talk.ask(QUESTION, COUNCIL)
-    assert section(reply, "🔴 Ben") == "> ⚠️ **Ben** could not answer: Gone."
+    assert section(reply, "🔴 Ben") == "> ⚠️ **Ben** could not answer: Gone. (HTTP 404)"
     assert len(headings(reply)) == 5
