@@ -129,5 +129,5 @@ async def test_a_second_question_tells_the_manager_the_whole_conversation(
 
 def test_both_modes_are_in_the_picker(talk: Talk) -> None:
     names = {model["id"]: model["name"] for model in talk.host.models(talk.account)}
-    assert names[f"{FUNCTION_ID}.round_robin"] == "Conversation · Round Robin"
-    assert names[f"{FUNCTION_ID}.manager"] == "Conversation · Manager"
+    assert names[f"{FUNCTION_ID}.round_robin"] == "Round Robin · Conversation"
+    assert names[f"{FUNCTION_ID}.manager"] == "Manager · Conversation"

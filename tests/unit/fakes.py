@@ -68,6 +68,10 @@ class ScriptedHost(mmc.Host):
     def can_replace(self) -> bool:
         return self.in_chat
 
+    @property
+    def has_card(self) -> bool:
+        return True
+
     async def may_save(self) -> bool:
         return False
 
@@ -93,11 +97,6 @@ class ScriptedHost(mmc.Host):
         )
         return found
 
-    async def cite(
-        self, tool: Json, call: mmc.ToolCall, arguments: Json, text: str
-    ) -> None:
-        self.events.append({"type": "cited", "data": call.name})
-
     @property
     def statuses(self) -> list[str]:
         """The status lines, in order."""
@@ -106,6 +105,11 @@ class ScriptedHost(mmc.Host):
             for event in self.events
             if event["type"] == "status"
         ]
+
+
+def on_card(said: str) -> Json:
+    """What the page answers where a person chose this option."""
+    return {"status": "answered", "answers": {"answer": {"label": said}}}
 
 
 def text(*pieces: str) -> list[Json]:

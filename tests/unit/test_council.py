@@ -202,6 +202,22 @@ def test_who_failed_is_named_with_the_reason(
     assert room.outcomes == [f"> 🏁 {outcome} · chaired by Ann"]
 
 
+@given(st.integers(1, 8), st.lists(st.text(max_size=400), min_size=8, max_size=8))
+def test_the_outcome_is_one_line_however_many_failed(
+    failed: int, reasons: list[str]
+) -> None:
+    everybody = [mmc.clean_alias(f"{n}{'x' * 60}") for n in range(8)]
+    turns = [
+        mmc.Turn(alias, "", failure=reason if at < failed else None)
+        for at, (alias, reason) in enumerate(zip(everybody, reasons, strict=True))
+    ]
+    line = mmc._outcome(turns, "").text
+    assert len(line) < 140 and len(line.splitlines()) == 1
+    assert line.startswith(f"> 🏁 {8 - failed} of 8 answered · ")
+    if failed > 2:
+        assert line.endswith(f"answered · {failed} failed (each says why)")
+
+
 def test_who_broke_off_half_way_has_not_answered() -> None:
     class HalfWay(Room):
         def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
@@ -240,8 +256,8 @@ def test_with_no_answer_every_reason_is_listed() -> None:
     )
     assert room.play(mmc.council(agenda())) == "Nobody could answer"
     assert room.outcomes == [
-        "> ⚠️ Nobody could answer: Ann failed: HTTP 500; Bob was skipped; "
-        "Cat said nothing for 2 s; Dan failed: no key"
+        "> ⚠️ Nobody could answer: Ann failed: HTTP 500 · Bob was skipped · "
+        "Cat said nothing for 2 s · Dan failed: no key"
     ]
     assert not room.of(mmc.Judge) and not room.chairs
 
@@ -549,7 +565,7 @@ def test_a_debate_of_nobody_lists_every_reason() -> None:
     end = room.play(mmc.debate(agenda(ALL[:2], rounds=1)))
     assert end == "Nobody could answer"
     assert room.outcomes == [
-        "> ⚠️ Nobody could answer: Ann failed: boom; Bob was skipped"
+        "> ⚠️ Nobody could answer: Ann failed: boom · Bob was skipped"
     ]
 
 
@@ -933,6 +949,35 @@ def test_without_ballots_nobody_has_a_score() -> None:
 def test_who_stands_on_no_ballot_is_last() -> None:
     standings = mmc.tally(["Ann", "Bob", "Cat"], [ballot("Ann", "Bob Cat")])
     assert names_of(standings) == ["Bob", "Cat", "Ann"]
+
+
+@pytest.mark.parametrize("order", ["".join(order) for order in permutations("ABC")])
+@pytest.mark.parametrize("spread", [3, 2])
+def test_a_judge_that_repeats_the_order_it_reads_does_not_decide(
+    order: str, spread: int
+) -> None:
+    """Two of three put Bob clearly first; Dan's ten, seven and four go by place."""
+    ballots = []
+    others = {"Ann": [["B"], ["C"], ["D"]], "Bob": [["A", "C"], ["D"]]}
+    others["Cat"] = [["B"], ["A"], ["D"]]
+    named = {alias[0]: alias for alias in ALL} | {"A": "Ann"}
+    for voter, places in others.items():
+        scores = {x: 9 - spread * at for at, place in enumerate(places) for x in place}
+        ballots.append(judged(voter, named, scores, places))
+    scores = {letter: 10 - 3 * at for at, letter in enumerate(order)}
+    ballots.append(judged("Dan", named, scores, [[letter] for letter in order]))
+    assert mmc.tally(ALL, ballots)[0].alias == "Bob"
+
+
+def judged(
+    voter: str, named: Mapping[str, str], scores: Json, places: list[list[str]]
+) -> mmc.Ballot:
+    """A ballot as a model writes it."""
+    choices = {letter: alias for letter, alias in named.items() if alias != voter}
+    written = json.dumps({"scores": scores, "ranking": places})
+    found = mmc.read_ranking(written, mmc.BallotPaper(voter, "", choices))
+    assert isinstance(found, mmc.Ballot)
+    return found
 
 
 CHOICES = st.lists(st.integers(-1, 4), min_size=5, max_size=5)
@@ -1379,110 +1424,6 @@ def test_a_conclusion_that_was_never_written_is_none() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "left", "rounds"),
-    [
-        ("/rounds 3", "", 3),
-        ("/rounds 3 Trees?", "Trees?", 3),
-        ("Trees? /rounds 3", "Trees?", 3),
-        ("Trees?\n/rounds 12", "Trees?", 12),
-        ("/rounds 0", "", 0),
-        ("/rounds 500 Trees?", "Trees?", 500),
-        ("Trees?\n\n    code  \n/rounds 3 \n", "Trees?\n\n    code  ", 3),
-        ("/rounds 3\n    code  \n", "    code  \n", 3),
-        ("/rounds 3 Trees? /rounds 5", "Trees? /rounds 5", 3),
-        ("`x`\n\n```\na\n```\n> b\n\n/rounds 3", "`x`\n\n```\na\n```\n> b\n", 3),
-        ("<context>\na\n</context>\n/rounds 3 T?", "<context>\na\n</context>\nT?", 3),
-        (
-            "<attached_files>\n</attached_files>\n\n/rounds 3\nT?",
-            "<attached_files>\n</attached_files>\n\nT?",
-            3,
-        ),
-        ("Trees?", "Trees?", None),
-        ("/rounds", "/rounds", None),
-        ("/rounds x", "/rounds x", None),
-        ("/rounds 1000", "/rounds 1000", None),
-        ("see a/rounds 3", "see a/rounds 3", None),
-        ("/rounds 3rd", "/rounds 3rd", None),
-    ],
-)
-def test_rounds_are_named_in_the_question(
-    text: str, left: str, rounds: int | None
-) -> None:
-    before = mmc.Turn("Ann", "Oaks. /rounds 9")
-    entries: list[mmc.Entry] = [mmc.Question("Hi"), before, mmc.Question(text)]
-    assert mmc.read_rounds(entries) == (
-        [mmc.Question("Hi"), before, mmc.Question(left)],
-        rounds,
-    )
-    assert entries[-1] == mmc.Question(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Oaks /rounds 2 or elms?",
-        "Trees?\n/rounds 2\nBe brief.",
-        "```\n/rounds 9\n```",
-        "Run this:\n```\n/rounds 9",
-        "~~~sh\n/rounds 9",
-        "Type `say /rounds 9`",
-        "`/rounds 9`",
-        "> /rounds 9",
-        "Bob said:\n > try /rounds 9",
-        "    /rounds 9",
-        "Code:\n\n\t/rounds 9",
-        "<source id='1'>a /rounds 9</source>",
-        "/rounds 9 <context> of a file\n</context>\nTrees?",
-        "<context>\na </context>\n/rounds 9\n</context>\nTrees?",
-        "<attached_files>\n/rounds 9\n</attached_files>\n\n",
-    ],
-)
-def test_what_is_not_meant_as_a_command_is_left_as_it_is(text: str) -> None:
-    entries = [mmc.Question(text), mmc.Question([{"type": "text", "text": text}])]
-    for entry in entries:
-        assert mmc.read_rounds([entry]) == ([entry], None)
-
-
-def test_a_command_in_a_later_part_is_attached_text() -> None:
-    parts: list[Json] = [
-        {"type": "text", "text": "<attached_files>\n</attached_files>\n\n"},
-        {"type": "image_url", "image_url": {"url": "x"}},
-        {"type": "text", "text": "Trees?\n/rounds 4"},
-        {"type": "text", "text": "A file.\n/rounds 9"},
-    ]
-    (found,), rounds = mmc.read_rounds([mmc.Question(parts)])
-    assert rounds == 4
-    cut = {"type": "text", "text": "Trees?"}
-    assert found == mmc.Question([*parts[:2], cut, parts[3]])
-    assert parts[2]["text"] == "Trees?\n/rounds 4"
-
-
-def test_rounds_are_named_beside_an_image() -> None:
-    image: Json = {"type": "image_url", "image_url": {"url": "x"}}
-    content = [{"type": "text", "text": "Trees? /rounds 2"}, image]
-    found, rounds = mmc.read_rounds([mmc.Question(content)])
-    assert rounds == 2
-    assert found == [mmc.Question([{"type": "text", "text": "Trees?"}, image])]
-
-
-def test_the_command_is_taken_out_of_earlier_questions_too() -> None:
-    entries: list[mmc.Entry] = [
-        mmc.Question("Trees? /rounds 1"),
-        mmc.Turn("Ann", "Oaks."),
-        mmc.Question("Why?"),
-    ]
-    found, rounds = mmc.read_rounds(entries)
-    assert found[0] == mmc.Question("Trees?")
-    assert rounds is None
-
-
-def test_without_a_question_there_are_no_rounds() -> None:
-    assert mmc.read_rounds([]) == ([], None)
-    turn = mmc.Turn("Ann", "/rounds 3")
-    assert mmc.read_rounds([turn]) == ([turn], None)
-
-
 # -- sections that grow at the same time -----------------------------------------------
 
 
@@ -1723,7 +1664,7 @@ def test_a_section_says_how_far_it_is_until_it_is_seen() -> None:
     assert (ann.describe(False), bob.describe(False)) == ("waiting", "waiting")
     ann.begin_reply().apply(mmc.TextDelta("Oaks."))
     reply = bob.begin_reply()
-    reply.apply(mmc.ReasoningDelta("Hm."))
+    reply.apply(mmc.TextDelta("Hm.", "reasoning"))
     assert (ann.describe(False), bob.describe(False)) == ("", "thinking")
     reply.apply(mmc.TextDelta("Elms it is."))
     assert bob.describe(False) == "writing, 3 words"

@@ -108,7 +108,7 @@ def test_the_comparison_has_the_figures_of_the_last_benchmark() -> None:
 
 def test_the_readme_names_every_mode() -> None:
     for mode in mmc.MODES.values():
-        assert f"**Conversation · {mode.name}**" in README
+        assert f"**{mode.name} · Conversation**" in README
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

@@ -101,7 +101,8 @@ def test_it_loads_under_the_name_the_host_gives_it(function_id: str) -> None:
         "council",
         "debate",
     ]
-    assert pipe.name + pipe.pipes()[1]["name"] == "Conversation · Manager"
+    assert pipe.pipes()[1]["name"] == "Manager · Conversation"
+    assert not hasattr(pipe, "name"), "the host would put it in front of each"
     assert module.own_function_id() == function_id
     assert not hasattr(module.Turn("Ann", ""), "__dict__")
 
