@@ -54,6 +54,7 @@ from contextlib import (
     suppress,
 )
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from itertools import count
@@ -286,11 +287,11 @@ def merge_settings(
     admin: Settings,
     user: UserSettings | None,
     request: Mapping[str, Any] | None = None,
-    rounds: int | None = None,
+    asked: Mapping[str, Any] | None = None,
 ) -> Settings:
     """The settings of one run, under the admin's ceilings.
 
-    The `rounds` named in a question win, then the presets of the `request`, then the
+    What is `asked` in a question wins, then the presets of the `request`, then the
     user's fields, then stored v2 fields, then the admin's. Choosing participants is one
     decision in two fields: who fills only the list does not want the team text below
     it. Its `model_fields_set` are the fields that are not the admin's. Raises
@@ -300,10 +301,8 @@ def merge_settings(
     chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
     preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
     fields = _read_v2(own)
-    for layer in (chosen, preset):
+    for layer in (chosen, preset, dict(asked or {})):
         fields |= ({"team": ""} if "participants" in layer else {}) | layer
-    if rounds is not None:
-        fields["rounds"] = rounds
     try:
         merged = Settings.model_validate(admin.model_dump() | fields)
     except ValidationError as error:
@@ -1212,7 +1211,7 @@ FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the r
 # the host's own words, when it rebuilds the conversation
 TOOL_IMAGES = "Here are the images from the tool results above. Please analyze them."
 _NOTICE = re.compile(rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}).*\n?")
-_TEAM_READ = 50  # lines or list entries; eight may sit, the rest would only be named
+_TEAM_READ = 20  # lines or list entries; eight may sit, the rest would only be named
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
 _OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
 _NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
@@ -1224,11 +1223,14 @@ _LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}"
 _UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
 _PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
 _CHAIN = re.compile(r"\b[A-H](?:\s?[>=,→]\s?[A-H])+\b")
-_COMMAND = r"(?P<command>/rounds[^\S\n]++(?P<number>\d{1,3}))"
-_COMMAND_PLACES = (  # with what parts it from the question: a line break, or blanks
-    re.compile(rf"\A\s*+(?P<cut>{_COMMAND}(?:[^\S\n]*+\n|[^\S\n]++|\Z))"),
-    re.compile(rf"(?P<cut>(?:\A|\s){_COMMAND}\s*+\Z)"),
+_COMMAND_READ = 300  # characters of names, behind `/with` and before a colon
+_COMMAND = re.compile(
+    r"/(?:(?P<flag>vote|join)|rounds[^\S\n]++(?P<rounds>\d{1,3})"
+    rf"|with[^\S\n]++(?P<names>[^\n]{{1,{_COMMAND_READ}}}))(?!\S)"
 )
+_LAST_SLASH = re.compile(r"(?m)(?<!\S)(?=/rounds|/with)|^[^\S\n]*+(?=/vote|/join)")
+_REST_OF_LINE = re.compile(r"\A[^\S\n]*+\n?")
+_BEFORE_COLON = re.compile(rf"\s*+([^\s:：][^\n]{{0,{_COMMAND_READ}}}?)(?::(?=\s)|：)")
 _HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 _JSON_TYPES: dict[str, Any] = dict(
     string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
@@ -1265,9 +1267,16 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     named = [card for card in cards.values() if card.name.casefold() == name]
     card = cards.get(wanted) or (named[0] if len(named) == 1 else None)
     if card is None:
+        able = [card for card in cards.values() if not card.is_self]
+        known = {each.casefold(): c.id for c in able for each in (c.name, c.id)}
+        close = [known[each] for each in get_close_matches(name[:80], known, 1)]
+        hint = (
+            f'did you mean "{plain_line(close[0], 80)}"'
+            if close
+            else ("choose another one, or ask an admin for access to it")
+        )
         raise ConversationError(
-            f'there is no model "{plain_line(wanted, 80)}" that you may use: choose '
-            "another one, or ask an admin for access to it"
+            f'there is no model "{plain_line(wanted, 80)}" that you may use: {hint}'
         )
     if card.is_self:
         raise ConversationError(
@@ -1275,6 +1284,46 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
             "take part in it: choose another model"
         )
     return card
+
+
+def _plain_name(name: str) -> str:
+    """A name without what people write one way or another: "GPT 4.1" is "gpt-4.1"."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def _read_names(
+    line: str, cards: Mapping[str, ModelCard]
+) -> tuple[tuple[str, ...], int]:
+    """The models that a line begins with, parted by commas, and where they end.
+
+    A part of a name will do where no other has it. Names may have blanks: the longest
+    counts, and the rest of the line is text. Raises `ConversationError`.
+    """
+    usual = {
+        card.id: (_plain_name(card.id), _plain_name(card.name))
+        for card in cards.values()
+        if card.by_default and not card.is_self
+    }
+
+    def fitting(words: str) -> list[str]:
+        plain = _plain_name(words)
+        same = [i for i, names in usual.items() if plain in names]
+        parts = (i for i, names in usual.items() if any(plain in n for n in names))
+        return same or list(parts if plain else ())
+
+    seats, end = [], 0
+    for item in re.finditer(r"[^,，\s][^,，]*", line):
+        ends = [word.end() for word in re.finditer(r"\S+", item[0])]
+        found = {at: fitting(item[0][:at]) for at in ends[:6]}
+        at = max((at for at, ids in found.items() if len(ids) == 1), default=ends[0])
+        if len(found[at]) > 1:
+            several = ", ".join(found[at][:5])
+            raise ConversationError(f'"{item[0][:at]}" may be any of {several}')
+        seats += found[at] or [find_model(item[0][:at], cards).id]
+        end = item.start() + at
+        if at < ends[-1]:
+            break
+    return tuple(dict.fromkeys(seats)), end
 
 
 def _read_seat(parts: Sequence[str], cards: Mapping[str, ModelCard]) -> Seat:
@@ -2095,43 +2144,102 @@ def last_question(entries: Sequence[Entry]) -> str:
     return next(asked, "")
 
 
-def read_rounds(entries: Sequence[Entry]) -> tuple[list[Entry], int | None]:
-    """The conversation without any `/rounds 2`, and the number of the last question."""
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """What the last question asks for beside its text, and the last `/with` of all."""
+
+    rounds: int | None = None
+    seats: tuple[str, ...] = ()  # ids of models
+    only: tuple[str, ...] = ()  # what stands before a colon, whether or not it is names
+    vote: bool = False  # no new answers: what was said is put to the vote
+    join: bool = False  # the person who asks gets a seat
+    problem: str = ""  # why a `/with` is no command
+
+    @property
+    def settings(self) -> Json:
+        """What they set in the place of the valves."""
+        asked = {"rounds": self.rounds, "participants": list(self.seats)}
+        return {name: value for name, value in asked.items() if value not in (None, [])}
+
+
+def read_commands(
+    entries: Sequence[Entry], cards: Mapping[str, ModelCard]
+) -> tuple[list[Entry], Commands]:
+    """The conversation without the commands in its questions, and what they ask for.
+
+    Commands are the first or the last words of what a user wrote: no quote, no code,
+    nothing attached. The names in `Ann, Bob: ...` stay in the text, for all to know.
+    """
     cleaned: list[Entry] = []
-    number = None
+    asked: Json = {}
     for entry in entries:
         if isinstance(entry, Question):
-            content, number = _cut_rounds(entry.content)
+            content, fields = _cut_question(entry.content, cards)
             entry = Question(content)
+            asked = {"seats": asked.get("seats", ()), **fields}
         cleaned.append(entry)
-    return cleaned, number
+    return cleaned, Commands(**asked)
 
 
-def _cut_rounds(content: str | list[Json]) -> tuple[str | list[Json], int | None]:
-    """A question without its command, and the number in it.
+def _cut_question(
+    content: str | list[Json], cards: Mapping[str, ModelCard]
+) -> tuple[str | list[Json], Json]:
+    """A question without its commands, and the fields they set.
 
-    The command is the first or the last words of what the user wrote: no quote, no
-    code, nothing attached. A text part after the first is attached, too.
+    A text part after the first is attached, and so is what the host puts in front.
     """
     if isinstance(content, str):
-        return _cut_command(content)
+        own = _HOST_CONTEXT.sub("", content)
+        left, fields = _cut_commands(own, cards)
+        names = _BEFORE_COLON.match(left)
+        if names and not _is_quoted(left[: names.start(1)]):
+            fields["only"] = tuple(map(str.strip, re.split("[,，]", names[1])))
+        return content.removesuffix(own) + left, fields
     for at, part in enumerate(content):
         text = text_of([part])  # "" for an image
         if _HOST_CONTEXT.sub("", text).strip():
-            cut, number = _cut_command(text)
-            return [*content[:at], {**part, "text": cut}, *content[at + 1 :]], number
-    return content, None
+            cut, fields = _cut_question(text, cards)
+            return [*content[:at], {**part, "text": cut}, *content[at + 1 :]], fields
+    return content, {}
 
 
-def _cut_command(text: str) -> tuple[str, int | None]:
-    own = _HOST_CONTEXT.sub("", text)
-    context = text.removesuffix(own)
-    for place in _COMMAND_PLACES:
-        found = place.search(own)
-        if found and not _is_quoted(own[: found.start("command")]):
-            left = own[: found.start("cut")] + own[found.end("cut") :]
-            return context + left, int(found["number"])
-    return text, None
+def _cut_commands(text: str, cards: Mapping[str, ModelCard]) -> tuple[str, Json]:
+    """A text without the commands at its start, and at its end; each counts once."""
+    asked: Json = {}
+    for at_end in (False, True):
+        left, fields = _cut_command(text, at_end, cards)
+        while fields and not fields.keys() & asked.keys():
+            text, asked = left, asked | fields
+            left, fields = _cut_command(text, at_end, cards)
+    return text, asked
+
+
+def _cut_command(
+    text: str, at_end: bool, cards: Mapping[str, ModelCard]
+) -> tuple[str, Json]:
+    """A text without the command at one of its ends, and the fields it sets."""
+    at = len(text) - len(text.lstrip())
+    if at_end:
+        tail = max(len(text.rstrip()) - 2 * _COMMAND_READ, 0)
+        at = max(
+            (slash.end() for slash in _LAST_SLASH.finditer(text, tail)), default=at
+        )
+    found = _COMMAND.match(text, at)
+    if not found or _is_quoted(text[:at]):
+        return text, {}
+    end = found.end()
+    fields: Json = {found["flag"]: True}
+    if found["rounds"]:
+        fields = {"rounds": int(found["rounds"])}
+    elif found["names"]:
+        try:
+            seats, length = _read_names(found["names"], cards)
+        except ConversationError as error:
+            return text, {"problem": f"`/with` is read as text: {error}."}
+        end, fields = found.start("names") + length, {"seats": seats}
+    if not at_end:
+        return text[:at] + _REST_OF_LINE.sub("", text[end:], 1), fields
+    return (text, {}) if text[end:].strip() else (text[: max(at - 1, 0)], fields)
 
 
 def _is_quoted(before: str) -> bool:
@@ -2579,6 +2687,12 @@ class Host:
         """Whether there is a page at which somebody can answer."""
         return self.in_chat and self.caller is not None
 
+    @property
+    def has_card(self) -> bool:
+        """Whether the page can ask on a card above the input, which covers nothing and
+        which we can close: from 0.12."""
+        return not VERSION.startswith("0.11.")
+
     # -- who and what there is ---------------------------------------------------------
 
     @staticmethod
@@ -2850,16 +2964,36 @@ class Host:
         if (self.metadata.get("params") or {}).get("tool_approval_mode") != "ask":
             return True
         asked = {"id": call.id, "name": call.name, "arguments": arguments}
-        return await self.confirm({"tool_call": asked})
+        return await self._call("confirmation", {"tool_call": asked}) is True
 
-    async def confirm(self, question: Json) -> bool:
-        """Ask the person at the page; no answer is a no."""
+    async def ask(
+        self, title: str, question: str, options: Mapping[str, str], free: bool = False
+    ) -> str:
+        """What the person at the page chose of these options (label -> what it does),
+        or said in words of their own where they are `free` to; "" is no answer.
+
+        Where there is no card a dialog asks whether it shall be the second option.
+        """
+        if not self.has_card:
+            asked: Json = {"title": title, "message": question}
+            agreed = await self._call("confirmation", asked) is True
+            return list(options)[agreed]
+        listed = [{"label": name, "description": options[name]} for name in options]
+        asked = {"id": "answer", "header": title, "question": question}
+        asked |= {"options": listed, "allow_other": free}
+        data = {"questions": [asked], "timeout_ms": 240_000}
+        match await self._call("request:user_input", data):
+            case {"answers": {"answer": {"label": str(said)} | {"text": str(said)}}}:
+                return said
+        return ""
+
+    async def _call(self, kind: str, asked: Json) -> Any:
+        """What the page answers to a question; None if nobody does."""
         if self.caller:
-            asked = {"type": "confirmation", "data": question}
             with suppress(HostFailure), foreign_errors(HostFailure):
                 async with asyncio.timeout(250):  # s; the host gives a person 60 to 240
-                    return await self.caller(asked) is True
-        return False
+                    return await self.caller({"type": kind, "data": asked})
+        return None
 
     # -- search and tools --------------------------------------------------------------
 
@@ -3808,6 +3942,7 @@ class Reply:
         self.text = "".join(self._parts).strip()
 
 
+_SKIP, _GO_ON = "Skip it", "Go on with what is there"  # answers of the person
 MOST_FAILURES = 2  # in a row, after which a model is not asked again
 MOST_IN_ALL = 5_000_000  # characters of all replies
 # Of this process, for all runs: places at a connection, and who has runs going.
@@ -3846,6 +3981,8 @@ class ModelCalls:
     emitter: Emitter | None = None
     # when a speaker's first call in a stage got its slot; until then it is queued
     admitted: dict[tuple[int, str], float] = field(default_factory=dict)
+    # stages in which some have answered and several have not -> whether to go on
+    enough: dict[int, bool] = field(default_factory=dict)
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
@@ -3910,7 +4047,7 @@ class ModelCalls:
         decoder = ReplyDecoder(voice.think_tags)
         async with (
             self._place(call, reply, streams) as deadline,
-            self.limits(call.speaker, deadline),
+            self.limits(call.speaker, deadline, call.stage),
             self.host.completion(payload) as items,
         ):
             pace = Pace(self.emitter) if self.emitter else None
@@ -3955,19 +4092,24 @@ class ModelCalls:
                 self.ledger.count_call(call.speaker, reply.usage, deadline)
 
     @asynccontextmanager
-    async def limits(self, name: str, deadline: ReplyDeadline) -> AsyncIterator[None]:
+    async def limits(
+        self, name: str, deadline: ReplyDeadline, stage: int = 0
+    ) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
         watch = []
         if self.settings.skip_after > 0 and self.host.can_ask:
-            watch.append(asyncio.create_task(self._offer_to_skip(name, deadline)))
+            offer = self._offer_to_skip(name, deadline, stage)
+            watch.append(asyncio.create_task(offer))
         try:
             async with deadline.running():
                 yield
         finally:
             await end_tasks(*watch)
 
-    async def _offer_to_skip(self, name: str, deadline: ReplyDeadline) -> None:
-        """Ask the person at the page whenever there is silence for long. Who says no is
+    async def _offer_to_skip(
+        self, name: str, deadline: ReplyDeadline, stage: int
+    ) -> None:
+        """Ask the person at the page whenever there is silence for long. Who waits is
         asked again after as long a silence."""
         limit, asked_at = self.settings.skip_after, 0.0
         while True:
@@ -3976,23 +4118,26 @@ class ModelCalls:
             async with self._dialog:  # one at a time
                 if deadline.now() - max(deadline.heard_at, asked_at) < limit:
                     continue
-                if await self._ask_to_skip(name, deadline):
+                answer = await self._ask_to_skip(name, deadline, stage)
+                if answer == _GO_ON:
+                    self.enough[stage] = True
+                if answer in (_SKIP, _GO_ON):
                     deadline.skip()
                     return
                 asked_at = deadline.now()
 
-    async def _ask_to_skip(self, name: str, deadline: ReplyDeadline) -> bool:
-        """One dialog, which closes by itself when the model speaks."""
+    async def _ask_to_skip(self, name: str, deadline: ReplyDeadline, stage: int) -> str:
+        """One question, which goes away by itself when the model speaks."""
         silence = deadline.now() - deadline.heard_at
-        question = {
-            "title": f"Skip {name}?",
-            "message": f"{name} has said nothing for {silence:.0f} s. "
-            "Skip it and go on without it?",
-        }
+        question = f"{name} has said nothing for {silence:.0f} s. "
+        question += "Skip it and go on without it?"
+        options = {"Wait": "You are asked again later", _SKIP: f"Go on without {name}"}
+        if stage in self.enough:
+            options[_GO_ON] = "Go on without all who have not answered yet"
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as deadline.dialog:
-                return await self.host.confirm(question)
-        return False
+                return await self.host.ask(f"Skip {name}?", question, options)
+        return ""
 
 
 # -- a participant's turn --------------------------------------------------------------
@@ -4481,8 +4626,13 @@ class Run:
             silent = [who for who in tasks if who not in done]
             since = {who: self.models.admitted.get((stage, who)) for who in silent}
             late = all(at is not None and now - at > limit for at in since.values())
+            late = late or self.models.enough.get(stage, False)
             if (quorum and len(there) >= quorum) or (late and there):
                 break
+            if there and silent[1:]:
+                self.models.enough.setdefault(stage, False)
+            else:
+                self.models.enough.pop(stage, None)
             if now - shown_at < 1:
                 continue
             shown_at = now
@@ -4700,13 +4850,16 @@ async def _prepare(
         stored = await host.stored_replies() if replied and host.in_chat else []
         own = {card.id for card in cards.values() if card.is_self}
         system, entries = read_history(body["messages"], reply_authors(stored, own))
-        entries, asked = read_rounds(entries)
-        settings = merge_settings(valves, user_settings, body, asked)
+        entries, commands = read_commands(entries, cards)
+        settings = merge_settings(valves, user_settings, body, commands.settings)
         cast = await resolve_cast(host, settings, cards, body, system)
     except HostFailure as failure:
         raise ConversationError(
             f"Open WebUI could not prepare this conversation: {failure}. Try again."
         ) from failure
+    if commands.problem:
+        cast = replace(cast, problems=(*cast.problems, commands.problem))
+    asked = commands.rounds
     if asked not in (None, settings.rounds):
         line = f"You asked for {asked} rounds and get {settings.rounds}"
         line += f": the administrator allows 1 to {settings.max_rounds}."

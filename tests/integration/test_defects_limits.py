@@ -20,6 +20,7 @@ from tests.integration.talk import (
     finish,
     headings,
     last_status,
+    on_card,
     reached,
     results,
 )
@@ -408,7 +409,7 @@ async def test_a_search_that_hangs_may_be_skipped(talk: Talk) -> None:
     talk.admin_sets(skip_after=0.5)
     gather(talk, 2)
     async with talk.page() as page:
-        page.on_call("confirmation", lambda call: True)
+        on_card(page, lambda call: "Skip it")
         await ask_while_the_search_hangs(talk, page)
         assert len(page.calls) == 1
 

@@ -274,12 +274,13 @@ def templates(template: str, values: list[str]) -> None:
 
 
 def stored_settings(user: Json, request: Json, rounds: int | None) -> None:
+    asked = {} if rounds is None else {"rounds": rounds}
     try:
         own = mmc.UserSettings.model_validate(user)
     except ValidationError:  # the host's own answer to what is stored
         own = mmc.UserSettings()
     try:
-        merged = mmc.merge_settings(mmc.Settings(), own, request, rounds)
+        merged = mmc.merge_settings(mmc.Settings(), own, request, asked)
     except mmc.ConversationError as error:
         assert "Correct them" in str(error)
     else:
@@ -325,7 +326,7 @@ def histories(messages: list[Json], chain: list[Json]) -> None:
     authors = mmc.reply_authors(chain, {"oak"})
     for known in ((), authors):
         _, entries = mmc.read_history(messages, known)
-        asked, _ = mmc.read_rounds(mmc.keep_conclusions(entries))
+        asked, _ = mmc.read_commands(mmc.keep_conclusions(entries), CARDS)
         for sees in (True, False):
             voice = mmc.Voice("oak", sees=sees)
             ann = mmc.Participant("Ann", "🔵", "", voice)

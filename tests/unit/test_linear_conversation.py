@@ -44,7 +44,7 @@ def history(text: str) -> None:
     parts = [{"type": "text", "text": text}, {"type": "image_url"}]
     messages += [{"role": "user", "content": parts}, {"role": "tool", "content": text}]
     _, entries = mmc.read_history(messages * 2, ["Ash", None])
-    entries, _ = mmc.read_rounds(mmc.keep_conclusions(entries))
+    entries, _ = mmc.read_commands(mmc.keep_conclusions(entries), CARDS)
     for alias in ("Ann", "Bob"):
         person = mmc.Participant(alias, "🔵", "", mmc.Voice("oak-1", sees=False))
         mmc.messages_for(person, entries)
@@ -84,6 +84,7 @@ SCRAPS = [
     *('"', "'", "\\", "\\u", '"A",', "木", "\0", "|", "a|b\n", "oak-1\n", "a\n"),
     *("---\n", "### 🔵 ", "### 🔵 a\n", "### 🔵 Ann\nx\n", "> ⚠️ ", "> ⏳ x\n", "***"),
     *("/rounds ", "/rounds 1 ", "/rounds 1\n", "`", "```\n", "~~~ ", "</context>\n"),
+    *("/with ", "/with oak-1, ", "oak-1, ", "/vote\n", "\n/join", "Ann, ", "Ann: "),
     *("Ann ", "Ann", "Bob or Ann ", "{history}", "</attached_files>", ">> "),
 ]  # fmt: skip
 TEXTS = {
@@ -98,6 +99,8 @@ TEXTS = {
     "lists in lists": again('{"a":[', '{"a":' * 80 + '["', "1,1,1"),
     "a rule and blank lines": again("\n", "---", "x"),
     "a command and blanks": again(" ", "Which? /rounds 1", "x"),
+    "a command and names": again("oak-1, ", "/with ", "oak-1"),
+    "an address and names": again("Ann, ", "", "Ann: x"),
     "a word of the command and blanks": again(" ", "Which? /rounds", "x"),
     "a whole dictionary": again("'a': (1,), ", "{", "}"),
     "a whole object": again('"a": [1], ', "{", '"b": 2}'),

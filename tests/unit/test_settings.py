@@ -446,9 +446,9 @@ def test_an_empty_list_of_participants_leaves_the_admins_team() -> None:
 
 def test_rounds_named_in_the_question_win_under_the_ceiling() -> None:
     admin, body = mmc.Settings(max_rounds=3), {"rounds": 2}
-    assert mmc.merge_settings(admin, None, body, 1).rounds == 1
-    assert mmc.merge_settings(admin, None, body, 0).rounds == 1
-    assert mmc.merge_settings(admin, None, body, 99).rounds == 3
+    assert mmc.merge_settings(admin, None, body, {"rounds": 1}).rounds == 1
+    assert mmc.merge_settings(admin, None, body, {"rounds": 0}).rounds == 1
+    assert mmc.merge_settings(admin, None, body, {"rounds": 99}).rounds == 3
 
 
 @pytest.mark.parametrize("number", ["abc", None, [], "-", float("inf")])
