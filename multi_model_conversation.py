@@ -3841,8 +3841,8 @@ class Deadline:
         self.begun = self.heard_at = self.now()
         self.first_at: float | None = None
         self.dialog: asyncio.Timeout | None = None  # ends when it says something
-        what = "said nothing for" if silence else "took longer than"
-        self._reason = f"it {what} {seconds:g} s"
+        what = "it said nothing for" if silence else "it took longer than"
+        self._reason = f"{what} {seconds:g} s"
         self._silence, self._left, self._pauses = silence, seconds, 0
         self._timeout = asyncio.Timeout(None)
 
