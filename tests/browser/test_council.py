@@ -283,11 +283,8 @@ async def test_stop_ends_every_stage_and_keeps_what_is_there(
         await page.wait_text("Plant a pine")
         await stop(page, council)
     await scene.snap(page, "29-stopped-answering")
-    await page.wait_text("stopped before there was a conclusion")
     assert ANSWERS["oak"] in await section(page, "🔵 Oda")
-    assert "stopped" not in await section(page, "🔵 Oda")
-    assert "Beth broke off: it was stopped" in await section(page, "🟢 Beth")
-    assert "Pia broke off: it was stopped" in await section(page, "🟠 Pia")
+    assert "broke off" not in await page.visible_reply_text()
     await seen_again(page)
 
     with council.server.hold("review") as reviewing:
@@ -296,7 +293,6 @@ async def test_stop_ends_every_stage_and_keeps_what_is_there(
         await page.wait_status("Members judge each other")
         await stop(page, council)
     await scene.snap(page, "30-stopped-reviewing")
-    await page.wait_text("stopped before there was a conclusion")
     assert await headings(page) == ["🔵 Oda", "🔴 Ella", "🟢 Beth", "🟠 Pia"]
     assert ANSWERS["pine"] in await section(page, "🟠 Pia")
     await seen_again(page)
@@ -309,7 +305,7 @@ async def test_stop_ends_every_stage_and_keeps_what_is_there(
         await stop(page, council)
     await scene.snap(page, "31-stopped-concluding")
     assert "4 of 4 answered · chaired by Oda" in await page.visible_reply_text()
-    assert "Oda broke off: it was stopped" in await section(page, "🔵 Oda · conclusion")
+    assert "broke off" not in await section(page, "🔵 Oda · conclusion")
     await seen_again(page)
 
 
