@@ -2322,6 +2322,24 @@ def _is_quoted(before: str) -> bool:
     return bool(in_code) or line.lstrip().startswith(">")
 
 
+def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
+    """A model's answer to the host's question what may be asked after a reply of these
+    items, with up to three questions of ours behind its own; the host takes five."""
+    texts = (text_of(i.get("content")) for i in output if i.get("type") == "message")
+    reply = {"role": "assistant", "content": "\n\n".join(texts)}
+    turns = [turn for turn in _read_reply([reply], None) if turn.alias]
+    said = list(dict.fromkeys(t.alias for t in turns if t.text and not t.concludes))
+    silent = dict.fromkeys(t.alias for t in turns if t.alias not in said)
+    ours = [f"{', '.join(silent)}: please answer, too."] if silent else []
+    if said[1:]:
+        ours.append(f"{said[0]}: answer what {said[-1]} said.")
+        if not any(turn.concludes for turn in turns):
+            ours += ["/vote Who is right?", "/rounds 1 Take up what was said."]
+    listed = _part_of(_find_object(answer, "follow_ups"), "follow_ups", list)
+    whole = {"follow_ups": [*listed[: 5 - len(ours[:3])], *ours[:3]]}
+    return json.dumps(whole, ensure_ascii=False)
+
+
 # -- tool arguments --------------------------------------------------------------------
 
 
@@ -2758,6 +2776,14 @@ class Host:
     def can_replace(self) -> bool:
         """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
         return self.in_chat and VERSION != "0.11.0"
+
+    @property
+    def followed(self) -> list[Json]:
+        """The items of the reply after which the host asks for follow-ups, if it does."""
+        asked = self.metadata.get("task_body") or {}
+        last = (asked.get("messages") or [{}])[-1]
+        is_asked = "follow_up" in str(self.metadata.get("task"))
+        return (last.get("output") or []) if is_asked else []
 
     @property
     def can_ask(self) -> bool:
@@ -5014,7 +5040,8 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         sampling = {name: body[name] for name in SAMPLING if name in body}
         call = ModelCall("task", voice, body["messages"], clock, parameters=sampling)
         models = ModelCalls(host, settings, Ledger(host.add_usage))
-        return await models.text(call, streams=False)
+        answer = await models.text(call, streams=False)
+        return add_follow_ups(answer, host.followed) if host.followed else answer
     except (HostFailure, ModelFailure) as failure:
         raise ConversationError(str(failure)) from failure
 
