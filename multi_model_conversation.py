@@ -57,7 +57,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
-from itertools import count
+from itertools import count, groupby
 from statistics import fmean, pvariance
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
@@ -230,6 +230,9 @@ class Settings(UserSettings):
     max_rounds: Count = _setting(10, "The most rounds that may be asked for.")
     max_tokens: int = _setting(
         0, "Tokens after which no further round begins, as providers report. 0: any."
+    )
+    max_prompt: int = _setting(
+        0, "The most tokens of a prompt; older turns are left out. 0: as models take."
     )
     max_runs: int = _setting(0, "The most conversations at a time. 0: no limit.")
     calls_per_connection: Count = _setting(
@@ -469,6 +472,7 @@ class Voice:
     sees: bool = True  # it is given images
     counts_usage: bool = True
     think_tags: tuple[tuple[str, str], ...] = ()
+    window: Any = 0  # `num_ctx`, as it is stored: tokens of a prompt and its answer
     problems: tuple[str, ...] = ()
 
 
@@ -1252,6 +1256,16 @@ _COMMAND = re.compile(
 _LAST_SLASH = re.compile(r"(?m)(?<!\S)(?=/rounds|/with)|^[^\S\n]*+(?=/vote|/join)")
 _REST_OF_LINE = re.compile(r"\A[^\S\n]*+\n?")
 _BEFORE_COLON = re.compile(rf"\s*+([^\s:：][^\n]{{0,{_COMMAND_READ}}}?)(?::(?=\s)|：)")
+_IMAGE_TOKENS = 1600  # what the costliest provider counts for a large one
+_LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is left out
+_LEAST_TOKENS = 100  # to which the middle of a text may be cut
+_TOO_LONG = re.compile(  # what providers say of a prompt
+    r"(?i)context[ _](?:length|window|size|limit)|maximum (?:prompt|model|input) length"
+    r"|(?:prompt|input|request|message)\w* (?:\w+ ){0,3}too (?:long|large)"
+    r"|too many tokens|tokens exceed|exceeds? the (?:\w+ ){1,5}tokens"
+    r"|tokens must be ="
+)
+_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,}(?![\w-]|\.\d)")
 _HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 _JSON_TYPES: dict[str, Any] = dict(
     string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
@@ -1505,8 +1519,8 @@ def _hear(
 
 def round_robin(agenda: Agenda) -> Mode:
     """Everybody once per round, in order."""
-    rounds = agenda.settings.rounds
     turns, wish = yield from _take_rounds(agenda)
+    rounds = max(agenda.settings.rounds, len(turns) // len(agenda.aliases))
     finished = f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
     return (yield from _finish(agenda, turns, wish, finished))
 
@@ -2135,6 +2149,95 @@ def render_turn(turn: Turn) -> str:
 def escape_labels(text: str) -> str:
     """Foreign text that cannot end or fake a `<message from=...>` label."""
     return re.sub(r"(?i)<(?=[^\w<]*+message\b)", "&lt;", text)
+
+
+def tokens_of(value: Any) -> int:
+    """About how many tokens a text or JSON has, rather too many than too few.
+
+    Five ASCII characters count as two; a Cyrillic one counts 0.9, a Chinese one 1.4.
+    """
+    if isinstance(value, str):
+        beyond_ascii = len(value.encode("utf-8", "replace")) - len(value)
+        return 4 + len(value) * 2 // 5 + beyond_ascii // 2
+    if isinstance(value, Mapping):
+        if "image" in str(value.get("type")):
+            return _IMAGE_TOKENS
+        value = value.values()
+    return sum(map(tokens_of, value)) if isinstance(value, Iterable) else 1
+
+
+def read_limit(reason: str) -> int | None:
+    """The tokens a model takes, by its provider's words about a prompt that is too
+    long: 0 if no number is among them, and None if they are about something else."""
+    if not _TOO_LONG.search(reason):
+        return None
+    found = {re.sub("[,_]", "", number[0]) for number in _LARGE_NUMBER.finditer(reason)}
+    # beside the limit mostly stands what was sent, which is more
+    return sorted(map(int, found))[-2:][0] if found else 0
+
+
+def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list[Entry]:
+    """The conversation of these participants in so many tokens, if that can be: a line
+    stands where older turns, and if need be older questions, are left out.
+
+    So much goes at a time that the cut stays where it is for some turns, and with it
+    what providers' prompt caches hold.
+    """
+    sizes = list(map(_size, entries))
+    step = max(room // 3, 1)
+    excess = -(-(sum(sizes) - room) // step) * step
+    rest = set(range(len(entries))) - _kept_whole(entries, aliases)
+    gone: set[int] = set()
+    for at in sorted(rest, key=lambda at: (isinstance(entries[at], Question), at)):
+        if excess <= 0:
+            break
+        gone.add(at)
+        excess -= sizes[at]
+    shorter: list[Entry] = []
+    for is_gone, places in groupby(range(len(entries)), gone.__contains__):
+        some = [entries[at] for at in places]
+        what = f"{len(some)} earlier turn{'s were' if some[1:] else ' was'}"
+        shorter += [Question(f"({what} left out here)")] if is_gone else some
+    return shorter
+
+
+def _size(entry: Entry) -> int:
+    """The tokens of an entry for who reads most of it: the speaker has tool results."""
+    if isinstance(entry, Question):
+        return _LABEL_TOKENS + tokens_of(entry.content)
+    return _LABEL_TOKENS + max(tokens_of(entry.text), tokens_of(entry.messages))
+
+
+def _kept_whole(entries: Sequence[Entry], aliases: Sequence[str]) -> set[int]:
+    """The places of the last round, of everybody's last turn, and of the question, of
+    which the last part may have been found on the web."""
+    last = {getattr(e, "alias", None): at for at, e in enumerate(entries)}
+    asked, end = last.get(None, 0), len(entries)
+    own = (last[alias] for alias in ("", *aliases) if alias in last)
+    return {asked - 1, asked, *own, *range(end - len(aliases), end)}
+
+
+def squeeze(messages: list[Json], room: int) -> list[Json]:
+    """Messages in so many tokens, if that can be: the longest texts but the system
+    prompt lose their middle, with a line in its place."""
+    most, shorter = max(room, 10 * _LEAST_TOKENS), messages
+    while tokens_of(shorter) > room and most > _LEAST_TOKENS:
+        most = most * 3 // 4
+        shorter = _without_middle(messages, most)
+    return shorter
+
+
+def _without_middle(value: Any, most: int) -> Any:
+    if isinstance(value, list):
+        return [_without_middle(each, most) for each in value]
+    if isinstance(value, dict) and value.get("role") != "system":
+        inner = {key: value[key] for key in ("content", "text") if key in value}
+        return value | {k: _without_middle(each, most) for k, each in inner.items()}
+    if not isinstance(value, str) or (size := tokens_of(value)) <= most:
+        return value
+    half = len(value) * most // size // 2
+    line = f"({len(value) - 2 * half:,} characters were left out here)"
+    return f"{value[:half]}\n{line}\n{value[-half:]}"
 
 
 def messages_for(
@@ -2779,7 +2882,7 @@ class Host:
 
     @property
     def followed(self) -> list[Json]:
-        """The items of the reply after which the host asks for follow-ups, if it does."""
+        """The items of the reply after which this task asks for follow-ups, if so."""
         asked = self.metadata.get("task_body") or {}
         last = (asked.get("messages") or [{}])[-1]
         is_asked = "follow_up" in str(self.metadata.get("task"))
@@ -2881,6 +2984,7 @@ class Host:
             sees=capabilities.get("vision", True),
             counts_usage=capabilities.get("usage") is not False,
             think_tags=self.think_tags(params.get("reasoning_tags")),
+            window=params.get("num_ctx"),
             problems=tuple(problems),
         )
 
@@ -3482,7 +3586,11 @@ async def resolve_cast(
         *(host.voice(cards[i], params.get(i, {}), defaults, settings) for i in wanted)
     )
     voices = dict(zip(wanted, prepared, strict=True))
-    usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
+    chosen = chat_sampling(body, defaults, params.get(pipe_id, {}))
+    window = {"window": chosen["num_ctx"]} if "num_ctx" in chosen else {}
+    usable = {
+        i: replace(v, **window) for i, v in voices.items() if isinstance(v, Voice)
+    }
     for seat in seats:
         lost = (f"its model cannot be prepared: {voices[seat.model_id]}",)
         found = usable[seat.model_id].problems if seat.model_id in usable else lost
@@ -3502,7 +3610,7 @@ async def resolve_cast(
         usable.get(leader, usable[present[0].model_id]),
         tuple(dict.fromkeys(problems)),
         by_default,
-        chat_sampling(body, defaults, params.get(pipe_id, {})),
+        chosen,
         "".join(seat.alias for seat in chairs),
     )
 
@@ -3973,6 +4081,11 @@ class ConnectionGate:
 # -- one model call --------------------------------------------------------------------
 
 
+Prompt = Callable[[int], list[Json]]  # messages in about so many tokens
+_ANY_LENGTH = 10**9  # tokens
+_PROMPT_SHARE = 0.75  # of a model's context; its answer has to fit in, too
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCall:
     """What a model is asked: on whose account, in which stage of the run, and the
@@ -3980,11 +4093,12 @@ class ModelCall:
 
     speaker: str
     voice: Voice
-    messages: list[Json]
+    prompt: Prompt
     clock: TurnClock
     stage: int = 0
     specs: Sequence[Json] = ()
     parameters: Json = field(default_factory=dict)
+    said: Sequence[Json] = ()  # behind the prompt: what came of it so far
 
 
 def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
@@ -3995,7 +4109,7 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     given: Json = {**call.voice.defaults, **valves, **call.parameters}
     if call.voice.connection.startswith(OLLAMA):  # the host looks for them there only
         given = {"options": given}
-    payload = given | {"model": call.voice.model_id, "messages": call.messages}
+    payload = given | {"model": call.voice.model_id}
     tools = {"tools": list(call.specs)} if call.specs else {}
     return payload | {"stream": streams} | tools
 
@@ -4093,6 +4207,7 @@ class ModelCalls:
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
+    _limits: dict[str, int] = field(default_factory=dict)  # as errors named them
     _failures: Counter[str] = field(default_factory=Counter)  # in a row, by model
     _said: int = 0  # characters, of all replies
 
@@ -4100,6 +4215,32 @@ class ModelCalls:
         """No stage comes any more; only who is late goes on."""
         for gate in self._gates.values():
             gate.open_to_all()
+
+    def limit_of(self, voice: Voice) -> int:
+        """The tokens that a prompt to this model may have."""
+        limits = [self.settings.max_prompt, self._limits.get(voice.model_id, 0)]
+        if voice.connection.startswith(OLLAMA) and isinstance(voice.window, int):
+            limits.append(int(voice.window * _PROMPT_SHARE))
+        return min((limit for limit in limits if limit > 0), default=_ANY_LENGTH)
+
+    def messages(self, call: ModelCall) -> list[Json]:
+        """What a model is sent, within its limit."""
+        limit = self.limit_of(call.voice)
+        messages = [*call.prompt(limit - tokens_of(call.said)), *call.said]
+        if limit == _ANY_LENGTH:  # to count takes time
+            return messages
+        return squeeze(messages, limit - tokens_of(str(call.specs)))
+
+    def _was_too_long(self, call: ModelCall, failure: ModelFailure) -> bool:
+        """Whether that is why a model refused a prompt; then the next is shorter."""
+        named = read_limit(str(failure))
+        if named is None or failure.midway:
+            return False
+        sent = tokens_of(self.messages(call)) + tokens_of(str(call.specs))
+        limit = int(named * _PROMPT_SHARE)
+        fits = 0 < limit < sent
+        self._limits[call.voice.model_id] = limit if fits else max(sent // 2, 1)
+        return True
 
     async def text(self, call: ModelCall, streams: bool = True) -> str:
         """A plain completion -> its text; raises `ModelFailure`."""
@@ -4113,7 +4254,8 @@ class ModelCalls:
 
         It is asked again after a pause where the provider is overloaded, at once
         without `stream_options` where it rejects these, and once more where the answer
-        was empty, or, without streaming, where the stream failed at once.
+        was empty, where the prompt was too long, or, without streaming, where the
+        stream failed at once.
         """
         model_id, waited, asked_twice = call.voice.model_id, 0.0, False
         while True:
@@ -4133,6 +4275,8 @@ class ModelCalls:
             rejected = "stream_options" in str(failure) and not failure.midway
             if streams and rejected and model_id not in self._plain:
                 self._plain.add(model_id)
+            elif self._was_too_long(call, failure) and not asked_twice:
+                asked_twice = True
             elif failure.is_busy and not failure.midway and patient:
                 waited += pause
                 await asyncio.sleep(pause)
@@ -4149,6 +4293,7 @@ class ModelCalls:
         if self._said > MOST_IN_ALL:
             raise ModelFailure(f"all have said over {MOST_IN_ALL:,} characters", 408)
         payload = build_payload(self.settings, call, streams)
+        payload["messages"] = self.messages(call)
         if streams and voice.counts_usage and voice.model_id not in self._plain:
             payload["stream_options"] = {"include_usage": True}
         decoder = ReplyDecoder(voice.think_tags)
@@ -4681,24 +4826,35 @@ class Run:
     ) -> Ballot | str:
         """A voter's ballot: asked, asked again with what was wrong, read leniently."""
         voter = self.cast.participants[paper.voter]
-        messages = messages_for(voter, self.entries, paper.brief)
+        clock = TurnClock(self.settings.turn_timeout)
+        prompt = self._prompt(voter, paper.brief, {})
+        call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
         for lenient in (False, True):
             try:
-                text = await self._ask(voter.alias, voter.voice, messages, stage)
+                text = await self.models.text(call)
             except ModelFailure as failure:
                 return str(failure)
             ballot = read(text, paper, lenient)
             if isinstance(ballot, Ballot):
                 return ballot
             answer = {"role": "assistant", "content": text}
-            messages = [*messages, answer, {"role": "user", "content": ballot}]
+            problem = {"role": "user", "content": ballot}
+            call = replace(call, said=[answer, problem])
         return "it could not be read"
 
     async def _ask_manager(self, step: AskManager, stage: int) -> str | None:
         """The manager's answer, or None where there is none."""
-        messages = messages_for_manager(self.settings, self.entries, step)
+        settings, aliases = self.settings, tuple(self.cast.participants)
+
+        def prompt(limit: int) -> list[Json]:
+            room = limit - tokens_of(settings.manager_prompt)
+            heard = shorten(self.entries, room, aliases)
+            return messages_for_manager(settings, heard, step)
+
+        clock = TurnClock(settings.turn_timeout)
         try:
-            return await self._ask("Manager", self.cast.manager, messages, stage)
+            call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
+            return await self.models.text(call)
         except ModelFailure as failure:
             log.debug("the manager failed: %s", failure)
             return None
@@ -4715,11 +4871,24 @@ class Run:
             self.entries.append(Turn("", said))
         return said
 
-    async def _ask(
-        self, speaker: str, voice: Voice, messages: list[Json], stage: int
-    ) -> str:
-        clock = TurnClock(self.settings.turn_timeout)
-        return await self.models.text(ModelCall(speaker, voice, messages, clock, stage))
+    def _prompt(
+        self, participant: Participant, brief: str, names: Mapping[str, str]
+    ) -> Prompt:
+        """What a participant is asked now; the cut is the same for all that have the
+        same limit."""
+        entries, everybody = list(self.entries), self.cast.participants
+        limit_of = self.models.limit_of
+
+        def prompt(limit: int) -> list[Json]:
+            own, heard = limit_of(participant.voice), entries
+            if own < _ANY_LENGTH:
+                peers = [p for p in everybody.values() if limit_of(p.voice) == own]
+                fixed = max(tokens_of(f"{p.system}{p.voice.specs}") for p in peers)
+                room = limit - fixed - tokens_of(brief)
+                heard = shorten(entries, room, tuple(everybody))
+            return messages_for(participant, hide_speakers(heard, names), brief)
+
+        return prompt
 
     async def _wait_in_view(
         self, tasks: Mapping[str, asyncio.Task[Any]], what: str, stage: int, quorum: int
@@ -4790,22 +4959,24 @@ class Run:
         """Replies and tools, until there are no more; raises `ModelFailure`."""
         participant, clock = section.participant, section.clock
         alias, voice = participant.alias, participant.voice
-        heard = hide_speakers(self.entries, section.names)
-        messages = messages_for(participant, heard, brief)
+        prompt = self._prompt(participant, brief, section.names)
+        call = ModelCall(alias, voice, prompt, clock, stage, (), self.cast.parameters)
         if voice.legacy and voice.tools:
             runner = partial(self._run_legacy_tool, section)
-            messages, found = await self.host.use_legacy_tools(voice, messages, runner)
+            asked = self.models.messages(call)
+            told, found = await self.host.use_legacy_tools(voice, asked, runner)
             await self.host.show_sources(found)
+            call = replace(call, prompt=lambda _: told)
         for left in range(self.settings.max_tool_rounds, -1, -1):
             specs = voice.specs if left and not voice.legacy else ()
-            chosen = self.cast.parameters
-            call = ModelCall(alias, voice, messages, clock, stage, specs, chosen)
+            call = replace(call, specs=specs)
             reply = await self.models.complete(call, section.begin_reply)
             if reply.calls and not left:
                 most = self.settings.max_tool_rounds
                 raise ModelFailure(f"it still called tools after {most} tool rounds")
+            messages = self.models.messages(call) if reply.calls else []
             results = await self._run_tools(section, reply.calls, messages)
-            messages = [*messages, *section.record(reply, results)]
+            call = replace(call, said=[*call.said, *section.record(reply, results)])
             if not reply.calls:
                 break
 
@@ -5038,7 +5209,8 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
         clock = TurnClock(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
-        call = ModelCall("task", voice, body["messages"], clock, parameters=sampling)
+        call = ModelCall("task", voice, lambda _: body["messages"], clock)
+        call = replace(call, parameters=sampling)
         models = ModelCalls(host, settings, Ledger(host.add_usage))
         answer = await models.text(call, streams=False)
         return add_follow_ups(answer, host.followed) if host.followed else answer
