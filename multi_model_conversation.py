@@ -379,16 +379,10 @@ class ToolFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Visible text of a reply."""
+    """Text of a reply, or what the model thought, which no other participant reads."""
 
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
-    """Text the model thought, never shown to other participants."""
-
-    text: str
+    kind: Literal["message", "reasoning"] = "message"
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,10 +424,11 @@ class ToolResult:
 
     text: str
     failed: bool = False
-    files: tuple[Json, ...] = ()
-    embeds: tuple[Any, ...] = ()
-    images: tuple[str, ...] = ()  # as a model can read them
-    image_urls: tuple[str, ...] = ()  # as they are stored
+    files: Sequence[Json] = ()
+    embeds: Sequence[Any] = ()
+    images: Sequence[str] = ()  # as a model can read them
+    image_urls: Sequence[str] = ()  # as they are stored
+    sources: Sequence[Json] = ()  # of a tool that reads documents or pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -594,19 +589,16 @@ WISHES = {
 GO_ON, VOTE, ENOUGH = WISHES
 
 
-ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | SourceFound
+ReplyEvent = TextDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
 Step = Speak | AskManager | AskPerson | Judge | Publish
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
 Mode = Steps[str]  # gives why the conversation ended
 
 
-_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
-
-
 def storable(text: str) -> str:
     """Text as it can be stored: the host drops NUL and halves of characters then."""
-    if (text.isascii() and "\0" not in text) or not _UNSTORABLE.search(text):
+    if text.isascii() and "\0" not in text:
         return text
     whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return whole.replace("\0", "\ufffd")
@@ -632,8 +624,7 @@ _JSON = json.JSONDecoder()
 
 def parse_json(text: str) -> Any:
     """The value of a JSON text, else a `ValueError`; faster than `json.loads`."""
-    text = text.strip()
-    value, end = parse_json_at(text)
+    value, end = parse_json_at(text := text.strip())
     if end < len(text):
         raise ValueError("more than one value")
     return value
@@ -756,7 +747,7 @@ class ThinkSplitter:
             self._trim = not text
         if not text:
             return []
-        return [(TextDelta if self._tag is self._start else ReasoningDelta)(text)]
+        return [TextDelta(text, "message" if self._tag is self._start else "reasoning")]
 
 
 def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
@@ -880,19 +871,16 @@ class ReplyDecoder:
             yield from self._think.feed(text)
             return
         try:
-            yield from self._read_value(value)
+            if not isinstance(value, dict):
+                yield from self._read_text(getattr(value, "content", value))
+            elif value.get("object") == "error":  # older vLLM
+                raise ModelFailure(error_text(value))
+            elif isinstance(value.get("type"), str) and "choices" not in value:
+                yield from self._read_responses_event(value["type"], value)
+            else:
+                yield from self._read_chunk(value)
         except _MALFORMED as error:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
-
-    def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
-        if not isinstance(value, dict):
-            yield from self._read_text(getattr(value, "content", value))
-        elif value.get("object") == "error":  # older vLLM
-            raise ModelFailure(error_text(value))
-        elif isinstance(value.get("type"), str) and "choices" not in value:
-            yield from self._read_responses_event(value["type"], value)
-        else:
-            yield from self._read_chunk(value)
 
     def _read_text(self, content: Any) -> Iterator[ReplyEvent]:
         if text := text_of(content):
@@ -912,7 +900,7 @@ class ReplyDecoder:
             message = choice.get("message") or chunk.get("message") or chunk
             yield from self._read_message(message, copy=self._has_deltas)
         for item in () if self._has_text else chunk.get("output") or ():
-            yield from self._read_value(item)
+            yield from self._read(item)
         sources = chunk.get("sources") or ()
         yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
@@ -921,7 +909,7 @@ class ReplyDecoder:
         if not copy:
             keys = ("reasoning_content", "reasoning", "thinking")
             if thought := text_of(next(filter(None, map(message.get, keys)), "")):
-                yield ReasoningDelta(storable(thought))
+                yield TextDelta(storable(thought), "reasoning")
             yield from self._read_text(message.get("content"))
         calls = message.get("tool_calls") or ()
         if message.get("function_call"):
@@ -991,10 +979,8 @@ def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
     """What can be counted in a chunk, as one report."""
     # Ollama counts beside the message
     ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
-    usage: Json = {}
-    for report in (chunk.get("usage"), chunk.get("timings"), ollama):
-        usage |= _counts_of(report)
-    if usage:
+    reports = map(_counts_of, (chunk.get("usage"), chunk.get("timings"), ollama))
+    if usage := dict(item for report in reports for item in report.items()):
         yield UsageReport(usage)
 
 
@@ -2744,22 +2730,15 @@ if sys.modules.get("open_webui"):  # there is none where the unit tests run
     from open_webui.models.models import Models
     from open_webui.models.users import Users
     from open_webui.utils import middleware
+    from open_webui.utils import payload as host_payload
+    from open_webui.utils import tools as host_tools
     from open_webui.utils.access_control import has_permission
     from open_webui.utils.chat import generate_chat_completion
     from open_webui.utils.chat_id import is_saved_chat_id
     from open_webui.utils.files import get_image_base64_from_url
     from open_webui.utils.misc import get_message_list
     from open_webui.utils.models import get_all_models, get_filtered_models
-    from open_webui.utils.payload import (
-        apply_model_params_to_body_openai,
-        resolve_system_prompt,
-    )
     from open_webui.utils.response import merge_usage
-    from open_webui.utils.tools import (
-        get_builtin_tools,
-        get_tools,
-        get_updated_tool_function,
-    )
 
 _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
@@ -2777,15 +2756,16 @@ _SAMPLING_NAMES = (  # the host's
     "num_predict num_keep num_batch num_thread num_gpu think keep_alive"
 )
 SAMPLING = tuple(_SAMPLING_NAMES.split())  # what a chat's controls set for the models
-_TOOLS_TIMEOUT = 30  # s in which the tools of a model must be there
-_GRACE = 0.1  # s; a query of the host's takes some milliseconds
+
 WRITE_TIMEOUT = 15  # s for a write of the host's; SQLite itself waits for 5
 MOST_RESULT = 200_000  # characters of a tool's result; a prompt holds no more
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
 _AWAY = "Open WebUI's database does not answer"
-_SAID_PLAINLY = {  # an error of these packages, whose words are for developers
+_SAID_PLAINLY = {  # errors of these packages or names, whose words are for developers
     **dict.fromkeys(("sqlalchemy", "sqlite3", "psycopg", "asyncpg", "redis"), _AWAY),
     "aiohttp": "the connection broke off",
+    "CancelledError": "it was cancelled from inside",
+    "TimeoutError": "it timed out",
 }
 
 
@@ -2807,17 +2787,13 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         yield
     except (ModelFailure, ToolFailure):
         raise
-    except asyncio.CancelledError as error:
-        if was_cancelled():
-            raise
-        raise failure("it was cancelled from inside") from error
-    except Exception as error:  # foreign code raises what it likes
-        if was_cancelled():  # also in place of our cancellation
+    except (Exception, asyncio.CancelledError) as error:  # it raises what it likes
+        if was_cancelled():  # also where something else was raised in its place
             raise asyncio.CancelledError from error
         log.debug("foreign code failed: %s", hide_keys(traceback.format_exc()))
-        plain = _SAID_PLAINLY.get(type(error).__module__.split(".")[0])
-        reason = "it timed out" if isinstance(error, TimeoutError) else str(error)
-        detail = getattr(error, "detail", None) or reason or type(error).__name__
+        package, name = type(error).__module__.split(".")[0], type(error).__name__
+        plain = _SAID_PLAINLY.get(package) or _SAID_PLAINLY.get(name)
+        detail = getattr(error, "detail", None) or str(error) or name
         failed = failure(plain or error_text(detail))
         if isinstance(failed, ModelFailure):
             status = getattr(error, "status_code", 0)
@@ -2825,11 +2801,12 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         raise failed from error
 
 
-async def apart(work: Awaitable[Result], grace: float = _GRACE) -> Result:
+async def apart(work: Awaitable[Result], grace: float = 0.1) -> Result:
     """Somebody else's work, in a task of its own.
 
-    A cancellation reaches it only after `grace` seconds: in the middle of a query it
-    would leave the host's database locked. Work that swallows it is left behind.
+    A cancellation reaches it only after `grace` seconds: in the middle of a query,
+    which takes milliseconds, it would leave the host's database locked. Work that
+    swallows it is left behind.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -2864,11 +2841,6 @@ class Host:
     def in_chat(self) -> bool:
         """Whether the reply is a message of a chat, as the host itself decides it."""
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
-
-    @property
-    def user_id(self) -> str:
-        """Whose run it is."""
-        return str(getattr(self.user, "id", ""))
 
     @property
     def user_name(self) -> str:
@@ -2910,19 +2882,17 @@ class Host:
     def model_options(__user__: Json) -> list[dict[str, str]]:
         """The models a user may use, for the inputs of the valves (synchronous)."""
         everything = BYPASS_MODEL_ACCESS_CONTROL or __user__.get("role") == "admin"
-        me = {("user", "*"), ("user", __user__.get("id"))}
-        if not everything:
-            with get_db() as session:
-                groups = session.query(GroupMember.group_id)
-                mine = groups.filter(GroupMember.user_id == __user__.get("id"))
-                me |= {("group", group_id) for (group_id,) in mine}
+        user_id = __user__.get("id")
+        with get_db() as session:
+            groups = session.query(GroupMember.group_id)
+            mine = groups.filter(GroupMember.user_id == user_id).all()
+        me = {("user", "*"), ("user", user_id), *(("group", g) for (g,) in mine)}
         models = dict(app.state.MODELS.items())
         cards = _cards_of(models.values(), models, own_function_id())
         return [
             {"value": card.id, "label": card.name}
             for card in cards.values()
-            if not card.is_self
-            and (everything or _may_read(card.entry.get("info") or {}, me))
+            if not card.is_self and (everything or _may_read(card.entry, me))
         ]
 
     async def model_cards(self, own_id: str) -> dict[str, ModelCard]:
@@ -2965,8 +2935,9 @@ class Host:
         try:
             with foreign_errors(HostFailure):
                 prompt = params.get("system")
-                system = await resolve_system_prompt(prompt, self.metadata, self.user)
-                taken = apply_model_params_to_body_openai(missing, {})
+                render = host_payload.resolve_system_prompt
+                system = await render(prompt, self.metadata, self.user)
+                taken = host_payload.apply_model_params_to_body_openai(missing, {})
                 tools, problems = await self._tools(card.entry, settings)
         except HostFailure as failure:
             return str(failure)
@@ -3014,39 +2985,25 @@ class Host:
         }
         tools: dict[str, Json] = {}
         problems: list[str] = []
-        features = self.metadata.get("features") or {}
-        seen = _builtins_model(model, self.metadata, settings)
-        try:
-            with foreign_errors(HostFailure):
-                if seen:
-                    tools |= await get_builtin_tools(
-                        self.request, extra, features, seen
-                    )
-        except HostFailure:
-            problems.append("Open WebUI's own tools could not be loaded")
-        ids = _meta_of(model).get("toolIds") or []
-        tools |= await self._own_tools(ids, extra, problems)
+
+        async def add(what: str, loading: Awaitable[dict[str, Json]]) -> None:
+            try:
+                with foreign_errors(HostFailure):
+                    async with asyncio.timeout(30):  # s; it may ask a server
+                        tools.update(await loading)
+            except HostFailure:
+                problems.append(f"{what} could not be loaded")
+
+        if seen := _builtins_model(model, self.metadata, settings):
+            features = self.metadata.get("features") or {}
+            built_in = host_tools.get_builtin_tools(self.request, extra, features, seen)
+            await add("Open WebUI's own tools", built_in)
+        for tool_id in _meta_of(model).get("toolIds") or ():
+            own = host_tools.get_tools(self.request, [tool_id], self.user, extra)
+            await add(f'its tool "{plain_line(tool_id, 60)}"', own)
         chosen = (self.metadata.get("tools") or {}).items()
         tools |= {n: tool for n, tool in chosen if tool.get("type") != "builtin"}
         return tools, problems
-
-    async def _own_tools(
-        self, ids: list[str], extra: Json, problems: list[str]
-    ) -> dict[str, Json]:
-        """The tools of a workspace model; one that fails costs only itself."""
-        tools: dict[str, Json] = {}
-        try:
-            with foreign_errors(HostFailure):
-                async with asyncio.timeout(_TOOLS_TIMEOUT):
-                    tools |= await get_tools(self.request, ids, self.user, extra)
-        except HostFailure:
-            if len(ids) == 1:
-                name = plain_line(ids[0], 60)
-                problems.append(f'its tool "{name}" could not be loaded')
-                return {}
-            for tool_id in ids:
-                tools |= await self._own_tools([tool_id], extra, problems)
-        return tools
 
     async def stored_replies(self) -> list[Json]:
         """The stored messages that led to this question, the first one first.
@@ -3082,31 +3039,26 @@ class Host:
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
         kept = {name: self.metadata[name] for name in names if name in self.metadata}
-        opening = self._begin({**payload, "metadata": kept})
+        opening = asyncio.create_task(self._open({**payload, "metadata": kept}))
         try:
-            try:
-                with foreign_errors(ModelFailure):
-                    await apart(opening)
-            except ModelFailure as failure:
-                if str(failure) != "Model not found":
-                    raise
-                # It was there when the run began: the list of models went with the
-                # host's Redis, or its database is away, which this then says.
-                with foreign_errors(ModelFailure):
-                    await apart(get_all_models(self.request, user=self.user))
-                    opening = self._begin({**payload, "metadata": kept})
-                    await apart(opening)
-            async with aclosing(reply_items(opening.result())) as items:
+            async with aclosing(reply_items(await apart(opening))) as items:
                 yield items
         finally:
             await _close_reply(opening)
 
-    def _begin(self, payload: Json) -> asyncio.Task[Any]:
-        inner = self._inner_request()
-        ask = generate_chat_completion
-        return asyncio.create_task(
-            ask(inner, payload, self.user, bypass_system_prompt=True)
-        )
+    async def _open(self, payload: Json) -> Any:
+        ask = partial(generate_chat_completion, bypass_system_prompt=True)
+        try:
+            with foreign_errors(ModelFailure):
+                return await ask(self._inner_request(), payload, self.user)
+        except ModelFailure as failure:
+            if str(failure) != "Model not found":
+                raise
+        # It was there when the run began: the list of models went with the host's
+        # Redis, or its database is away, which this then says.
+        with foreign_errors(ModelFailure):
+            await get_all_models(self.request, user=self.user)
+            return await ask(self._inner_request(), payload, self.user)
 
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
@@ -3132,9 +3084,8 @@ class Host:
         One that is not done shimmers, for which the page paints every frame: only for
         work that nothing else shows.
         """
-        await self._emit(
-            {"type": "status", "data": {"description": text, "done": done}}
-        )
+        status = {"description": text, "done": done}
+        await self._emit({"type": "status", "data": status})
 
     async def show_sources(self, sources: Iterable[Json]) -> None:
         """Cite sources in the message, each in the host's shape."""
@@ -3258,17 +3209,16 @@ class Host:
                     "server": tool.get("server", {}),
                     "session_id": self.metadata.get("session_id"),
                 }
-                asking = self.caller({"type": "execute:tool", "data": asked})
-                return await apart(asking)
+                return await apart(self.caller({"type": "execute:tool", "data": asked}))
             files = self.metadata.get("files") or []
             extra = {"__messages__": messages, "__files__": files}
-            function = await get_updated_tool_function(tool["callable"], extra)
-            return await apart(function(**arguments))
+            use = await host_tools.get_updated_tool_function(tool["callable"], extra)
+            return await apart(use(**arguments))
 
     async def read_tool_result(
         self, tool: Json, call: ToolCall, arguments: Json, value: Any
     ) -> ToolResult:
-        """What a tool gave -> text, files, embeds; citations and the like go out."""
+        """What a tool gave, as the host reads it; its own events go out."""
         kind, direct = tool.get("type", ""), bool(tool.get("direct"))
         with foreign_errors(ToolFailure):
             text, files, embeds = await middleware.process_tool_result(
@@ -3279,14 +3229,18 @@ class Host:
             )
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
             readable = [await self._keep_image(image) for image in images]
-        text = "" if text is None else storable(str(text))
-        if len(text) > MOST_RESULT:
-            text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
+            text = "" if text is None else storable(str(text))
+            if len(text) > MOST_RESULT:
+                text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
+            sources: list[Json] = []
+            citing = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
+            if text and call.name in citing:
+                sources = middleware.get_citation_source_from_tool_result(
+                    call.name, arguments, text, tool.get("tool_id", "")
+                )
         failed = isinstance(value, dict) and bool(value.get("error"))
-        stored = tuple(image["url"] for image in images)
-        return ToolResult(
-            text, failed, tuple(files), tuple(embeds), tuple(readable), stored
-        )
+        stored = [image["url"] for image in images]
+        return ToolResult(text, failed, files, embeds, readable, stored, sources)
 
     async def _keep_image(self, image: Json) -> str:
         """Keep an image out of the chat's JSON, where the host can (from 0.12); gives
@@ -3298,18 +3252,6 @@ class Host:
         if store:
             image["url"] = await store(self.request, url, self.metadata, self.user)
         return str(data)
-
-    async def cite(
-        self, tool: Json, call: ToolCall, arguments: Json, text: str
-    ) -> None:
-        """Show the sources of a tool that reads documents or pages."""
-        names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
-        if call.name in names and text:
-            with suppress(HostFailure), foreign_errors(HostFailure):
-                sources = middleware.get_citation_source_from_tool_result(
-                    call.name, arguments, text, tool.get("tool_id", "")
-                )
-                await self.show_sources(sources)
 
     async def use_legacy_tools(
         self, voice: Voice, messages: list[Json], run: Callable[..., Awaitable[Any]]
@@ -3326,24 +3268,18 @@ class Host:
         async def in_page(event: Json) -> Any:
             return await run_one(event["data"]["name"], **event["data"]["params"])
 
-        tools = {
-            name: {**tool, "callable": partial(run_one, name)}
-            for name, tool in voice.tools.items()
-        }
+        known = voice.tools.items()
+        tools = {n: {**tool, "callable": partial(run_one, n)} for n, tool in known}
         request = self._inner_request()
-        extra = {
-            "__event_emitter__": self.emitter,
-            "__event_call__": in_page,
-            "__metadata__": self.metadata,
-        }
+        extra: Json = {"__event_emitter__": self.emitter, "__event_call__": in_page}
+        extra["__metadata__"] = self.metadata
         body = {"model": voice.model_id, "messages": messages, "metadata": {}}
         with foreign_errors(ModelFailure):
             models = self.request.app.state.MODELS
-            _, flags = await apart(
-                middleware.chat_completion_tools_handler(
-                    request, body, extra, self.user, models, tools
-                )
+            using = middleware.chat_completion_tools_handler(
+                request, body, extra, self.user, models, tools
             )
+            _, flags = await apart(using)
             sources = flags.get("sources") or []
             copies = [dict(message) for message in messages]
             messages = await middleware.apply_source_context_to_messages(
@@ -3391,15 +3327,15 @@ def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, Mode
     return cards
 
 
-def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
+def _may_read(model: Json, me: set[tuple[str, Any]]) -> bool:
     """Whether one of these principals owns a model or was granted to read it."""
-    if ("user", info.get("user_id")) in me:
-        return True
-    return any(
-        grant.get("permission") == "read"
-        and (grant.get("principal_type"), grant.get("principal_id")) in me
+    info = model.get("info") or {}
+    granted = {
+        (grant.get("principal_type"), grant.get("principal_id"))
         for grant in info.get("access_grants") or ()
-    )
+        if grant.get("permission") == "read"
+    }
+    return not me.isdisjoint({("user", info.get("user_id")), *granted})
 
 
 def _connection_of(model: Json) -> str:
@@ -3412,15 +3348,14 @@ def _connection_of(model: Json) -> str:
 
 def _knowledge_prompt(meta: Json) -> str:
     """Names a model's attached knowledge to it, as the host does for native tools."""
-    items = [i for i in meta.get("knowledge") or () if i.get("id") and i.get("type")]
-    if not items:
-        return ""
     lines = [
         f'<knowledge type="{plain_line(i["type"])}" id="{plain_line(i["id"])}" '
-        f'name="{plain_line(i.get("name") or "")}"/>'
-        for i in items
+        f'name="{plain_line(i.get("name") or "")}"/>\n'
+        for i in meta.get("knowledge") or ()
+        if i.get("id") and i.get("type")
     ]
-    return "\n".join(("<attached_knowledge>", *lines, "</attached_knowledge>"))
+    whole = f"<attached_knowledge>\n{''.join(lines)}</attached_knowledge>"
+    return whole if lines else ""
 
 
 class _OnlyThese(dict[str, bool]):
@@ -3490,11 +3425,10 @@ def _read_whole(response: Any) -> Any:
 
 def read_seconds(text: str | None) -> float:
     """The seconds of a `Retry-After` header; 0 for a date, nonsense or nothing."""
-    try:
+    with suppress(ValueError):
         seconds = float(text or "")
-    except ValueError:
-        return 0
-    return seconds if 0 <= seconds < float("inf") else 0
+        return seconds if 0 <= seconds < float("inf") else 0
+    return 0
 
 
 async def _close_reply(opening: asyncio.Future[Any]) -> None:
@@ -4133,9 +4067,9 @@ class Reply:
     def take(self, event: ReplyEvent) -> None:
         """Take one event; raises `ModelFailure` where it never ends."""
         match event:
-            case TextDelta(text) | ReasoningDelta(text):
+            case TextDelta(text):
                 if len(text) > (room := MOST_SAID - self.size):
-                    event = type(event)(text[:room])
+                    event = replace(event, text=text[:room])
                 self.size += len(text)
             case ToolCallDelta():
                 self.size += len(event.name) + len(event.arguments)
@@ -4148,10 +4082,10 @@ class Reply:
     def apply(self, event: ReplyEvent) -> None:
         """Note what it says."""
         match event:
-            case TextDelta(text):
+            case TextDelta(text, "message"):
                 self.spoke = True
                 self._parts.append(text)
-            case ReasoningDelta() | ToolCallDelta():
+            case TextDelta() | ToolCallDelta():
                 self.spoke = True
             case UsageReport(usage):
                 self.usage |= usage
@@ -4527,10 +4461,8 @@ class ShownReply(Reply):
     def apply(self, event: ReplyEvent) -> None:
         """Show one event."""
         match event:
-            case TextDelta(text):
-                self._add_text("message", text)
-            case ReasoningDelta(text):
-                self._add_text("reasoning", text)
+            case TextDelta(text, kind):
+                self._add_text(kind, text)
             case ToolCallDelta():
                 self._pause()
                 self._add_call_piece(event)
@@ -4651,7 +4583,7 @@ class Run:
         """The whole conversation, shown on the screen, whose emitter it closes."""
         host, reason = self.host, "Stopped"
         try:
-            with counted_run(host.user_id, self.settings):
+            with counted_run(getattr(host.user, "id", ""), self.settings):
                 reason = await self._converse(mode)
         except ConversationError as error:
             reason = "Not begun"
@@ -5011,7 +4943,7 @@ class Run:
         except ToolFailure as failure:
             return ToolResult(f"Error: {failure}", True)
         if voice.cites:
-            await host.cite(tool, call, arguments, result.text)
+            await host.show_sources(result.sources)
         return result
 
     async def _run_legacy_tool(

@@ -35,13 +35,8 @@ async def test_what_the_person_adds_is_read_now_and_in_the_next_question(
         assert says == [] and len(page.calls) == 2
         await ask(page, "And in the shade?", chat=first.chat)
     name = talk.account.name
-    round_ = ["🔵 Ann", "🔴 Ben"]
-    assert headings(first) == [
-        *round_,
-        f"👤 {name}",
-        f"{round_[0]} · round 2 of 2",
-        "🔴 Ben",
-    ]
+    ann, ben = "🔵 Ann", "🔴 Ben"
+    assert headings(first) == [ann, ben, f"👤 {name}", f"{ann} · round 2 of 2", ben]
     for seen in talk.models.turns(model("Ann"))[1:]:
         assert QUESTION in seen.text and "Mind the **budget**." in seen.text
         assert "/join" not in seen.text and name not in seen.text
