@@ -58,7 +58,7 @@ from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from itertools import count, groupby
-from statistics import fmean, pvariance
+from statistics import fmean, median, pvariance
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -1229,6 +1229,7 @@ _NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
 _FITTINGS = 20  # each leaves at most a quarter of what was missing, where all judge
 _TELLING = 3  # values beyond those that any ballots fit; fewer show no agreement
 _MIDDLE = 5.0  # of 0 to 10: where a ballot has places only
+_MOST_MOVED = 0.8  # by one judge; less costs more right judges than wrong ones
 _LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 _LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
 _UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
@@ -1842,13 +1843,16 @@ def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot 
     return Ballot(paper.voter, values)
 
 
-def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
+def tally(
+    aliases: Sequence[str], ballots: Sequence[Ballot], limit: float = _MOST_MOVED
+) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
     A value on a ballot is how good the answer is and how high its judge judges, both
     fitted in turns (least squares): nobody gains by a lenient judge, by giving noughts,
     or by not meeting the best one on its own ballot. Half a value is doubt that a
-    judge's level is more than chance.
+    judge's level is more than chance; how far a judge is from the middle of all counts
+    up to where it moves the mean by `limit`: none outweighs all by exaggerating.
     """
     given = [value for ballot in ballots for value in ballot.values.values()]
     scores = dict.fromkeys(aliases, fmean(given or [0.0]))
@@ -1860,7 +1864,10 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
             levels[ballot.voter] = above / (len(ballot.values) + 0.5)
         for alias, found in on.items():
             values = [b.values[alias] - levels[b.voter] for b in found]
-            scores[alias] = fmean(values or [scores[alias]])
+            middle = median(values or [scores[alias]])
+            far = limit * len(values)
+            near = [min(max(v, middle - far), middle + far) for v in values]
+            scores[alias] = fmean(near or [middle])
     standings = []
     for alias, found in on.items():
         score = round(scores[alias], 6) if found else None  # what is equal stays equal
