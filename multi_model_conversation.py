@@ -265,6 +265,7 @@ class Settings(UserSettings):
     run_timeout: SkipJsonSchema[Seconds] = 3600  # s after which no step begins
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
+    all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
 
 
 _V2_NAMES = {
@@ -711,8 +712,6 @@ class ThinkSplitter:
     """
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
-        first = "".join(start[0] for start, _ in tags)
-        self._first = re.compile(rf"[\0\ud800-\udfff{re.escape(first)}]")
         self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
         self._ends = [_find_tags([end]) for _, end in tags]
         self._tag = self._start  # what is looked for
@@ -721,9 +720,6 @@ class ThinkSplitter:
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
-        idle = self._tag is self._start and not (self._held or self._trim)
-        if idle and not self._first.search(text):
-            return [TextDelta(text)]
         text, at = self._held + text, 0
         events: list[ReplyEvent] = []
         while (found := self._tag.search(text, at)) and found.lastindex:
@@ -758,7 +754,7 @@ def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
         name += attributes if tag[0] + tag[-1] == "<>" else ""
         whole.append(f"{name}{last}()")  # behind it: only what begins plainly is fast
         begun += [name, *(re.escape(tag[:length]) for length in range(1, len(tag) - 1))]
-    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]))
+    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]) or "(?!)")
 
 
 def text_of(content: Any) -> str:
@@ -888,14 +884,14 @@ class ReplyDecoder:
             yield from self._think.feed(text)
 
     def _read_chunk(self, chunk: Json) -> Iterator[ReplyEvent]:
-        yield from _read_usage(chunk)
+        if usage := _read_usage(chunk):
+            yield UsageReport(usage)
         if chunk.get("error"):
             raise ModelFailure(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
-        if choice.get("delta"):
-            for event in self._read_message(choice["delta"]):
-                self._has_deltas = True
-                yield event
+        if delta := choice.get("delta"):
+            self._has_deltas |= any(delta[key] for key in delta if key != "role")
+            yield from self._read_message(delta)
         else:
             message = choice.get("message") or chunk.get("message") or chunk
             yield from self._read_message(message, copy=self._has_deltas)
@@ -975,13 +971,12 @@ def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
             yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
-def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
-    """What can be counted in a chunk, as one report."""
+def _read_usage(chunk: Json) -> Json:
+    """What can be counted in a chunk."""
     # Ollama counts beside the message
     ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
-    reports = map(_counts_of, (chunk.get("usage"), chunk.get("timings"), ollama))
-    if usage := dict(item for report in reports for item in report.items()):
-        yield UsageReport(usage)
+    usage, timings = _counts_of(chunk.get("usage")), _counts_of(chunk.get("timings"))
+    return {**usage, **timings, **_counts_of(ollama)}
 
 
 def _counts_of(report: Any) -> Json:
@@ -1097,6 +1092,8 @@ _HIDES_FENCES = re.compile(
     r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
 )
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
+_LARGE = re.compile(r"#{1,3}(?=\s|\Z)")  # a heading that ranks with the speakers'
+_FIRST = re.compile(r"(?: {0,3}(?:>|(?:[-*+]|\d{1,9}[.)])(?=\s)))*+ {0,3}#| {0,3}[-=]")
 
 
 @dataclass(slots=True)
@@ -1105,22 +1102,24 @@ class _LineTracker:
 
     closing: str = ""  # the line that closes the code fence that is open
     is_marked: bool = False  # there is a mark in the paragraph
-    _in_paragraph: bool = False  # or in a fence directly behind one
+    in_paragraph: bool = False  # or in a fence directly behind one
+    may_be_code: bool = False  # by fences in lists and quotes too
     _in_list: bool = False
     _is_sure: bool = True  # nothing can have hidden a fence, or its end, so far
 
     @property
     def in_code(self) -> bool:
         """Whether every parser is in code here: its fence stands at the left edge."""
-        is_sure = self._is_sure and not self._in_paragraph
+        is_sure = self._is_sure and not self.in_paragraph
         return is_sure and self.closing.startswith(("`", "~"))
 
     def read(self, line: str) -> None:
         """Take the next line."""
         words = line.strip(" \t")
         if not words:
-            self._in_paragraph = self.is_marked = False
+            self.in_paragraph = self.is_marked = False
             return
+        self.may_be_code ^= bool(_FENCE.match(words.lstrip("> *+-0123456789.)")))
         self.is_marked |= not self.in_code and any(mark in line for mark in _SPELLINGS)
         fence = self.closing.lstrip()
         if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
@@ -1129,14 +1128,14 @@ class _LineTracker:
         if not fence:
             opening = _FENCE.match(line)
             self.closing = opening[0] if opening else ""
-            self._in_paragraph |= not opening
+            self.in_paragraph |= not opening
             self._in_list |= bool(_LIST_ITEM.match(line))
             self._is_sure &= not _HIDES_FENCES.search(line)
         elif words.startswith(fence):
             self.closing = self.closing if words.strip(fence[0]) else ""
             exact = re.fullmatch(" {0,3}[^ \t]+ *", line)
             self._is_sure &= bool(exact) and not self.closing
-        elif self._in_paragraph and not words.strip("-="):
+        elif self.in_paragraph and not words.strip("-="):
             self._is_sure = False  # the page made a heading of it all, fence and all
 
 
@@ -1148,6 +1147,7 @@ class ForgeryGuard:
     `<video>`) as the host. None passes, however it is spelled: a backslash or a
     zero-width space shows it as the plain text it is. In a code fence that every parser
     sees, only what would be read back as ours, or the host's, is escaped.
+    Other headings, outside of what may be code, are made to rank below the speakers'.
     """
 
     def __init__(self) -> None:
@@ -1185,27 +1185,44 @@ class ForgeryGuard:
                     self._lines.read("".join([*self._line, text[begin:place]]))
                     self._line = []
                 begin = place + 1
-            elif hot[0] in "-=" and not self._lines.is_marked:
                 continue
-            elif reach := _REACH.match(text, place):
+            is_first = self._is_first(text[max(begin, place - 40) : place + 1])
+            if hot[0] in "-=" and not (self._lines.is_marked or is_first):
+                continue
+            if reach := _REACH.match(text, place):
                 if reach.end() == end and not final:
                     end = place
                     break
-                at, escape = self._escape(reach)
+                at, escape = self._escape(reach, is_first)
                 shown += [text[done:at], escape]
                 done = max(done, at)
-        self._line.append(text[begin:end])
+        self._line += filter(None, [text[begin:end]])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
-    def _escape(self, reach: re.Match[str]) -> tuple[int, str]:
-        """What disarms the forgery that stands there, if it is one, and where."""
+    def _is_first(self, end: str) -> bool:
+        """Whether the line, which ends so here, may become a heading by its last
+        character, or make one of the paragraph above."""
+        if self._lines.may_be_code or self._lines.closing or len(self._line) > 40:
+            return False
+        if end[-1] not in ("#-=" if self._lines.in_paragraph else "#"):
+            return False
+        line = "".join([*self._line, end])
+        return len(line) <= 40 and bool(_FIRST.fullmatch(line))
+
+    def _escape(self, reach: re.Match[str], is_first: bool) -> tuple[int, str]:
+        """What disarms the forgery that stands there, if it is one, and where; or what
+        makes a heading a smaller one, or none of what is underlined."""
         pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
         # with the character behind it, for what ends a name
         forged = pattern.match(reach.string, reach.start(), reach.end() + 1)
         if forged and forged["start"]:
             return forged.end("start"), "\u200b"
-        return reach.start(), "\\" * bool(forged)
+        if forged:
+            is_rule = reach[0][0] in "-=" and not self._lines.is_marked
+            return reach.start(), "\n" if is_rule else "\\"
+        large = is_first and _LARGE.match(reach[0])
+        return reach.start(), "#" * (4 - len(large[0])) if large else ""
 
 
 # ======================================================================================
@@ -2552,7 +2569,6 @@ class Block:
     id: str
     speaker: str
     section: int
-    index: int  # in the transcript
     fields: Json
     sent_fields: Json | None = None  # None: the client does not have the block
     text: GrowingText = field(default_factory=GrowingText)
@@ -2569,6 +2585,9 @@ _SAVED = (
 )
 
 
+LAST = sys.maxsize  # the section that stands below all others
+
+
 class Transcript:
     """The blocks of one reply, in the order in which they are read.
 
@@ -2581,6 +2600,7 @@ class Transcript:
         self.prefix = prefix
         self._sections = 0
         self.growing: set[int] = set()  # the sections that are not closed
+        self.late: set[int] = set()  # those for which nobody waits any more
 
     def open_section(self) -> int:
         """A new section at the end, which grows until it is closed."""
@@ -2593,8 +2613,11 @@ class Transcript:
         self.growing.discard(section)
 
     def is_next(self, block: Block) -> bool:
-        """Whether all sections before this block's are closed."""
-        return block.section <= min(self.growing, default=block.section)
+        """Whether all that stands before this block is there: then it moves nothing."""
+        if block.section == LAST:
+            return True
+        first = min(self.growing, default=block.section)
+        return block.section <= first and block.section not in self.late
 
     def add(
         self, kind: BlockKind, speaker: str, section: int = 0, **fields: Any
@@ -2602,11 +2625,20 @@ class Transcript:
         """A new, empty block at the end of a section."""
         index = bisect_right(self.blocks, section, key=lambda block: block.section)
         block_id = f"{self.prefix}_{len(self.blocks)}"
-        block = Block(kind, block_id, speaker, section, index, fields)
-        for later in self.blocks[index:]:
-            later.index += 1
+        block = Block(kind, block_id, speaker, section, fields)
         self.blocks.insert(index, block)
         return block
+
+    def of(self, section: int) -> list[Block]:
+        """The blocks of a section, first its heading."""
+        return [block for block in self.blocks if block.section == section]
+
+
+def count_words(blocks: Iterable[Block]) -> str:
+    """ "140 words": what is said in these blocks, without notices; "" if nothing is."""
+    said = (b for b in blocks if b.kind == "message" and "notice" not in b.fields)
+    words = sum(len(str(block.text).split()) for block in said)
+    return f"{words:,} word{'s' * (words != 1)}" if words else ""
 
 
 def fold_drafts(
@@ -2634,11 +2666,10 @@ def fold_drafts(
     for number in spoken.keys() - {conclusion}:
         heading, *rest = sections[number]
         said = [block for block in rest if block.kind == "message"]
-        words = sum(len(str(b.text).split()) for b in said if "notice" not in b.fields)
-        counted = f"{words:,} word{'s' * (words != 1)}" if words else "no answer"
+        words = count_words(said)
         title = " ".join(spoken[number].groups())
         mark = marks.get(heading.speaker, "not ranked" if words else "")
-        parts = (title, mark, counted)
+        parts = (title, mark, words or "no answer")
         texts = (str(block.text).strip() for block in said)
         draft = "\n\n".join((f"### {title}", *texts))
         heading.text.replace(render_fold(ROLE.join(filter(None, parts)), draft))
@@ -2671,7 +2702,7 @@ def render_checkpoint(transcript: Transcript) -> list[Json]:
     """The output as it is stored in mid-run: nothing in it goes on, and a last line
     tells a reader so; the host's own save takes its place."""
     blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
-    line = Block("message", f"{transcript.prefix}_saved", "", 0, 0, {})
+    line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
     line.text.append(_SAVED)
     items = [render_item(block) for block in (*blocks, line)]
     answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
@@ -2689,14 +2720,14 @@ def render_markdown(transcript: Transcript) -> str:
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-def plan_items(block: Block, before: int = 0) -> Json | None:
+def plan_items(block: Block, place: int) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
-    So many items of the message stand `before` the transcript.
+    So many items has the page before it.
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
-    event: Json = {"output_index": before + block.index}
+    event: Json = {"output_index": place}
     suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
@@ -2708,7 +2739,7 @@ def plan_items(block: Block, before: int = 0) -> Json | None:
     return event | {"type": f"response.output_item.{verb}", "item": render_item(block)}
 
 
-def plan_chunk(block: Block) -> Json | None:
+def plan_chunk(block: Block, place: int) -> Json | None:
     """The same for an API client, which can only append: a Chat-Completions delta.
 
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
@@ -2718,7 +2749,7 @@ def plan_chunk(block: Block) -> Json | None:
     if not suffix or block.fields.get("passing"):
         return None
     if block.kind == "message":
-        gap = "\n\n" if block.sent_fields is None and block.index else ""
+        gap = "\n\n" if block.sent_fields is None and place else ""
         return {"content": gap + suffix}
     return {"reasoning_content": suffix} if block.kind == "reasoning" else None
 
@@ -3306,29 +3337,26 @@ def _meta_of(model: Json) -> Json:
     return (model.get("info") or {}).get("meta") or {}
 
 
-def _with_bases(models: Mapping[str, Json], model_id: str) -> list[str]:
-    """A model, what it is based on, and so on: their ids."""
-    chain: list[str] = []
-    while model_id and model_id not in chain:
-        chain.append(model_id)
-        info = (models.get(model_id) or {}).get("info") or {}
-        model_id = info.get("base_model_id") or ""
-    return chain
-
-
 def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, ModelCard]:
     """A card of each of these models, by id; `own_id` is that of this function."""
     cards = {}
     for model in some:
-        model_id = model["id"]
-        bases = _with_bases(models, model_id)
+        chain: list[str] = []  # the model, what it is based on, and so on
+        base, served = model["id"], model
+        while base and base not in chain:
+            chain.append(base)
+            served = models.get(base) or {}
+            base = (served.get("info") or {}).get("base_model_id")
+        kind, number = served.get("owned_by"), served.get("urlIdx")
+        if kind == OLLAMA:
+            number = ((served.get("ollama") or {}).get("urls") or [0])[0]
         unusual = model.get("arena") or _meta_of(model).get("hidden")
-        cards[model_id] = ModelCard(
-            model_id,
-            model.get("name") or model_id,
-            is_self=any(base.partition(".")[0] == own_id for base in bases),
-            by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
-            connection=_connection_of(models.get(bases[-1]) or {}),
+        cards[model["id"]] = ModelCard(
+            model["id"],
+            model.get("name") or model["id"],
+            is_self=any(each.partition(".")[0] == own_id for each in chain),
+            by_default=not (unusual or _NO_CHAT_MODEL.search(model["id"])),
+            connection=f"{kind} {number}",
             entry=model,
         )
     return cards
@@ -3343,14 +3371,6 @@ def _may_read(model: Json, me: set[tuple[str, Any]]) -> bool:
         if grant.get("permission") == "read"
     }
     return not me.isdisjoint({("user", info.get("user_id")), *granted})
-
-
-def _connection_of(model: Json) -> str:
-    """Which connection serves a model: its kind and number."""
-    kind, number = model.get("owned_by"), model.get("urlIdx")
-    if kind == OLLAMA:
-        number = ((model.get("ollama") or {}).get("urls") or [0])[0]
-    return f"{kind} {number}"
 
 
 def _knowledge_prompt(meta: Json) -> str:
@@ -3405,10 +3425,9 @@ async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
     if not isinstance(response, StreamingResponse):
         yield _read_whole(response)
         return
-    task = asyncio.current_task()  # `was_cancelled` would look it up for each item
     with foreign_errors(ModelFailure):
         async for item in response.body_iterator:
-            if task and task.cancelling():
+            if was_cancelled():
                 raise asyncio.CancelledError
             yield item
 
@@ -3568,20 +3587,23 @@ class Emitter:
     every `interval` seconds, and less often where an update costs the page more, the
     noted blocks are compared with what was sent, and per block nothing, the new suffix,
     or the block whole goes out: never the transcript.
-    A block the client does not have yet goes out at once. `may_send` holds back what
-    a client that can only append must not get yet. `flushes` counts them.
+    A block the client does not have yet goes out at once. `in_order`: not before all
+    that stands above it, so that nothing moves. `flushes` counts them, and so many
+    items of the message stand `before` the transcript.
     """
 
     def __init__(
         self,
-        plan: Callable[[Block], Json | None],
+        transcript: Transcript,
+        plan: Callable[[Block, int], Json | None],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
-        may_send: Callable[[Block], bool] | None = None,
     ) -> None:
         self.flushes = 0
-        self.plan = plan
-        self._may_send = may_send
+        self.before = 0
+        self.in_order = False
+        self._transcript = transcript
+        self._plan = plan
         self._interval = interval
         self._clock = clock
         self._shown: set[Block] = set()  # also those that are held back
@@ -3609,6 +3631,10 @@ class Emitter:
         if self._timer:
             await self._nearly_due.wait()
 
+    def may_send(self, block: Block) -> bool:
+        """Whether it is held back no more."""
+        return not self.in_order or self._transcript.is_next(block)
+
     def nudge(self) -> None:
         """Something that was held back may go out now."""
         if self._noted:
@@ -3617,31 +3643,31 @@ class Emitter:
     def close(self) -> None:
         """Nothing more will come: `frames` ends after the last, exact frame."""
         self._closed = True
-        self._may_send = None
+        self.in_order = False
         self._wake()
 
     def flush(self) -> list[Json]:
         """The events that bring the client up to date now."""
         noted, self._noted = self._noted, set()
+        self._shown |= noted
         self.flushes += 1
-        events = []
-        for block in sorted(noted, key=lambda block: block.index):
-            self._shown.add(block)
-            if self._may_send and not self._may_send(block):
-                self._noted.add(block)
-                continue
-            event = self.plan(block)
-            block.mark_sent()
-            if event is not None:
-                events.append(event)
+        events, place, drawn, whole = [], self.before, 0.0, 0.0
         # The page draws the noted blocks anew, and copies all. Tuned with row 12 of the
         # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
         # characters of one, or a message of 60,000 cost one interval. The costliest
         # update waits for four: 0.4 s is still seen to flow.
-        drawn = sum(0.3 + block.text.length / 5000 for block in noted)
-        whole = sum(block.text.length for block in self._shown) / 60_000
+        for block in self._transcript.blocks:
+            if block in noted and not self.may_send(block):
+                self._noted.add(block)
+            elif block in noted:
+                events.append(self._plan(block, place))
+                block.mark_sent()
+                drawn += 0.3 + block.text.length / 5000
+            if block.sent_fields is not None:
+                place += 1
+                whole += block.text.length / 60_000
         self._cost = min(max(drawn + whole, 1.0), 4.0)
-        return events
+        return list(filter(None, events))
 
     async def frames(self) -> AsyncIterator[Json]:
         """The events as they are due, until `close`; the consumer sets the pace."""
@@ -3721,13 +3747,15 @@ class Screen:
     continued: bool  # there is a beginning of the reply, which the host keeps
     ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
     marks: dict[str, str] = field(default_factory=dict)  # of drafts, once they may fold
+    progress: Block | None = None
 
     def add_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
         """A line of ours in a section."""
         fields["status"] = "completed"
         block = self.transcript.add("message", speaker, section, **fields)
         # the host joins the first block of a continued reply to the text before it
-        gap = "\n\n" if self.continued and not block.index else ""
+        first = block is self.transcript.blocks[0]
+        gap = "\n\n" if self.continued and first else ""
         self.emitter.emit_replace(block, gap + line)
         return block
 
@@ -3739,17 +3767,15 @@ class Screen:
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
             self.ours[key] = self.add_line("", text, section, **fields)
+            if self.can_replace:
+                self.transcript.close_section(section)
 
-    def publish_progress(self, key: str, text: str) -> None:
-        """A line that is replaced in place, and goes away; for a page only."""
-        if self.can_replace:
-            self.publish(key, f"{PROGRESS}{text}", passing=True)
-
-    def hide_progress(self) -> None:
-        """What the lines of progress waited for is there, or never comes."""
-        for block in self.ours.values():
-            if block.fields.get("passing"):
-                self.emitter.emit_replace(block, "")
+    def show_progress(self, text: str = "") -> None:
+        """The last line, which is replaced in place; without a text it goes away."""
+        if self.progress:
+            self.emitter.emit_replace(self.progress, text)
+        elif text and self.can_replace:
+            self.progress = self.add_line("", text, LAST, passing=True)
 
     def fold(self) -> None:
         """The conclusion first; the drafts below it become one line each."""
@@ -4346,22 +4372,18 @@ class Section:
     clock: TurnClock
     role: str = ""
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
-    number: int = field(init=False)
-    _has_heading: bool = False
+    number: int = 0  # its place, from when it has one
     _reply: ShownReply | None = None  # until it is recorded
     _messages: list[Json] = field(default_factory=list)
     _failure: str | None = None
     _unanswered: dict[str, Block] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.number = self.screen.transcript.open_section()
-
     def show_heading(self) -> None:
-        """Who speaks from here on; a chair is shown only once it says something."""
-        if self._has_heading:
+        """It takes the next place; who is not announced is seen once it speaks."""
+        if self.number:
             return
-        self._has_heading = True
         self.screen.fix()
+        self.number = self.screen.transcript.open_section()
         blocks, alias = self.screen.transcript.blocks, self.participant.alias
         first = all(block.fields.get("passing") for block in blocks)
         rule = RULE if self.screen.continued or not first else ""
@@ -4429,10 +4451,30 @@ class Section:
             self._messages.append({"role": "assistant", "content": self._reply.text})
         for call_id in list(self._unanswered):
             self.show_result(call_id, ToolResult(f"Error: {reason}", True))
-        if self._has_heading and not quiet:
+        if not quiet and (self.number or self.role != CONCLUSION):
+            self.show_heading()
             turn = self.turn()
             what = "broke off" if turn.text else "could not answer"
             self.notice(f"{NOTICE}**{turn.alias}** {what}: {plain_line(reason)}")
+
+    def be_late(self) -> None:
+        """The others go on. It has its place, where what it still says is held back
+        until nothing more comes below it."""
+        self.show_heading()
+        if self.screen.can_replace:
+            self.screen.transcript.late.add(self.number)
+            self.screen.transcript.close_section(self.number)
+            self.screen.emitter.nudge()
+
+    def describe(self, is_done: bool) -> str:
+        """How far it is, where nothing of it is seen yet; else nothing."""
+        said = self.screen.transcript.of(self.number)[1:]  # below the heading
+        if said and self.screen.emitter.may_send(said[0]):
+            return ""
+        words = count_words(said)
+        if is_done:
+            return f"done, {words}" if words else "no answer"
+        return f"writing, {words}" if words else "thinking" if said else "waiting"
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
@@ -4557,17 +4599,15 @@ def _describe_place(error: BaseException) -> str:
 
 
 def _describe_progress(
-    of_all: str, there: Mapping[str, float], since: Mapping[str, float | None]
+    of_all: str, there: Mapping[str, float], states: Mapping[str, str]
 ) -> str:
-    """How many are there, who is waited for and who is queued, who was fastest."""
-    parts = [f"{len(there)} {of_all}"]
-    if since:
-        names = (f"{a}{' (queued)' if at is None else ''}" for a, at in since.items())
-        parts.append(f"waiting for {', '.join(names)}")
+    """How many are there, who was fastest, and a line for each who is not seen yet."""
+    first = f"{PROGRESS}{len(there)} {of_all}"
     if there:
         fastest, after = next(iter(there.items()))
-        parts.append(f"fastest {fastest} {after:.1f} s")
-    return " · ".join(parts)
+        first += f" · fastest {fastest} {after:.1f} s"
+    lines = (f"{who} · {state}" for who, state in states.items() if state)
+    return "\n> ".join([first, *lines])
 
 
 @dataclass(frozen=True, slots=True)
@@ -4610,7 +4650,7 @@ class Run:
         """The message has these items already, which are saved with the new ones."""
         self.saver.before = items
         if not self.host.can_replace:  # nor does the host count from the new ones
-            self.screen.emitter.plan = partial(plan_items, before=len(items or ()))
+            self.screen.emitter.before = len(items or ())
 
     async def _converse(self, mode: Mode) -> str:
         """From the first to the last word; gives why it ended."""
@@ -4685,7 +4725,7 @@ class Run:
     def _show_end(self, reason: str) -> None:
         """Put away what was only for the time being, and show what is now known."""
         screen, shows = self.screen, self.settings.show_figures
-        screen.hide_progress()
+        screen.show_progress()
         wanted = shows == "always" or (self.drafts and shows != "never")
         if wanted and self.host.in_chat and self.ledger.turns:
             screen.publish("figures", self._describe_figures())
@@ -4729,20 +4769,24 @@ class Run:
         if step.note:
             await self.host.show_status(f"{who} · {step.note}", done=True)
         if len(step.aliases) > 1:
-            self.screen.publish_progress("answered", f"waiting for {who}")
+            self.screen.show_progress(f"{PROGRESS}waiting for {who}")
+        announced = len(step.aliases) == 1 or self.settings.all_at_once
         sections, tasks = {}, {}
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role, step.names)
-            if not step.concludes:
+            if announced and not step.concludes:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
             sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
-        done = await self._wait_in_view(tasks, "answered", stage, step.quorum)
-        self.late.extend(sections[alias] for alias in sections if alias not in done)
-        late = partial(Turn, text="", failure="it was late", late=True)
-        turns = [done.get(alias) or late(alias) for alias in step.aliases]
+        done = await self._wait_in_view(tasks, stage, sections, step.quorum)
+        late = [section for alias, section in sections.items() if alias not in done]
+        self.late.extend(late)
+        for section in late:
+            section.be_late()
+        absent = partial(Turn, text="", failure="it was late", late=True)
+        turns = [done.get(alias) or absent(alias) for alias in step.aliases]
         self.screen.marks |= step.marks if turns[0].text else {}
         if step.joins:
             self.entries.extend(turns)
@@ -4751,12 +4795,12 @@ class Run:
     async def _judge(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
-        self.screen.publish_progress("judged", "the members judge each other")
+        self.screen.show_progress(f"{PROGRESS}the members judge each other")
         tasks = {}
         for paper in step.papers:
             ballot = self._cast_ballot(paper, step.read, stage)
             tasks[paper.voter] = self.tasks.create_task(ballot)
-        done = await self._wait_in_view(tasks, "judged", stage, 0)
+        done = await self._wait_in_view(tasks, stage, {})
         await end_tasks(*tasks.values())
         return [done.get(who, "it was late") for who in tasks]
 
@@ -4830,18 +4874,22 @@ class Run:
         return prompt
 
     async def _wait_in_view(
-        self, tasks: Mapping[str, asyncio.Task[Any]], what: str, stage: int, quorum: int
+        self,
+        tasks: Mapping[str, asyncio.Task[Any]],
+        stage: int,
+        sections: Mapping[str, Section],
+        quorum: int = 0,
     ) -> Json:
         """What is there by name once the quorum is, or everybody is done or has had its
-        time since its call was let in; shows once a second who of several is missing.
+        time since its call was let in; shows each second who of several is missing.
         """
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
-        begun = shown_at = clock()
+        begun = clock()
         done: Json = {}
         there: dict[str, float] = {}  # who did not fail, and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
-            wait, one = max(shown_at + 1 - clock(), 0), asyncio.FIRST_COMPLETED
-            await asyncio.wait(pending, timeout=wait, return_when=one)
+            one = asyncio.FIRST_COMPLETED
+            await asyncio.wait(pending, timeout=1, return_when=one)
             now = clock()
             done = {who: task.result() for who, task in tasks.items() if task.done()}
             for who, result in done.items():
@@ -4858,15 +4906,31 @@ class Run:
                 self.models.enough.setdefault(stage, False)
             else:
                 self.models.enough.pop(stage, None)
-            if now - shown_at < 1:
-                continue
-            shown_at = now
             if len(tasks) > 1:
+                what = "answered" if sections else "judged"
                 of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
-                text = _describe_progress(of_all, there, since)
-                self.screen.publish_progress(what, text)
-        self.screen.hide_progress()
+                states = self._states(tasks, sections, since)
+                self.screen.show_progress(_describe_progress(of_all, there, states))
+        self.screen.show_progress()
         return done
+
+    def _states(
+        self,
+        everybody: Iterable[str],
+        sections: Mapping[str, Section],
+        since: Mapping[str, float | None],
+    ) -> dict[str, str]:
+        """How far each is, "" where that is seen; `since` when those were asked who
+        are not done."""
+        states = {}
+        for who in everybody:
+            state = "waiting" if who in since else ""
+            if sections:
+                state = sections[who].describe(who not in since)
+            if state == "waiting" and since[who] is None:
+                state = "queued"
+            states[f"{self.cast.participants[who].colour} {who}"] = state
+        return states
 
     # -- a turn ------------------------------------------------------------------------
 
@@ -5127,8 +5191,8 @@ def _make_run(
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     plan = plan_items if host.in_chat else plan_chunk
-    may_send = None if host.can_replace else transcript.is_next
-    emitter = Emitter(plan, interval, may_send=may_send)
+    emitter = Emitter(transcript, plan, interval)
+    emitter.in_order = not (host.can_replace and settings.all_at_once)
     screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
