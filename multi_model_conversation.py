@@ -706,10 +706,7 @@ class SSEDecoder:
 
 
 class ThinkSplitter:
-    """Splits text, cut anywhere, into answer and reasoning at think tags.
-
-    Holds back only what could still become a tag.
-    """
+    """Splits text, cut anywhere, at think tags; holds back only what may become one."""
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
         self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
@@ -862,12 +859,11 @@ class ReplyDecoder:
         yield from self._think.close()
 
     def _read(self, value: Any) -> Iterator[ReplyEvent]:
-        if text := _plain_delta(value):
-            self._has_text = self._has_deltas = True
-            yield from self._think.feed(text)
-            return
         try:
-            if not isinstance(value, dict):
+            if text := _plain_delta(value):
+                self._has_text = self._has_deltas = True
+                yield from self._think.feed(text)
+            elif not isinstance(value, dict):
                 yield from self._read_text(getattr(value, "content", value))
             elif value.get("object") == "error":  # older vLLM
                 raise ModelFailure(error_text(value))
@@ -3044,10 +3040,7 @@ class Host:
         return tools, problems
 
     async def stored_replies(self) -> list[Json]:
-        """The stored messages that led to this question, the first one first.
-
-        None for a chat that is not saved; then only our headings tell who spoke.
-        """
+        """The stored messages that led to this question; none if none can be had."""
         names = ("regeneration_message_id", "assistant_message_id", "user_message_id")
         ids = [self.metadata.get(name) for name in names]
         with suppress(HostFailure), foreign_errors(HostFailure):
@@ -3069,10 +3062,7 @@ class Host:
 
     @asynccontextmanager
     async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
-        """Call a model; gives the items of its reply, and frees it when left.
-
-        Raises `ModelFailure` with the reason where the host or the provider refused.
-        """
+        """Call a model; gives the items of its reply, or raises a `ModelFailure`."""
         # nothing that lets an inner pipe write into our message
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
@@ -3138,10 +3128,9 @@ class Host:
     async def may_save(self) -> bool:
         """Whether this is a saved chat of this user's."""
         chat_id = self.metadata.get("chat_id")
-        if not (self.in_chat and is_saved_chat_id(chat_id)):
-            return False
         with suppress(HostFailure), foreign_errors(HostFailure):
-            return bool(await Chats.is_chat_owner(chat_id, self.user.id))
+            is_saved = self.in_chat and is_saved_chat_id(chat_id)
+            return is_saved and bool(await Chats.is_chat_owner(chat_id, self.user.id))
         return False
 
     async def save_output(self, items: list[Json], usage: Json) -> bool:
@@ -3228,10 +3217,7 @@ class Host:
     async def run_tool(
         self, tool: Json, call: ToolCall, arguments: Json, messages: list[Json]
     ) -> Any:
-        """Run a tool where it lives (here, a server, the user's page).
-
-        Raises `ToolFailure` with what it said.
-        """
+        """Run a tool: here, on a server, in the page; raises a `ToolFailure`."""
         if tool.get("type") != "mcp":  # MCP servers check their arguments themselves
             spec = (tool.get("spec") or {}).get("parameters") or {}
             known = spec.get("properties") or {}
