@@ -178,7 +178,8 @@ class UserSettings(BaseModel, extra="allow"):
 
     participants: list[str] = _setting(
         [],
-        "Who talks, in the order of ticking. None: up to three models you may use.",
+        "Who talks, in the order of ticking, which the box does not show. None: up to "
+        "three models you may use.",
         input={"type": "multiselect", "options": "model_options"},
     )
     team: str = _setting(
@@ -4938,8 +4939,9 @@ async def _prepare(
     }
     aliases = choose_addressed(commands.only, tuple(models)) or tuple(models)
     if len(aliases) == 1:
+        if row.drafts or len(models) > 1:
+            settings.rounds = 1
         row = replace(MODES["round_robin"], rounds=row.rounds)
-        settings.rounds = settings.rounds if len(models) == 1 else 1
     agenda = Agenda(
         aliases, last_question(entries), settings, models=models, judge=cast.chair
     )
