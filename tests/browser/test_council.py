@@ -11,7 +11,7 @@ from tests.browser.scene import COUNCIL, DEBATE, Scene
 from tests.conftest import FUNCTION_ID
 from tests.integration.members import member
 from tests.integration.talk import in_rounds
-from tests.stack.browser import REPLY, OpenPage
+from tests.stack.browser import DIALOG, REPLY, OpenPage
 from tests.stack.host import OpenWebUI
 from tests.stack.models import Hold, ModelServer
 from tests.stack.scripts import Fail, Gate, Status, Step, Text
@@ -187,8 +187,9 @@ async def test_a_slow_member_holds_nobody_up_and_is_skipped_with_a_click(
             await page.wait_text("3 of 4 answered")
             await page.wait_text("waiting for Beth")
             await page.tab.get_by_text("Skip Beth?").wait_for()
-            await scene.snap(page, "24-skip-dialog")
-            await page.tab.get_by_role("button", name="Confirm").click()
+            await expect(page.tab.locator(DIALOG)).to_have_count(0)  # it covers nothing
+            await scene.snap(page, "24-skip-card")
+            await page.tab.get_by_role("button", name="Skip it").click()
             await page.wait_text("Beth could not answer: it was skipped")
             council.server.wait_for(lambda server: "birch" in server.aborted)
             await page.wait_text("3 of 4 answered · Beth was skipped · chaired by")
@@ -199,7 +200,7 @@ async def test_a_slow_member_holds_nobody_up_and_is_skipped_with_a_click(
         host.set_valves(FUNCTION_ID, {})
 
 
-async def test_the_dialog_goes_away_when_the_member_speaks(
+async def test_the_card_goes_away_when_the_member_speaks(
     scene: Scene, council: Council, host: OpenWebUI
 ) -> None:
     host.set_valves(FUNCTION_ID, {**OPEN, "skip_after": 1})
@@ -228,7 +229,7 @@ async def test_a_slow_judge_is_skipped_with_a_click(
             slow.wait_until_reached(timeout=30)
             await page.tab.get_by_text("Skip Ella?").wait_for(timeout=10_000)
             await scene.snap(page, "26-skip-a-judge")
-            await page.tab.get_by_role("button", name="Confirm").click()
+            await page.tab.get_by_role("button", name="Skip it").click()
             await page.wait_text("4 of 4 answered · chaired by")
         await page.wait_finished()
         await page.wait_text("No ballot from Ella: was skipped.")
@@ -282,11 +283,8 @@ async def test_stop_ends_every_stage_and_keeps_what_is_there(
         await page.wait_text("Plant a pine")
         await stop(page, council)
     await scene.snap(page, "29-stopped-answering")
-    await page.wait_text("stopped before there was a conclusion")
     assert ANSWERS["oak"] in await section(page, "🔵 Oda")
-    assert "stopped" not in await section(page, "🔵 Oda")
-    assert "Beth broke off: it was stopped" in await section(page, "🟢 Beth")
-    assert "Pia broke off: it was stopped" in await section(page, "🟠 Pia")
+    assert "broke off" not in await page.visible_reply_text()
     await seen_again(page)
 
     with council.server.hold("review") as reviewing:
@@ -295,7 +293,6 @@ async def test_stop_ends_every_stage_and_keeps_what_is_there(
         await page.wait_status("Members judge each other")
         await stop(page, council)
     await scene.snap(page, "30-stopped-reviewing")
-    await page.wait_text("stopped before there was a conclusion")
     assert await headings(page) == ["🔵 Oda", "🔴 Ella", "🟢 Beth", "🟠 Pia"]
     assert ANSWERS["pine"] in await section(page, "🟠 Pia")
     await seen_again(page)
@@ -308,7 +305,7 @@ async def test_stop_ends_every_stage_and_keeps_what_is_there(
         await stop(page, council)
     await scene.snap(page, "31-stopped-concluding")
     assert "4 of 4 answered · chaired by Oda" in await page.visible_reply_text()
-    assert "Oda broke off: it was stopped" in await section(page, "🔵 Oda · conclusion")
+    assert "broke off" not in await section(page, "🔵 Oda · conclusion")
     await seen_again(page)
 
 

@@ -133,7 +133,7 @@ SEATS = ("Ann", "Ben", "Cyd", "Dee", "Eva", "Fay", "Gil", "Hal")
 ROUNDS = -(-len(TEXTS) // len(SEATS))
 
 FACTS = """() => {
-  const marks = /[🔵🔴🟢🟠🟣🟡🟤⚫🏆]/u, signs = /^\\s*[⚠⏳⏱🏁]/u;
+  const marks = /[🔵🔴🟢🟠🟣🟡🟤🔷🔶⚫⚪🏆]/u, signs = /^\\s*[⚠⏳⏱🏁]/u;
   const drawn = (selector) => [...document.querySelectorAll(
     `#response-content-container ${selector}, .status-description ${selector}`)];
   const brief = (found) => found.map((e) => e.outerHTML.slice(0, 300));
@@ -258,7 +258,7 @@ async def test_no_text_of_a_model_harms_or_poses(
         host.set_valves(FUNCTION_ID, {})
     await watched.page.wait_status(f"{len(SEATS) * ROUNDS} turns")
     facts = await watched.facts()
-    colours = "🔵🔴🟢🟠🟣🟡🟤⚫"
+    colours = "🔵🔴🟢🟠🟣🟡🟤🔷"
     speakers = [f"{c} {name}" for c, name in zip(colours, SEATS, strict=True)]
     assert [heading.split(" · ")[0] for heading in facts["headings"]] == (
         speakers * ROUNDS
@@ -382,7 +382,7 @@ async def test_no_name_ballot_error_or_reason_harms_or_poses(
     await watched.page.wait_finished()
     facts = await watched.facts()
     for heading in facts["headings"]:
-        assert re.match("[🔵🔴🟢🟠🟣🟡🟤⚫🏆] ", heading)
+        assert re.match("[🔵🔴🟢🟠🟣🟡🟤🔷🔶⚫⚪🏆] ", heading)
     if mode == COUNCIL:
         assert (
             len(facts["headings"]) == len(NAMES) + 3

@@ -325,7 +325,7 @@ def refused() -> list[Fault]:
             "HTTP 502 with a gateway's page",
             plays(Answer(PAGE.encode(), "text/html", 502)),
             ASKED_TWICE,
-            "HTTP 502",
+            "502 Bad Gateway",
         ),
         Fault(
             "trace-500",

@@ -1,6 +1,7 @@
 """One account at one page, with the valves a test gives it."""
 
 import asyncio
+import inspect
 import json
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any, Unpack
 from tests.conftest import FUNCTION_ID
 from tests.stack.host import Account, Json, OpenWebUI
 from tests.stack.models import ModelServer, Seen
-from tests.stack.page import Asking, Page, Reply, assert_same_text, error_text
+from tests.stack.page import Asking, Call, Page, Reply, assert_same_text, error_text
 from tests.stack.scripts import Behaviour
 
 ROUND_ROBIN = f"{FUNCTION_ID}.round_robin"
@@ -130,6 +131,36 @@ async def assert_stored(page: Page, reply: Reply) -> Json:
 async def reached(condition: Callable[[], Any]) -> Any:
     """Wait on another thread, so that the page goes on listening."""
     return await asyncio.to_thread(condition)
+
+
+# -- the card above the input --------------------------------------------------------
+
+
+def title_of(call: Call) -> str:
+    """What a card asks, or the dialog that is in its place before 0.12."""
+    (asked,) = call.data.get("questions") or [{"header": call.data.get("title")}]
+    return str(asked["header"])
+
+
+def on_card(page: Page, choose: Callable[[Call], Any]) -> None:
+    """Answer cards by what `choose(call)` gives or awaits: a label, or other words."""
+
+    async def answer(call: Call) -> Json:
+        said = choose(call)
+        said = await said if inspect.isawaitable(said) else said
+        (question,) = call.data["questions"]
+        is_option = said in [option["label"] for option in question["options"]]
+        assert is_option or question["allow_other"]
+        answer = {"label": said} if is_option else {"type": "other", "text": said}
+        return {"status": "answered", "answers": {question["id"]: answer}}
+
+    async def agree(call: Call) -> bool:
+        said = choose(call)
+        said = await said if inspect.isawaitable(said) else said
+        return bool(said == "Skip it")
+
+    page.on_call("request:user_input", answer)
+    page.on_call("confirmation", agree)
 
 
 # -- the host's database -------------------------------------------------------------

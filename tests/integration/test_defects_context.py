@@ -364,7 +364,7 @@ def test_clients_see_nobody_inside_somebody_elses_code(
 
 # -- 19: nobody poses as somebody else -------------------------------------------------
 
-MARKS = "🔵🔴🟢🟠🟣🟡🟤⚫🏆"
+MARKS = "🔵🔴🟢🟠🟣🟡🟤🔷🔶⚫⚪🏆"
 NOTICES = "⚠⏳⏱🏁"
 INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\ufe0e\ufe0f\u00ad"))
 

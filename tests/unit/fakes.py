@@ -68,6 +68,10 @@ class ScriptedHost(mmc.Host):
     def can_replace(self) -> bool:
         return self.in_chat
 
+    @property
+    def has_card(self) -> bool:
+        return True
+
     async def may_save(self) -> bool:
         return False
 
@@ -106,6 +110,11 @@ class ScriptedHost(mmc.Host):
             for event in self.events
             if event["type"] == "status"
         ]
+
+
+def on_card(said: str) -> Json:
+    """What the page answers where a person chose this option."""
+    return {"status": "answered", "answers": {"answer": {"label": said}}}
 
 
 def text(*pieces: str) -> list[Json]:

@@ -150,7 +150,13 @@ SETTINGS = ("models.default_params", "user.permissions", "web.search.enable")
 PERMISSIONS = ("features.web_search",)
 """Permissions of a user that are asked for."""
 
-PAGE_EVENTS = ("confirmation", "execute:tool", "source", "status")
+PAGE_EVENTS = (
+    "confirmation",
+    "execute:tool",
+    "request:user_input",
+    "source",
+    "status",
+)
 """Types of events and questions that the page knows."""
 
 VALVE_INPUTS = ("multiselect", "select")

@@ -270,7 +270,7 @@ def table(
     own = mmc.UserSettings(**fields)
     settings = mmc.merge_settings(mmc.Settings(), own, None, found.settings)
     agenda = mmc.Agenda(only or tuple(models), "", settings, models=models)
-    line: str = mmc.describe_table(mmc.MODES[mode], agenda, found, CARDS)
+    line: str = mmc.describe_table(mode, agenda, found, CARDS)
     return line
 
 

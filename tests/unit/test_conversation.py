@@ -234,6 +234,15 @@ def test_who_has_no_tools_is_told_so() -> None:
     assert "persona" not in prompt
 
 
+def test_the_rules_say_how_the_mode_goes() -> None:
+    before = {mode: "said before you" in row.how for mode, row in mmc.MODES.items()}
+    assert before == {
+        **dict.fromkeys(("round_robin", "manager"), True),
+        **dict.fromkeys(("council", "debate"), False),
+    }
+    assert all(row.how.endswith(".") for row in mmc.MODES.values())
+
+
 # -- modes by hand ---------------------------------------------------------------------
 
 

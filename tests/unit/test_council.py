@@ -202,6 +202,22 @@ def test_who_failed_is_named_with_the_reason(
     assert room.outcomes == [f"> 🏁 {outcome} · chaired by Ann"]
 
 
+@given(st.integers(1, 8), st.lists(st.text(max_size=400), min_size=8, max_size=8))
+def test_the_outcome_is_one_line_however_many_failed(
+    failed: int, reasons: list[str]
+) -> None:
+    everybody = [mmc.clean_alias(f"{n}{'x' * 60}") for n in range(8)]
+    turns = [
+        mmc.Turn(alias, "", failure=reason if at < failed else None)
+        for at, (alias, reason) in enumerate(zip(everybody, reasons, strict=True))
+    ]
+    line = mmc._outcome(turns, "").text
+    assert len(line) < 140 and len(line.splitlines()) == 1
+    assert line.startswith(f"> 🏁 {8 - failed} of 8 answered · ")
+    if failed > 2:
+        assert line.endswith(f"answered · {failed} failed (each says why)")
+
+
 def test_who_broke_off_half_way_has_not_answered() -> None:
     class HalfWay(Room):
         def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
@@ -240,8 +256,8 @@ def test_with_no_answer_every_reason_is_listed() -> None:
     )
     assert room.play(mmc.council(agenda())) == "Nobody could answer"
     assert room.outcomes == [
-        "> ⚠️ Nobody could answer: Ann failed: HTTP 500; Bob was skipped; "
-        "Cat said nothing for 2 s; Dan failed: no key"
+        "> ⚠️ Nobody could answer: Ann failed: HTTP 500 · Bob was skipped · "
+        "Cat said nothing for 2 s · Dan failed: no key"
     ]
     assert not room.of(mmc.Judge) and not room.chairs
 
@@ -549,7 +565,7 @@ def test_a_debate_of_nobody_lists_every_reason() -> None:
     end = room.play(mmc.debate(agenda(ALL[:2], rounds=1)))
     assert end == "Nobody could answer"
     assert room.outcomes == [
-        "> ⚠️ Nobody could answer: Ann failed: boom; Bob was skipped"
+        "> ⚠️ Nobody could answer: Ann failed: boom · Bob was skipped"
     ]
 
 

@@ -661,7 +661,7 @@ MARKUP = st.sampled_from(
     + ["```\n", "```py", "~~~\n", "\n\n", "> ", "1. ", "$$\n", "---\n", "=", "&", "&#"]
     + ["x1F534;", "lt;", "video>", "\ufeff", "\u200b", ":::", "{{", "HTML_FILE_ID_1"]
 )
-COLOUR = "[🔵🔴🟢🟠🟣🟡🟤⚫🏆]"
+COLOUR = "[🔵🔴🟢🟠🟣🟡🟤🔷🔶⚫⚪🏆]"
 SIGN = "[⚠⏳⏱🏁]"
 MIDWAY = re.compile(
     r"(\\\]|\$\$|\\end\{equation\}|\?>|<![A-Z][^>]*>|\[![A-Z]+\]|\[[ xX]\])(?=.)"

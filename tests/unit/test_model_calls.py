@@ -10,6 +10,7 @@ from tests.unit.fakes import (
     TellingEvent,
     call,
     make_run,
+    on_card,
     text,
     usage,
 )
@@ -194,7 +195,7 @@ class Door:
 
     def call(self, speaker: str = "Ann") -> mmc.ModelCall:
         voice = self.run.cast.participants["Ann"].voice
-        return mmc.ModelCall(speaker, voice, [], mmc.TurnClock(5.0))
+        return mmc.ModelCall(speaker, voice, lambda _: [], mmc.TurnClock(5.0))
 
     async def text(self) -> str:
         text: str = await self.models.text(self.call())
@@ -394,20 +395,25 @@ async def test_a_turn_that_fails_before_its_first_reply_says_why() -> None:
 class Person:
     """Somebody at the page who gives these answers, and then none."""
 
-    def __init__(self, *answers: bool) -> None:
+    def __init__(self, *answers: Json) -> None:
         self.answers = list(answers)
-        self.asked: list[str] = []
+        self.asked: list[Json] = []
         self.closed = asyncio.Event()
 
-    async def __call__(self, event: Json) -> bool:
-        self.asked.append(event["data"]["title"])
+    async def __call__(self, event: Json) -> Json:
+        assert event["type"] == "request:user_input"
+        (question,) = event["data"]["questions"]
+        self.asked.append(question)
         if self.answers:
             return self.answers.pop(0)
         try:
             await asyncio.Event().wait()
         finally:
             self.closed.set()
-        return False
+        return {}
+
+
+AWAY: Json = {"status": "cancelled", "answers": {}}  # a page that shows another chat
 
 
 def watched(person: Person, *replies: Any) -> tuple[mmc.ModelCalls, mmc.ModelCall]:
@@ -421,11 +427,40 @@ def watched(person: Person, *replies: Any) -> tuple[mmc.ModelCalls, mmc.ModelCal
 
 
 async def test_a_silent_model_is_skipped_once_the_person_says_so() -> None:
-    person = Person(False, True)
+    gone = {"error": "Client session disconnected."}
+    person = Person(on_card("Wait"), AWAY, gone, on_card("Skip it"))
     models, silent = watched(person, [asyncio.Event()])
     with pytest.raises(mmc.ModelFailure, match="it was skipped"):
         await models.text(silent)
-    assert person.asked == ["Skip Ann?", "Skip Ann?"]
+    assert [question["header"] for question in person.asked] == ["Skip Ann?"] * 4
+    labels = [option["label"] for option in person.asked[0]["options"]]
+    assert labels == ["Wait", "Skip it"] and not person.asked[0]["allow_other"]
+
+
+async def test_where_several_are_waited_for_all_may_be_left_behind() -> None:
+    person = Person(on_card("Go on with what is there"))
+    models, silent = watched(person, [asyncio.Event()])
+    models.enough[0] = False
+    with pytest.raises(mmc.ModelFailure, match="it was skipped"):
+        await models.text(silent)
+    assert models.enough == {0: True}
+
+
+@pytest.mark.parametrize("agreed", [True, False])
+async def test_where_there_is_no_card_a_dialog_asks(agreed: bool) -> None:
+    class Older(ScriptedHost):
+        has_card = False
+
+    async def answer(event: Json) -> bool:
+        asked.append(event)
+        return agreed
+
+    asked: list[Json] = []
+    host = Older(Door().host.request, None, {}, None, answer)
+    said = await host.ask("Skip Ann?", "Skip it?", {"Wait": "", "Skip it": ""})
+    assert said == ("Skip it" if agreed else "Wait")
+    data = {"title": "Skip Ann?", "message": "Skip it?"}
+    assert asked == [{"type": "confirmation", "data": data}]
 
 
 async def test_the_offer_goes_away_when_the_model_speaks() -> None:

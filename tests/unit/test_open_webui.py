@@ -194,6 +194,8 @@ async def test_the_items_of_a_reply_are_found_in_whatever_the_host_returns() -> 
         (JSONResponse({"detail": "Not found"}, 404), "Not found (HTTP 404)"),
         (PlainTextResponse("<b>Bad</b> gateway", 502), "bBad/b gateway (HTTP 502)"),
         (PlainTextResponse("", 500), "an error without a message (HTTP 500)"),
+        (PlainTextResponse("<title>502 Bad Gateway</title>", 502), "502 Bad Gateway"),
+        (PlainTextResponse("Line 5021", 502), "Line 5021 (HTTP 502)"),
     ],
 )
 async def test_an_error_response_is_a_failure_with_its_reason(

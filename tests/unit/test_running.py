@@ -940,11 +940,10 @@ async def test_without_streaming_the_whole_conversation_is_one_completion() -> N
 
 def test_settings_of_sampling_go_out_only_where_they_are_set() -> None:
     voice = mmc.Voice("oak-1", defaults={"max_tokens": 5, "temperature": 0.9})
-    call = mmc.ModelCall("Ann", voice, [], mmc.TurnClock(600.0))
+    call = mmc.ModelCall("Ann", voice, lambda _: [], mmc.TurnClock(600.0))
     plain = mmc.build_payload(mmc.Settings(), call, True)
     assert plain == {
         "model": "oak-1",
-        "messages": [],
         "max_tokens": 5,
         "temperature": 0.9,
         "stream": True,
