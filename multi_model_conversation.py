@@ -2450,18 +2450,15 @@ def describe_table(
     elif len(models) == 1 and not settings.team.strip():
         told.append(f"{join_names(seats)} are all {plain_line(cards[models[0]].name)}")
     elif commands.seats:
-        told.append(f"{join_names(seats)} talk in this chat")
+        told.append(f"In this chat: {join_names(seats)}")
     if len(agenda.aliases) < len(seats):
-        told.append(f"only {join_names(agenda.aliases)} may answer")
-    if asked and mode_id == "council":
-        told.append("a council has no rounds")
-    elif (
-        len(agenda.aliases) > 1 and (asked or settings._is_cut) and mode_id != "council"
-    ):
+        told.append(f"Only {join_names(agenda.aliases)} may answer")
+    if mode_id == "council":
+        told += ["A council has no rounds"] * asked
+    elif len(agenda.aliases) > 1 and (asked or settings._is_cut):
         most = ", the most that the administrator allows" * settings._is_cut
-        told.append(f"rounds: {settings.rounds}{most}")
-    line = " · ".join(told)
-    return line[:1].upper() + line[1:]
+        told.append(f"Rounds: {settings.rounds}{most}")
+    return " · ".join(told)
 
 
 def _is_quoted(before: str) -> bool:

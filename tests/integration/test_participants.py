@@ -355,17 +355,15 @@ async def test_who_is_named_in_the_question_is_seated_or_answers(talk: Talk) -> 
     async with talk.page() as page:
         first = await ask(page, f"/with carol, dav /rounds 500 {QUESTION}")
         assert talk.order() == ["carol", "dave"] * 10
-        assert (
-            "> 💬 carol and dave talk in this chat · rounds: 10, the mo" in first.text
-        )
+        assert "> 💬 In this chat: carol and dave · Rounds: 10, the most " in first.text
         assert all("/with" not in seen.text for seen in talk.models.turns())
         talk.models.clear()
-        second = await ask(page, "Dave: why?", MANAGER)
+        second = await ask(page, "Dave: why?", MANAGER, chat=first.chat)
         assert talk.order() == ["dave"]
-        assert "only dave may answer" in second.text
+        assert "Only dave may answer" in second.text
         assert "/with" not in talk.models.turns()[0].text
         talk.models.clear()
-        third = await ask(page, f"/with karol, bob {QUESTION}")
+        third = await ask(page, f"/with karol, bob {QUESTION}", chat=first.chat)
     assert talk.order() == ["carol", "dave"]
     assert 'there is no model "karol" that you may use: did you mean' in third.text
     assert "/with karol, bob" in question_of(talk.sent("carol"))

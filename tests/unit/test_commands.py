@@ -279,7 +279,7 @@ def table(
     [
         ({}, ""),
         ({"rounds": 3}, "Rounds: 3"),
-        ({"seats": (CLAUDE, GPT)}, "Ann and Bob talk in this chat"),
+        ({"seats": (CLAUDE, GPT)}, "In this chat: Ann and Bob"),
         ({"only": ("Bob",)}, "Only Bob may answer"),
         ({"only": ("Bob",), "rounds": 3}, "Only Bob may answer"),
         ({"rounds": 3, "mode": "council"}, "A council has no rounds"),
