@@ -58,7 +58,7 @@ from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
 from itertools import count, groupby
-from statistics import fmean, pvariance
+from statistics import fmean, median, pvariance
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -287,6 +287,7 @@ class Settings(UserSettings):
     run_timeout: SkipJsonSchema[Seconds] = 3600  # s after which no step begins
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
+    all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
     _is_cut: bool = PrivateAttr(default=False)  # more rounds were asked for
 
 
@@ -434,16 +435,10 @@ class ToolFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Visible text of a reply."""
+    """Text of a reply, or what the model thought, which no other participant reads."""
 
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
-    """Text the model thought, never shown to other participants."""
-
-    text: str
+    kind: Literal["message", "reasoning"] = "message"
 
 
 @dataclass(frozen=True, slots=True)
@@ -485,10 +480,11 @@ class ToolResult:
 
     text: str
     failed: bool = False
-    files: tuple[Json, ...] = ()
-    embeds: tuple[Any, ...] = ()
-    images: tuple[str, ...] = ()  # as a model can read them
-    image_urls: tuple[str, ...] = ()  # as they are stored
+    files: Sequence[Json] = ()
+    embeds: Sequence[Any] = ()
+    images: Sequence[str] = ()  # as a model can read them
+    image_urls: Sequence[str] = ()  # as they are stored
+    sources: Sequence[Json] = ()  # of a tool that reads documents or pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -640,19 +636,16 @@ class AskManager:
     wrong_answer: str = ""
 
 
-ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | SourceFound
+ReplyEvent = TextDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
 Step = Speak | AskManager | Judge | Publish | Fold
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
 Mode = Steps[str]  # gives why the conversation ended
 
 
-_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
-
-
 def storable(text: str) -> str:
     """Text as it can be stored: the host drops NUL and halves of characters then."""
-    if (text.isascii() and "\0" not in text) or not _UNSTORABLE.search(text):
+    if text.isascii() and "\0" not in text:
         return text
     whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return whole.replace("\0", "\ufffd")
@@ -678,8 +671,7 @@ _JSON = json.JSONDecoder()
 
 def parse_json(text: str) -> Any:
     """The value of a JSON text, else a `ValueError`; faster than `json.loads`."""
-    text = text.strip()
-    value, end = parse_json_at(text)
+    value, end = parse_json_at(text := text.strip())
     if end < len(text):
         raise ValueError("more than one value")
     return value
@@ -766,8 +758,6 @@ class ThinkSplitter:
     """
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
-        first = "".join(start[0] for start, _ in tags)
-        self._first = re.compile(rf"[\0\ud800-\udfff{re.escape(first)}]")
         self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
         self._ends = [_find_tags([end]) for _, end in tags]
         self._tag = self._start  # what is looked for
@@ -776,9 +766,6 @@ class ThinkSplitter:
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
-        idle = self._tag is self._start and not (self._held or self._trim)
-        if idle and not self._first.search(text):
-            return [TextDelta(text)]
         text, at = self._held + text, 0
         events: list[ReplyEvent] = []
         while (found := self._tag.search(text, at)) and found.lastindex:
@@ -802,7 +789,7 @@ class ThinkSplitter:
             self._trim = not text
         if not text:
             return []
-        return [(TextDelta if self._tag is self._start else ReasoningDelta)(text)]
+        return [TextDelta(text, "message" if self._tag is self._start else "reasoning")]
 
 
 def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
@@ -813,7 +800,7 @@ def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
         name += attributes if tag[0] + tag[-1] == "<>" else ""
         whole.append(f"{name}{last}()")  # behind it: only what begins plainly is fast
         begun += [name, *(re.escape(tag[:length]) for length in range(1, len(tag) - 1))]
-    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]))
+    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]) or "(?!)")
 
 
 def text_of(content: Any) -> str:
@@ -926,19 +913,16 @@ class ReplyDecoder:
             yield from self._think.feed(text)
             return
         try:
-            yield from self._read_value(value)
+            if not isinstance(value, dict):
+                yield from self._read_text(getattr(value, "content", value))
+            elif value.get("object") == "error":  # older vLLM
+                raise ModelFailure(error_text(value))
+            elif isinstance(value.get("type"), str) and "choices" not in value:
+                yield from self._read_responses_event(value["type"], value)
+            else:
+                yield from self._read_chunk(value)
         except _MALFORMED as error:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
-
-    def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
-        if not isinstance(value, dict):
-            yield from self._read_text(getattr(value, "content", value))
-        elif value.get("object") == "error":  # older vLLM
-            raise ModelFailure(error_text(value))
-        elif isinstance(value.get("type"), str) and "choices" not in value:
-            yield from self._read_responses_event(value["type"], value)
-        else:
-            yield from self._read_chunk(value)
 
     def _read_text(self, content: Any) -> Iterator[ReplyEvent]:
         if text := text_of(content):
@@ -946,19 +930,19 @@ class ReplyDecoder:
             yield from self._think.feed(text)
 
     def _read_chunk(self, chunk: Json) -> Iterator[ReplyEvent]:
-        yield from _read_usage(chunk)
+        if usage := _read_usage(chunk):
+            yield UsageReport(usage)
         if chunk.get("error"):
             raise ModelFailure(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
-        if choice.get("delta"):
-            for event in self._read_message(choice["delta"]):
-                self._has_deltas = True
-                yield event
+        if delta := choice.get("delta"):
+            self._has_deltas |= any(delta[key] for key in delta if key != "role")
+            yield from self._read_message(delta)
         else:
             message = choice.get("message") or chunk.get("message") or chunk
             yield from self._read_message(message, copy=self._has_deltas)
         for item in () if self._has_text else chunk.get("output") or ():
-            yield from self._read_value(item)
+            yield from self._read(item)
         sources = chunk.get("sources") or ()
         yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
@@ -967,7 +951,7 @@ class ReplyDecoder:
         if not copy:
             keys = ("reasoning_content", "reasoning", "thinking")
             if thought := text_of(next(filter(None, map(message.get, keys)), "")):
-                yield ReasoningDelta(storable(thought))
+                yield TextDelta(storable(thought), "reasoning")
             yield from self._read_text(message.get("content"))
         calls = message.get("tool_calls") or ()
         if message.get("function_call"):
@@ -1033,15 +1017,12 @@ def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
             yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
-def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
-    """What can be counted in a chunk, as one report."""
+def _read_usage(chunk: Json) -> Json:
+    """What can be counted in a chunk."""
     # Ollama counts beside the message
     ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
-    usage: Json = {}
-    for report in (chunk.get("usage"), chunk.get("timings"), ollama):
-        usage |= _counts_of(report)
-    if usage:
-        yield UsageReport(usage)
+    usage, timings = _counts_of(chunk.get("usage")), _counts_of(chunk.get("timings"))
+    return {**usage, **timings, **_counts_of(ollama)}
 
 
 def _counts_of(report: Any) -> Json:
@@ -1157,6 +1138,8 @@ _HIDES_FENCES = re.compile(
     r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
 )
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
+_LARGE = re.compile(r"#{1,3}(?=\s|\Z)")  # a heading that ranks with the speakers'
+_FIRST = re.compile(r"(?: {0,3}(?:>|(?:[-*+]|\d{1,9}[.)])(?=\s)))*+ {0,3}#| {0,3}[-=]")
 
 
 @dataclass(slots=True)
@@ -1165,22 +1148,24 @@ class _LineTracker:
 
     closing: str = ""  # the line that closes the code fence that is open
     is_marked: bool = False  # there is a mark in the paragraph
-    _in_paragraph: bool = False  # or in a fence directly behind one
+    in_paragraph: bool = False  # or in a fence directly behind one
+    may_be_code: bool = False  # by fences in lists and quotes too
     _in_list: bool = False
     _is_sure: bool = True  # nothing can have hidden a fence, or its end, so far
 
     @property
     def in_code(self) -> bool:
         """Whether every parser is in code here: its fence stands at the left edge."""
-        is_sure = self._is_sure and not self._in_paragraph
+        is_sure = self._is_sure and not self.in_paragraph
         return is_sure and self.closing.startswith(("`", "~"))
 
     def read(self, line: str) -> None:
         """Take the next line."""
         words = line.strip(" \t")
         if not words:
-            self._in_paragraph = self.is_marked = False
+            self.in_paragraph = self.is_marked = False
             return
+        self.may_be_code ^= bool(_FENCE.match(words.lstrip("> *+-0123456789.)")))
         self.is_marked |= not self.in_code and any(mark in line for mark in _SPELLINGS)
         fence = self.closing.lstrip()
         if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
@@ -1189,14 +1174,14 @@ class _LineTracker:
         if not fence:
             opening = _FENCE.match(line)
             self.closing = opening[0] if opening else ""
-            self._in_paragraph |= not opening
+            self.in_paragraph |= not opening
             self._in_list |= bool(_LIST_ITEM.match(line))
             self._is_sure &= not _HIDES_FENCES.search(line)
         elif words.startswith(fence):
             self.closing = self.closing if words.strip(fence[0]) else ""
             exact = re.fullmatch(" {0,3}[^ \t]+ *", line)
             self._is_sure &= bool(exact) and not self.closing
-        elif self._in_paragraph and not words.strip("-="):
+        elif self.in_paragraph and not words.strip("-="):
             self._is_sure = False  # the page made a heading of it all, fence and all
 
 
@@ -1208,6 +1193,7 @@ class ForgeryGuard:
     `<video>`) as the host. None passes, however it is spelled: a backslash or a
     zero-width space shows it as the plain text it is. In a code fence that every parser
     sees, only what would be read back as ours, or the host's, is escaped.
+    Other headings, outside of what may be code, are made to rank below the speakers'.
     """
 
     def __init__(self) -> None:
@@ -1245,27 +1231,44 @@ class ForgeryGuard:
                     self._lines.read("".join([*self._line, text[begin:place]]))
                     self._line = []
                 begin = place + 1
-            elif hot[0] in "-=" and not self._lines.is_marked:
                 continue
-            elif reach := _REACH.match(text, place):
+            is_first = self._is_first(text[max(begin, place - 40) : place + 1])
+            if hot[0] in "-=" and not (self._lines.is_marked or is_first):
+                continue
+            if reach := _REACH.match(text, place):
                 if reach.end() == end and not final:
                     end = place
                     break
-                at, escape = self._escape(reach)
+                at, escape = self._escape(reach, is_first)
                 shown += [text[done:at], escape]
                 done = max(done, at)
-        self._line.append(text[begin:end])
+        self._line += filter(None, [text[begin:end]])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
-    def _escape(self, reach: re.Match[str]) -> tuple[int, str]:
-        """What disarms the forgery that stands there, if it is one, and where."""
+    def _is_first(self, end: str) -> bool:
+        """Whether the line, which ends so here, may become a heading by its last
+        character, or make one of the paragraph above."""
+        if self._lines.may_be_code or self._lines.closing or len(self._line) > 40:
+            return False
+        if end[-1] not in ("#-=" if self._lines.in_paragraph else "#"):
+            return False
+        line = "".join([*self._line, end])
+        return len(line) <= 40 and bool(_FIRST.fullmatch(line))
+
+    def _escape(self, reach: re.Match[str], is_first: bool) -> tuple[int, str]:
+        """What disarms the forgery that stands there, if it is one, and where; or what
+        makes a heading a smaller one, or none of what is underlined."""
         pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
         # with the character behind it, for what ends a name
         forged = pattern.match(reach.string, reach.start(), reach.end() + 1)
         if forged and forged["start"]:
             return forged.end("start"), "\u200b"
-        return reach.start(), "\\" * bool(forged)
+        if forged:
+            is_rule = reach[0][0] in "-=" and not self._lines.is_marked
+            return reach.start(), "\n" if is_rule else "\\"
+        large = is_first and _LARGE.match(reach[0])
+        return reach.start(), "#" * (4 - len(large[0])) if large else ""
 
 
 # ======================================================================================
@@ -1297,6 +1300,7 @@ _NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
 _FITTINGS = 20  # each leaves at most a quarter of what was missing, where all judge
 _TELLING = 3  # values beyond those that any ballots fit; fewer show no agreement
 _MIDDLE = 5.0  # of 0 to 10: where a ballot has places only
+_MOST_MOVED = 0.8  # by one judge; less costs more right judges than wrong ones
 _LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 _LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
 _UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
@@ -1877,13 +1881,16 @@ def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot 
     return Ballot(paper.voter, values)
 
 
-def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
+def tally(
+    aliases: Sequence[str], ballots: Sequence[Ballot], limit: float = _MOST_MOVED
+) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
     A value on a ballot is how good the answer is and how high its judge judges, both
     fitted in turns (least squares): nobody gains by a lenient judge, by giving noughts,
     or by not meeting the best one on its own ballot. Half a value is doubt that a
-    judge's level is more than chance.
+    judge's level is more than chance; how far a judge is from the middle of all counts
+    up to where it moves the mean by `limit`: none outweighs all by exaggerating.
     """
     given = [value for ballot in ballots for value in ballot.values.values()]
     scores = dict.fromkeys(aliases, fmean(given or [0.0]))
@@ -1895,7 +1902,10 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
             levels[ballot.voter] = above / (len(ballot.values) + 0.5)
         for alias, found in on.items():
             values = [b.values[alias] - levels[b.voter] for b in found]
-            scores[alias] = fmean(values or [scores[alias]])
+            middle = median(values or [scores[alias]])
+            far = limit * len(values)
+            near = [min(max(v, middle - far), middle + far) for v in values]
+            scores[alias] = fmean(near or [middle])
     standings = []
     for alias, found in on.items():
         score = round(scores[alias], 6) if found else None  # what is equal stays equal
@@ -2585,7 +2595,6 @@ class Block:
     id: str
     speaker: str
     section: int
-    index: int  # in the transcript
     fields: Json
     sent_fields: Json | None = None  # None: the client does not have the block
     text: GrowingText = field(default_factory=GrowingText)
@@ -2602,6 +2611,9 @@ _SAVED = (
 )
 
 
+LAST = sys.maxsize  # the section that stands below all others
+
+
 class Transcript:
     """The blocks of one reply, in the order in which they are read.
 
@@ -2614,6 +2626,7 @@ class Transcript:
         self.prefix = prefix
         self._sections = 0
         self.growing: set[int] = set()  # the sections that are not closed
+        self.late: set[int] = set()  # those for which nobody waits any more
 
     def open_section(self) -> int:
         """A new section at the end, which grows until it is closed."""
@@ -2626,8 +2639,11 @@ class Transcript:
         self.growing.discard(section)
 
     def is_next(self, block: Block) -> bool:
-        """Whether all sections before this block's are closed."""
-        return block.section <= min(self.growing, default=block.section)
+        """Whether all that stands before this block is there: then it moves nothing."""
+        if block.section == LAST:
+            return True
+        first = min(self.growing, default=block.section)
+        return block.section <= first and block.section not in self.late
 
     def add(
         self, kind: BlockKind, speaker: str, section: int = 0, **fields: Any
@@ -2635,11 +2651,20 @@ class Transcript:
         """A new, empty block at the end of a section."""
         index = bisect_right(self.blocks, section, key=lambda block: block.section)
         block_id = f"{self.prefix}_{len(self.blocks)}"
-        block = Block(kind, block_id, speaker, section, index, fields)
-        for later in self.blocks[index:]:
-            later.index += 1
+        block = Block(kind, block_id, speaker, section, fields)
         self.blocks.insert(index, block)
         return block
+
+    def of(self, section: int) -> list[Block]:
+        """The blocks of a section, first its heading."""
+        return [block for block in self.blocks if block.section == section]
+
+
+def count_words(blocks: Iterable[Block]) -> str:
+    """ "140 words": what is said in these blocks, without notices; "" if nothing is."""
+    said = (b for b in blocks if b.kind == "message" and "notice" not in b.fields)
+    words = sum(len(str(block.text).split()) for block in said)
+    return f"{words:,} word{'s' * (words != 1)}" if words else ""
 
 
 def fold_drafts(
@@ -2667,11 +2692,10 @@ def fold_drafts(
     for number in spoken.keys() - {conclusion}:
         heading, *rest = sections[number]
         said = [block for block in rest if block.kind == "message"]
-        words = sum(len(str(b.text).split()) for b in said if "notice" not in b.fields)
-        counted = f"{words:,} word{'s' * (words != 1)}" if words else "no answer"
+        words = count_words(said)
         title = " ".join(spoken[number].groups())
         mark = marks.get(heading.speaker, "not ranked" if words else "")
-        parts = (title, mark, counted)
+        parts = (title, mark, words or "no answer")
         texts = (str(block.text).strip() for block in said)
         draft = "\n\n".join((f"### {title}", *texts))
         heading.text.replace(render_fold(ROLE.join(filter(None, parts)), draft))
@@ -2704,7 +2728,7 @@ def render_checkpoint(transcript: Transcript) -> list[Json]:
     """The output as it is stored in mid-run: nothing in it goes on, and a last line
     tells a reader so; the host's own save takes its place."""
     blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
-    line = Block("message", f"{transcript.prefix}_saved", "", 0, 0, {})
+    line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
     line.text.append(_SAVED)
     items = [render_item(block) for block in (*blocks, line)]
     answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
@@ -2722,14 +2746,14 @@ def render_markdown(transcript: Transcript) -> str:
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-def plan_items(block: Block, before: int = 0) -> Json | None:
+def plan_items(block: Block, place: int) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
-    So many items of the message stand `before` the transcript.
+    So many items has the page before it.
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
-    event: Json = {"output_index": before + block.index}
+    event: Json = {"output_index": place}
     suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
@@ -2741,7 +2765,7 @@ def plan_items(block: Block, before: int = 0) -> Json | None:
     return event | {"type": f"response.output_item.{verb}", "item": render_item(block)}
 
 
-def plan_chunk(block: Block) -> Json | None:
+def plan_chunk(block: Block, place: int) -> Json | None:
     """The same for an API client, which can only append: a Chat-Completions delta.
 
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
@@ -2751,7 +2775,7 @@ def plan_chunk(block: Block) -> Json | None:
     if not suffix or block.fields.get("passing"):
         return None
     if block.kind == "message":
-        gap = "\n\n" if block.sent_fields is None and block.index else ""
+        gap = "\n\n" if block.sent_fields is None and place else ""
         return {"content": gap + suffix}
     return {"reasoning_content": suffix} if block.kind == "reasoning" else None
 
@@ -2770,22 +2794,15 @@ if sys.modules.get("open_webui"):  # there is none where the unit tests run
     from open_webui.models.models import Models
     from open_webui.models.users import Users
     from open_webui.utils import middleware
+    from open_webui.utils import payload as host_payload
+    from open_webui.utils import tools as host_tools
     from open_webui.utils.access_control import has_permission
     from open_webui.utils.chat import generate_chat_completion
     from open_webui.utils.chat_id import is_saved_chat_id
     from open_webui.utils.files import get_image_base64_from_url
     from open_webui.utils.misc import get_message_list
     from open_webui.utils.models import get_all_models, get_filtered_models
-    from open_webui.utils.payload import (
-        apply_model_params_to_body_openai,
-        resolve_system_prompt,
-    )
     from open_webui.utils.response import merge_usage
-    from open_webui.utils.tools import (
-        get_builtin_tools,
-        get_tools,
-        get_updated_tool_function,
-    )
 
 _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
@@ -2803,15 +2820,16 @@ _SAMPLING_NAMES = (  # the host's
     "num_predict num_keep num_batch num_thread num_gpu think keep_alive"
 )
 SAMPLING = tuple(_SAMPLING_NAMES.split())  # what a chat's controls set for the models
-_TOOLS_TIMEOUT = 30  # s in which the tools of a model must be there
-_GRACE = 0.1  # s; a query of the host's takes some milliseconds
+
 WRITE_TIMEOUT = 15  # s for a write of the host's; SQLite itself waits for 5
 MOST_RESULT = 200_000  # characters of a tool's result; a prompt holds no more
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
 _AWAY = "Open WebUI's database does not answer"
-_SAID_PLAINLY = {  # an error of these packages, whose words are for developers
+_SAID_PLAINLY = {  # errors of these packages or names, whose words are for developers
     **dict.fromkeys(("sqlalchemy", "sqlite3", "psycopg", "asyncpg", "redis"), _AWAY),
     "aiohttp": "the connection broke off",
+    "CancelledError": "it was cancelled from inside",
+    "TimeoutError": "it timed out",
 }
 
 
@@ -2833,17 +2851,13 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         yield
     except (ModelFailure, ToolFailure):
         raise
-    except asyncio.CancelledError as error:
-        if was_cancelled():
-            raise
-        raise failure("it was cancelled from inside") from error
-    except Exception as error:  # foreign code raises what it likes
-        if was_cancelled():  # also in place of our cancellation
+    except (Exception, asyncio.CancelledError) as error:  # it raises what it likes
+        if was_cancelled():  # also where something else was raised in its place
             raise asyncio.CancelledError from error
         log.debug("foreign code failed: %s", hide_keys(traceback.format_exc()))
-        plain = _SAID_PLAINLY.get(type(error).__module__.split(".")[0])
-        reason = "it timed out" if isinstance(error, TimeoutError) else str(error)
-        detail = getattr(error, "detail", None) or reason or type(error).__name__
+        package, name = type(error).__module__.split(".")[0], type(error).__name__
+        plain = _SAID_PLAINLY.get(package) or _SAID_PLAINLY.get(name)
+        detail = getattr(error, "detail", None) or str(error) or name
         failed = failure(plain or error_text(detail))
         if isinstance(failed, ModelFailure):
             status = getattr(error, "status_code", 0)
@@ -2851,11 +2865,12 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         raise failed from error
 
 
-async def apart(work: Awaitable[Result], grace: float = _GRACE) -> Result:
+async def apart(work: Awaitable[Result], grace: float = 0.1) -> Result:
     """Somebody else's work, in a task of its own.
 
-    A cancellation reaches it only after `grace` seconds: in the middle of a query it
-    would leave the host's database locked. Work that swallows it is left behind.
+    A cancellation reaches it only after `grace` seconds: in the middle of a query,
+    which takes milliseconds, it would leave the host's database locked. Work that
+    swallows it is left behind.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -2892,11 +2907,6 @@ class Host:
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
 
     @property
-    def user_id(self) -> str:
-        """Whose run it is."""
-        return str(getattr(self.user, "id", ""))
-
-    @property
     def can_replace(self) -> bool:
         """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
         return self.in_chat and VERSION != "0.11.0"
@@ -2923,19 +2933,17 @@ class Host:
     def model_options(__user__: Json) -> list[dict[str, str]]:
         """The models a user may use, for the inputs of the valves (synchronous)."""
         everything = BYPASS_MODEL_ACCESS_CONTROL or __user__.get("role") == "admin"
-        me = {("user", "*"), ("user", __user__.get("id"))}
-        if not everything:
-            with get_db() as session:
-                groups = session.query(GroupMember.group_id)
-                mine = groups.filter(GroupMember.user_id == __user__.get("id"))
-                me |= {("group", group_id) for (group_id,) in mine}
+        user_id = __user__.get("id")
+        with get_db() as session:
+            groups = session.query(GroupMember.group_id)
+            mine = groups.filter(GroupMember.user_id == user_id).all()
+        me = {("user", "*"), ("user", user_id), *(("group", g) for (g,) in mine)}
         models = dict(app.state.MODELS.items())
         cards = _cards_of(models.values(), models, own_function_id())
         return [
             {"value": card.id, "label": card.name}
             for card in cards.values()
-            if not card.is_self
-            and (everything or _may_read(card.entry.get("info") or {}, me))
+            if not card.is_self and (everything or _may_read(card.entry, me))
         ]
 
     async def model_cards(self, own_id: str) -> dict[str, ModelCard]:
@@ -2978,8 +2986,9 @@ class Host:
         try:
             with foreign_errors(HostFailure):
                 prompt = params.get("system")
-                system = await resolve_system_prompt(prompt, self.metadata, self.user)
-                taken = apply_model_params_to_body_openai(missing, {})
+                render = host_payload.resolve_system_prompt
+                system = await render(prompt, self.metadata, self.user)
+                taken = host_payload.apply_model_params_to_body_openai(missing, {})
                 tools, problems = await self._tools(card.entry, settings)
         except HostFailure as failure:
             return str(failure)
@@ -3027,39 +3036,25 @@ class Host:
         }
         tools: dict[str, Json] = {}
         problems: list[str] = []
-        features = self.metadata.get("features") or {}
-        seen = _builtins_model(model, self.metadata, settings)
-        try:
-            with foreign_errors(HostFailure):
-                if seen:
-                    tools |= await get_builtin_tools(
-                        self.request, extra, features, seen
-                    )
-        except HostFailure:
-            problems.append("Open WebUI's own tools could not be loaded")
-        ids = _meta_of(model).get("toolIds") or []
-        tools |= await self._own_tools(ids, extra, problems)
+
+        async def add(what: str, loading: Awaitable[dict[str, Json]]) -> None:
+            try:
+                with foreign_errors(HostFailure):
+                    async with asyncio.timeout(30):  # s; it may ask a server
+                        tools.update(await loading)
+            except HostFailure:
+                problems.append(f"{what} could not be loaded")
+
+        if seen := _builtins_model(model, self.metadata, settings):
+            features = self.metadata.get("features") or {}
+            built_in = host_tools.get_builtin_tools(self.request, extra, features, seen)
+            await add("Open WebUI's own tools", built_in)
+        for tool_id in _meta_of(model).get("toolIds") or ():
+            own = host_tools.get_tools(self.request, [tool_id], self.user, extra)
+            await add(f'its tool "{plain_line(tool_id, 60)}"', own)
         chosen = (self.metadata.get("tools") or {}).items()
         tools |= {n: tool for n, tool in chosen if tool.get("type") != "builtin"}
         return tools, problems
-
-    async def _own_tools(
-        self, ids: list[str], extra: Json, problems: list[str]
-    ) -> dict[str, Json]:
-        """The tools of a workspace model; one that fails costs only itself."""
-        tools: dict[str, Json] = {}
-        try:
-            with foreign_errors(HostFailure):
-                async with asyncio.timeout(_TOOLS_TIMEOUT):
-                    tools |= await get_tools(self.request, ids, self.user, extra)
-        except HostFailure:
-            if len(ids) == 1:
-                name = plain_line(ids[0], 60)
-                problems.append(f'its tool "{name}" could not be loaded')
-                return {}
-            for tool_id in ids:
-                tools |= await self._own_tools([tool_id], extra, problems)
-        return tools
 
     async def stored_replies(self) -> list[Json]:
         """The stored messages that led to this question, the first one first.
@@ -3095,31 +3090,26 @@ class Host:
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
         kept = {name: self.metadata[name] for name in names if name in self.metadata}
-        opening = self._begin({**payload, "metadata": kept})
+        opening = asyncio.create_task(self._open({**payload, "metadata": kept}))
         try:
-            try:
-                with foreign_errors(ModelFailure):
-                    await apart(opening)
-            except ModelFailure as failure:
-                if str(failure) != "Model not found":
-                    raise
-                # It was there when the run began: the list of models went with the
-                # host's Redis, or its database is away, which this then says.
-                with foreign_errors(ModelFailure):
-                    await apart(get_all_models(self.request, user=self.user))
-                    opening = self._begin({**payload, "metadata": kept})
-                    await apart(opening)
-            async with aclosing(reply_items(opening.result())) as items:
+            async with aclosing(reply_items(await apart(opening))) as items:
                 yield items
         finally:
             await _close_reply(opening)
 
-    def _begin(self, payload: Json) -> asyncio.Task[Any]:
-        inner = self._inner_request()
-        ask = generate_chat_completion
-        return asyncio.create_task(
-            ask(inner, payload, self.user, bypass_system_prompt=True)
-        )
+    async def _open(self, payload: Json) -> Any:
+        ask = partial(generate_chat_completion, bypass_system_prompt=True)
+        try:
+            with foreign_errors(ModelFailure):
+                return await ask(self._inner_request(), payload, self.user)
+        except ModelFailure as failure:
+            if str(failure) != "Model not found":
+                raise
+        # It was there when the run began: the list of models went with the host's
+        # Redis, or its database is away, which this then says.
+        with foreign_errors(ModelFailure):
+            await get_all_models(self.request, user=self.user)
+            return await ask(self._inner_request(), payload, self.user)
 
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
@@ -3145,9 +3135,8 @@ class Host:
         One that is not done shimmers, for which the page paints every frame: only for
         work that nothing else shows.
         """
-        await self._emit(
-            {"type": "status", "data": {"description": text, "done": done}}
-        )
+        status = {"description": text, "done": done}
+        await self._emit({"type": "status", "data": status})
 
     async def show_sources(self, sources: Iterable[Json]) -> None:
         """Cite sources in the message, each in the host's shape."""
@@ -3268,17 +3257,16 @@ class Host:
                     "server": tool.get("server", {}),
                     "session_id": self.metadata.get("session_id"),
                 }
-                asking = self.caller({"type": "execute:tool", "data": asked})
-                return await apart(asking)
+                return await apart(self.caller({"type": "execute:tool", "data": asked}))
             files = self.metadata.get("files") or []
             extra = {"__messages__": messages, "__files__": files}
-            function = await get_updated_tool_function(tool["callable"], extra)
-            return await apart(function(**arguments))
+            use = await host_tools.get_updated_tool_function(tool["callable"], extra)
+            return await apart(use(**arguments))
 
     async def read_tool_result(
         self, tool: Json, call: ToolCall, arguments: Json, value: Any
     ) -> ToolResult:
-        """What a tool gave -> text, files, embeds; citations and the like go out."""
+        """What a tool gave, as the host reads it; its own events go out."""
         kind, direct = tool.get("type", ""), bool(tool.get("direct"))
         with foreign_errors(ToolFailure):
             text, files, embeds = await middleware.process_tool_result(
@@ -3289,14 +3277,18 @@ class Host:
             )
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
             readable = [await self._keep_image(image) for image in images]
-        text = "" if text is None else storable(str(text))
-        if len(text) > MOST_RESULT:
-            text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
+            text = "" if text is None else storable(str(text))
+            if len(text) > MOST_RESULT:
+                text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
+            sources: list[Json] = []
+            citing = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
+            if text and call.name in citing:
+                sources = middleware.get_citation_source_from_tool_result(
+                    call.name, arguments, text, tool.get("tool_id", "")
+                )
         failed = isinstance(value, dict) and bool(value.get("error"))
-        stored = tuple(image["url"] for image in images)
-        return ToolResult(
-            text, failed, tuple(files), tuple(embeds), tuple(readable), stored
-        )
+        stored = [image["url"] for image in images]
+        return ToolResult(text, failed, files, embeds, readable, stored, sources)
 
     async def _keep_image(self, image: Json) -> str:
         """Keep an image out of the chat's JSON, where the host can (from 0.12); gives
@@ -3308,18 +3300,6 @@ class Host:
         if store:
             image["url"] = await store(self.request, url, self.metadata, self.user)
         return str(data)
-
-    async def cite(
-        self, tool: Json, call: ToolCall, arguments: Json, text: str
-    ) -> None:
-        """Show the sources of a tool that reads documents or pages."""
-        names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
-        if call.name in names and text:
-            with suppress(HostFailure), foreign_errors(HostFailure):
-                sources = middleware.get_citation_source_from_tool_result(
-                    call.name, arguments, text, tool.get("tool_id", "")
-                )
-                await self.show_sources(sources)
 
     async def use_legacy_tools(
         self, voice: Voice, messages: list[Json], run: Callable[..., Awaitable[Any]]
@@ -3336,24 +3316,18 @@ class Host:
         async def in_page(event: Json) -> Any:
             return await run_one(event["data"]["name"], **event["data"]["params"])
 
-        tools = {
-            name: {**tool, "callable": partial(run_one, name)}
-            for name, tool in voice.tools.items()
-        }
+        known = voice.tools.items()
+        tools = {n: {**tool, "callable": partial(run_one, n)} for n, tool in known}
         request = self._inner_request()
-        extra = {
-            "__event_emitter__": self.emitter,
-            "__event_call__": in_page,
-            "__metadata__": self.metadata,
-        }
+        extra: Json = {"__event_emitter__": self.emitter, "__event_call__": in_page}
+        extra["__metadata__"] = self.metadata
         body = {"model": voice.model_id, "messages": messages, "metadata": {}}
         with foreign_errors(ModelFailure):
             models = self.request.app.state.MODELS
-            _, flags = await apart(
-                middleware.chat_completion_tools_handler(
-                    request, body, extra, self.user, models, tools
-                )
+            using = middleware.chat_completion_tools_handler(
+                request, body, extra, self.user, models, tools
             )
+            _, flags = await apart(using)
             sources = flags.get("sources") or []
             copies = [dict(message) for message in messages]
             messages = await middleware.apply_source_context_to_messages(
@@ -3373,64 +3347,52 @@ def _meta_of(model: Json) -> Json:
     return (model.get("info") or {}).get("meta") or {}
 
 
-def _with_bases(models: Mapping[str, Json], model_id: str) -> list[str]:
-    """A model, what it is based on, and so on: their ids."""
-    chain: list[str] = []
-    while model_id and model_id not in chain:
-        chain.append(model_id)
-        info = (models.get(model_id) or {}).get("info") or {}
-        model_id = info.get("base_model_id") or ""
-    return chain
-
-
 def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, ModelCard]:
     """A card of each of these models, by id; `own_id` is that of this function."""
     cards = {}
     for model in some:
-        model_id = model["id"]
-        bases = _with_bases(models, model_id)
+        chain: list[str] = []  # the model, what it is based on, and so on
+        base, served = model["id"], model
+        while base and base not in chain:
+            chain.append(base)
+            served = models.get(base) or {}
+            base = (served.get("info") or {}).get("base_model_id")
+        kind, number = served.get("owned_by"), served.get("urlIdx")
+        if kind == OLLAMA:
+            number = ((served.get("ollama") or {}).get("urls") or [0])[0]
         unusual = model.get("arena") or _meta_of(model).get("hidden")
-        cards[model_id] = ModelCard(
-            model_id,
-            model.get("name") or model_id,
-            is_self=any(base.partition(".")[0] == own_id for base in bases),
-            by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
-            connection=_connection_of(models.get(bases[-1]) or {}),
+        cards[model["id"]] = ModelCard(
+            model["id"],
+            model.get("name") or model["id"],
+            is_self=any(each.partition(".")[0] == own_id for each in chain),
+            by_default=not (unusual or _NO_CHAT_MODEL.search(model["id"])),
+            connection=f"{kind} {number}",
             entry=model,
         )
     return cards
 
 
-def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
+def _may_read(model: Json, me: set[tuple[str, Any]]) -> bool:
     """Whether one of these principals owns a model or was granted to read it."""
-    if ("user", info.get("user_id")) in me:
-        return True
-    return any(
-        grant.get("permission") == "read"
-        and (grant.get("principal_type"), grant.get("principal_id")) in me
+    info = model.get("info") or {}
+    granted = {
+        (grant.get("principal_type"), grant.get("principal_id"))
         for grant in info.get("access_grants") or ()
-    )
-
-
-def _connection_of(model: Json) -> str:
-    """Which connection serves a model: its kind and number."""
-    kind, number = model.get("owned_by"), model.get("urlIdx")
-    if kind == OLLAMA:
-        number = ((model.get("ollama") or {}).get("urls") or [0])[0]
-    return f"{kind} {number}"
+        if grant.get("permission") == "read"
+    }
+    return not me.isdisjoint({("user", info.get("user_id")), *granted})
 
 
 def _knowledge_prompt(meta: Json) -> str:
     """Names a model's attached knowledge to it, as the host does for native tools."""
-    items = [i for i in meta.get("knowledge") or () if i.get("id") and i.get("type")]
-    if not items:
-        return ""
     lines = [
         f'<knowledge type="{plain_line(i["type"])}" id="{plain_line(i["id"])}" '
-        f'name="{plain_line(i.get("name") or "")}"/>'
-        for i in items
+        f'name="{plain_line(i.get("name") or "")}"/>\n'
+        for i in meta.get("knowledge") or ()
+        if i.get("id") and i.get("type")
     ]
-    return "\n".join(("<attached_knowledge>", *lines, "</attached_knowledge>"))
+    whole = f"<attached_knowledge>\n{''.join(lines)}</attached_knowledge>"
+    return whole if lines else ""
 
 
 class _OnlyThese(dict[str, bool]):
@@ -3473,10 +3435,9 @@ async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
     if not isinstance(response, StreamingResponse):
         yield _read_whole(response)
         return
-    task = asyncio.current_task()  # `was_cancelled` would look it up for each item
     with foreign_errors(ModelFailure):
         async for item in response.body_iterator:
-            if task and task.cancelling():
+            if was_cancelled():
                 raise asyncio.CancelledError
             yield item
 
@@ -3500,11 +3461,10 @@ def _read_whole(response: Any) -> Any:
 
 def read_seconds(text: str | None) -> float:
     """The seconds of a `Retry-After` header; 0 for a date, nonsense or nothing."""
-    try:
+    with suppress(ValueError):
         seconds = float(text or "")
-    except ValueError:
-        return 0
-    return seconds if 0 <= seconds < float("inf") else 0
+        return seconds if 0 <= seconds < float("inf") else 0
+    return 0
 
 
 async def _close_reply(opening: asyncio.Future[Any]) -> None:
@@ -3637,20 +3597,23 @@ class Emitter:
     every `interval` seconds, and less often where an update costs the page more, the
     noted blocks are compared with what was sent, and per block nothing, the new suffix,
     or the block whole goes out: never the transcript.
-    A block the client does not have yet goes out at once. `may_send` holds back what
-    a client that can only append must not get yet. `flushes` counts them.
+    A block the client does not have yet goes out at once. `in_order`: not before all
+    that stands above it, so that nothing moves. `flushes` counts them, and so many
+    items of the message stand `before` the transcript.
     """
 
     def __init__(
         self,
-        plan: Callable[[Block], Json | None],
+        transcript: Transcript,
+        plan: Callable[[Block, int], Json | None],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
-        may_send: Callable[[Block], bool] | None = None,
     ) -> None:
         self.flushes = 0
-        self.plan = plan
-        self._may_send = may_send
+        self.before = 0
+        self.in_order = False
+        self._transcript = transcript
+        self._plan = plan
         self._interval = interval
         self._clock = clock
         self._shown: set[Block] = set()  # also those that are held back
@@ -3678,6 +3641,10 @@ class Emitter:
         if self._timer:
             await self._nearly_due.wait()
 
+    def may_send(self, block: Block) -> bool:
+        """Whether it is held back no more."""
+        return not self.in_order or self._transcript.is_next(block)
+
     def nudge(self) -> None:
         """Something that was held back may go out now."""
         if self._noted:
@@ -3686,31 +3653,31 @@ class Emitter:
     def close(self) -> None:
         """Nothing more will come: `frames` ends after the last, exact frame."""
         self._closed = True
-        self._may_send = None
+        self.in_order = False
         self._wake()
 
     def flush(self) -> list[Json]:
         """The events that bring the client up to date now."""
         noted, self._noted = self._noted, set()
+        self._shown |= noted
         self.flushes += 1
-        events = []
-        for block in sorted(noted, key=lambda block: block.index):
-            self._shown.add(block)
-            if self._may_send and not self._may_send(block):
-                self._noted.add(block)
-                continue
-            event = self.plan(block)
-            block.mark_sent()
-            if event is not None:
-                events.append(event)
+        events, place, drawn, whole = [], self.before, 0.0, 0.0
         # The page draws the noted blocks anew, and copies all. Tuned with row 12 of the
         # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
         # characters of one, or a message of 60,000 cost one interval. The costliest
         # update waits for four: 0.4 s is still seen to flow.
-        drawn = sum(0.3 + block.text.length / 5000 for block in noted)
-        whole = sum(block.text.length for block in self._shown) / 60_000
+        for block in self._transcript.blocks:
+            if block in noted and not self.may_send(block):
+                self._noted.add(block)
+            elif block in noted:
+                events.append(self._plan(block, place))
+                block.mark_sent()
+                drawn += 0.3 + block.text.length / 5000
+            if block.sent_fields is not None:
+                place += 1
+                whole += block.text.length / 60_000
         self._cost = min(max(drawn + whole, 1.0), 4.0)
-        return events
+        return list(filter(None, events))
 
     async def frames(self) -> AsyncIterator[Json]:
         """The events as they are due, until `close`; the consumer sets the pace."""
@@ -3790,13 +3757,15 @@ class Screen:
     continued: bool  # there is a beginning of the reply, which the host keeps
     ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
     marks: dict[str, str] = field(default_factory=dict)  # of drafts, once they may fold
+    progress: Block | None = None
 
     def add_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
         """A line of ours in a section."""
         fields["status"] = "completed"
         block = self.transcript.add("message", speaker, section, **fields)
         # the host joins the first block of a continued reply to the text before it
-        gap = "\n\n" if self.continued and not block.index else ""
+        first = block is self.transcript.blocks[0]
+        gap = "\n\n" if self.continued and first else ""
         self.emitter.emit_replace(block, gap + line)
         return block
 
@@ -3808,17 +3777,15 @@ class Screen:
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
             self.ours[key] = self.add_line("", text, section, **fields)
+            if self.can_replace:
+                self.transcript.close_section(section)
 
-    def publish_progress(self, key: str, text: str) -> None:
-        """A line that is replaced in place, and goes away; for a page only."""
-        if self.can_replace:
-            self.publish(key, f"{PROGRESS}{text}", passing=True)
-
-    def hide_progress(self) -> None:
-        """What the lines of progress waited for is there, or never comes."""
-        for block in self.ours.values():
-            if block.fields.get("passing"):
-                self.emitter.emit_replace(block, "")
+    def show_progress(self, text: str = "") -> None:
+        """The last line, which is replaced in place; without a text it goes away."""
+        if self.progress:
+            self.emitter.emit_replace(self.progress, text)
+        elif text and self.can_replace:
+            self.progress = self.add_line("", text, LAST, passing=True)
 
     def fold(self) -> None:
         """The conclusion first; the drafts below it become one line each."""
@@ -4143,9 +4110,9 @@ class Reply:
     def take(self, event: ReplyEvent) -> None:
         """Take one event; raises `ModelFailure` where it never ends."""
         match event:
-            case TextDelta(text) | ReasoningDelta(text):
+            case TextDelta(text):
                 if len(text) > (room := MOST_SAID - self.size):
-                    event = type(event)(text[:room])
+                    event = replace(event, text=text[:room])
                 self.size += len(text)
             case ToolCallDelta():
                 self.size += len(event.name) + len(event.arguments)
@@ -4158,10 +4125,10 @@ class Reply:
     def apply(self, event: ReplyEvent) -> None:
         """Note what it says."""
         match event:
-            case TextDelta(text):
+            case TextDelta(text, "message"):
                 self.spoke = True
                 self._parts.append(text)
-            case ReasoningDelta() | ToolCallDelta():
+            case TextDelta() | ToolCallDelta():
                 self.spoke = True
             case UsageReport(usage):
                 self.usage |= usage
@@ -4415,22 +4382,18 @@ class Section:
     clock: TurnClock
     role: str = ""
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
-    number: int = field(init=False)
-    _has_heading: bool = False
+    number: int = 0  # its place, from when it has one
     _reply: ShownReply | None = None  # until it is recorded
     _messages: list[Json] = field(default_factory=list)
     _failure: str | None = None
     _unanswered: dict[str, Block] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.number = self.screen.transcript.open_section()
-
     def show_heading(self) -> None:
-        """Who speaks from here on; a chair is shown only once it says something."""
-        if self._has_heading:
+        """It takes the next place; who is not announced is seen once it speaks."""
+        if self.number:
             return
-        self._has_heading = True
         self.screen.fix()
+        self.number = self.screen.transcript.open_section()
         blocks, alias = self.screen.transcript.blocks, self.participant.alias
         first = all(block.fields.get("passing") for block in blocks)
         rule = RULE if self.screen.continued or not first else ""
@@ -4498,10 +4461,30 @@ class Section:
             self._messages.append({"role": "assistant", "content": self._reply.text})
         for call_id in list(self._unanswered):
             self.show_result(call_id, ToolResult(f"Error: {reason}", True))
-        if self._has_heading and not quiet:
+        if not quiet and (self.number or self.role != CONCLUSION):
+            self.show_heading()
             turn = self.turn()
             what = "broke off" if turn.text else "could not answer"
             self.notice(f"{NOTICE}**{turn.alias}** {what}: {plain_line(reason)}")
+
+    def be_late(self) -> None:
+        """The others go on. It has its place, where what it still says is held back
+        until nothing more comes below it."""
+        self.show_heading()
+        if self.screen.can_replace:
+            self.screen.transcript.late.add(self.number)
+            self.screen.transcript.close_section(self.number)
+            self.screen.emitter.nudge()
+
+    def describe(self, is_done: bool) -> str:
+        """How far it is, where nothing of it is seen yet; else nothing."""
+        said = self.screen.transcript.of(self.number)[1:]  # below the heading
+        if said and self.screen.emitter.may_send(said[0]):
+            return ""
+        words = count_words(said)
+        if is_done:
+            return f"done, {words}" if words else "no answer"
+        return f"writing, {words}" if words else "thinking" if said else "waiting"
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
@@ -4537,10 +4520,8 @@ class ShownReply(Reply):
     def apply(self, event: ReplyEvent) -> None:
         """Show one event."""
         match event:
-            case TextDelta(text):
-                self._add_text("message", text)
-            case ReasoningDelta(text):
-                self._add_text("reasoning", text)
+            case TextDelta(text, kind):
+                self._add_text(kind, text)
             case ToolCallDelta():
                 self._pause()
                 self._add_call_piece(event)
@@ -4628,17 +4609,15 @@ def _describe_place(error: BaseException) -> str:
 
 
 def _describe_progress(
-    of_all: str, there: Mapping[str, float], since: Mapping[str, float | None]
+    of_all: str, there: Mapping[str, float], states: Mapping[str, str]
 ) -> str:
-    """How many are there, who is waited for and who is queued, who was fastest."""
-    parts = [f"{len(there)} {of_all}"]
-    if since:
-        names = (f"{a}{' (queued)' if at is None else ''}" for a, at in since.items())
-        parts.append(f"waiting for {', '.join(names)}")
+    """How many are there, who was fastest, and a line for each who is not seen yet."""
+    first = f"{PROGRESS}{len(there)} {of_all}"
     if there:
         fastest, after = next(iter(there.items()))
-        parts.append(f"fastest {fastest} {after:.1f} s")
-    return " · ".join(parts)
+        first += f" · fastest {fastest} {after:.1f} s"
+    lines = (f"{who} · {state}" for who, state in states.items() if state)
+    return "\n> ".join([first, *lines])
 
 
 @dataclass(frozen=True, slots=True)
@@ -4661,7 +4640,7 @@ class Run:
         """The whole conversation, shown on the screen, whose emitter it closes."""
         host, reason = self.host, "Stopped"
         try:
-            with counted_run(host.user_id, self.settings):
+            with counted_run(getattr(host.user, "id", ""), self.settings):
                 reason = await self._converse(mode)
         except ConversationError as error:
             reason = "Not begun"
@@ -4681,7 +4660,7 @@ class Run:
         """The message has these items already, which are saved with the new ones."""
         self.saver.before = items
         if not self.host.can_replace:  # nor does the host count from the new ones
-            self.screen.emitter.plan = partial(plan_items, before=len(items or ()))
+            self.screen.emitter.before = len(items or ())
 
     async def _converse(self, mode: Mode) -> str:
         """From the first to the last word; gives why it ended."""
@@ -4759,7 +4738,7 @@ class Run:
     def _show_end(self, reason: str) -> None:
         """Put away what was only for the time being, and show what is now known."""
         screen, shows = self.screen, self.settings.show_figures
-        screen.hide_progress()
+        screen.show_progress()
         wanted = shows == "always" or (self.drafts and shows != "never")
         if wanted and self.host.in_chat and self.ledger.turns:
             screen.publish("figures", self._describe_figures())
@@ -4803,20 +4782,24 @@ class Run:
         if step.note:
             await self.host.show_status(f"{who} · {step.note}", done=True)
         if len(step.aliases) > 1:
-            self.screen.publish_progress("answered", f"waiting for {who}")
+            self.screen.show_progress(f"{PROGRESS}waiting for {who}")
+        announced = len(step.aliases) == 1 or self.settings.all_at_once
         sections, tasks = {}, {}
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role, step.names)
-            if not step.concludes:
+            if announced and not step.concludes:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
             sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
-        done = await self._wait_in_view(tasks, "answered", stage, step.quorum)
-        self.late.extend(sections[alias] for alias in sections if alias not in done)
-        late = partial(Turn, text="", failure="it was late", late=True)
-        turns = [done.get(alias) or late(alias) for alias in step.aliases]
+        done = await self._wait_in_view(tasks, stage, sections, step.quorum)
+        late = [section for alias, section in sections.items() if alias not in done]
+        self.late.extend(late)
+        for section in late:
+            section.be_late()
+        absent = partial(Turn, text="", failure="it was late", late=True)
+        turns = [done.get(alias) or absent(alias) for alias in step.aliases]
         if step.joins:
             self.entries.extend(turns)
         return turns
@@ -4824,12 +4807,12 @@ class Run:
     async def _judge(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
-        self.screen.publish_progress("judged", "the members judge each other")
+        self.screen.show_progress(f"{PROGRESS}the members judge each other")
         tasks = {}
         for paper in step.papers:
             ballot = self._cast_ballot(paper, step.read, stage)
             tasks[paper.voter] = self.tasks.create_task(ballot)
-        done = await self._wait_in_view(tasks, "judged", stage, 0)
+        done = await self._wait_in_view(tasks, stage, {})
         await end_tasks(*tasks.values())
         return [done.get(who, "it was late") for who in tasks]
 
@@ -4891,18 +4874,22 @@ class Run:
         return prompt
 
     async def _wait_in_view(
-        self, tasks: Mapping[str, asyncio.Task[Any]], what: str, stage: int, quorum: int
+        self,
+        tasks: Mapping[str, asyncio.Task[Any]],
+        stage: int,
+        sections: Mapping[str, Section],
+        quorum: int = 0,
     ) -> Json:
         """What is there by name once the quorum is, or everybody is done or has had its
-        time since its call was let in; shows once a second who of several is missing.
+        time since its call was let in; shows each second who of several is missing.
         """
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
-        begun = shown_at = clock()
+        begun = clock()
         done: Json = {}
         there: dict[str, float] = {}  # who did not fail, and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
-            wait, one = max(shown_at + 1 - clock(), 0), asyncio.FIRST_COMPLETED
-            await asyncio.wait(pending, timeout=wait, return_when=one)
+            one = asyncio.FIRST_COMPLETED
+            await asyncio.wait(pending, timeout=1, return_when=one)
             now = clock()
             done = {who: task.result() for who, task in tasks.items() if task.done()}
             for who, result in done.items():
@@ -4919,15 +4906,31 @@ class Run:
                 self.models.enough.setdefault(stage, False)
             else:
                 self.models.enough.pop(stage, None)
-            if now - shown_at < 1:
-                continue
-            shown_at = now
             if len(tasks) > 1:
+                what = "answered" if sections else "judged"
                 of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
-                text = _describe_progress(of_all, there, since)
-                self.screen.publish_progress(what, text)
-        self.screen.hide_progress()
+                states = self._states(tasks, sections, since)
+                self.screen.show_progress(_describe_progress(of_all, there, states))
+        self.screen.show_progress()
         return done
+
+    def _states(
+        self,
+        everybody: Iterable[str],
+        sections: Mapping[str, Section],
+        since: Mapping[str, float | None],
+    ) -> dict[str, str]:
+        """How far each is, "" where that is seen; `since` when those were asked who
+        are not done."""
+        states = {}
+        for who in everybody:
+            state = "waiting" if who in since else ""
+            if sections:
+                state = sections[who].describe(who not in since)
+            if state == "waiting" and since[who] is None:
+                state = "queued"
+            states[f"{self.cast.participants[who].colour} {who}"] = state
+        return states
 
     # -- a turn ------------------------------------------------------------------------
 
@@ -5011,7 +5014,7 @@ class Run:
         except ToolFailure as failure:
             return ToolResult(f"Error: {failure}", True)
         if voice.cites:
-            await host.cite(tool, call, arguments, result.text)
+            await host.show_sources(result.sources)
         return result
 
     async def _run_legacy_tool(
@@ -5190,8 +5193,8 @@ def _make_run(
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     plan = plan_items if host.in_chat else plan_chunk
-    may_send = None if host.can_replace else transcript.is_next
-    emitter = Emitter(plan, interval, may_send=may_send)
+    emitter = Emitter(transcript, plan, interval)
+    emitter.in_order = not (host.can_replace and settings.all_at_once)
     screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)

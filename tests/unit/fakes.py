@@ -97,11 +97,6 @@ class ScriptedHost(mmc.Host):
         )
         return found
 
-    async def cite(
-        self, tool: Json, call: mmc.ToolCall, arguments: Json, text: str
-    ) -> None:
-        self.events.append({"type": "cited", "data": call.name})
-
     @property
     def statuses(self) -> list[str]:
         """The status lines, in order."""
@@ -164,7 +159,9 @@ def make_run(
     }
     settings = mmc.merge_settings(mmc.Settings(**fields), None)
     transcript = mmc.Transcript("t")
-    emitter = mmc.Emitter(mmc.plan_items if in_chat else mmc.plan_chunk, 0.0)
+    plan = mmc.plan_items if in_chat else mmc.plan_chunk
+    emitter = mmc.Emitter(transcript, plan, 0.0)
+    emitter.in_order = True
     ledger = mmc.Ledger(host.add_usage)
     run = mmc.Run(
         host,

@@ -76,7 +76,7 @@ def test_a_conversation_that_breaks_gives_its_place_back() -> None:
 
 async def test_who_may_not_begin_is_told_and_no_model_is_asked() -> None:
     run, host = make_run(max_runs_per_user=1)
-    with mmc.counted_run(host.user_id, run.settings):
+    with mmc.counted_run("", run.settings):
         status = await converse(run)
     assert status.startswith("Not begun · 0 turns")
     assert "> ⚠️ You have as many conversations going" in shown(run)

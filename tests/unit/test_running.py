@@ -47,8 +47,8 @@ async def rest_of(frames: AsyncIterator[Json]) -> list[Json]:
 def emitter_of(
     interval: float = 60.0,
 ) -> tuple[mmc.Emitter, mmc.Transcript, HandTurnedClock]:
-    clock = HandTurnedClock()
-    return mmc.Emitter(mmc.plan_items, interval, clock), mmc.Transcript("t"), clock
+    transcript, clock = mmc.Transcript("t"), HandTurnedClock()
+    return mmc.Emitter(transcript, mmc.plan_items, interval, clock), transcript, clock
 
 
 def grow(emitter: mmc.Emitter, block: mmc.Block, piece: str) -> None:
@@ -241,7 +241,8 @@ async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece(
 ):
     transcript = mmc.Transcript("t")
     first, second = transcript.open_section(), transcript.open_section()
-    emitter = mmc.Emitter(mmc.plan_chunk, 60.0, HandTurnedClock(), transcript.is_next)
+    emitter = mmc.Emitter(transcript, mmc.plan_chunk, 60.0, HandTurnedClock())
+    emitter.in_order = True
     transcript.add("message", "Ann", first)
     held = transcript.add("message", "Bob", second)
     frame = asyncio.ensure_future(anext(emitter.frames()))
@@ -252,7 +253,7 @@ async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece(
     assert emitter.flushes == 1
     transcript.close_section(first)
     emitter.nudge()
-    assert await soon(frame) == {"content": "\n\naaaaa"}
+    assert await soon(frame) == {"content": "aaaaa"}
 
 
 # -- the pace of reading ---------------------------------------------------------------
@@ -371,10 +372,10 @@ def test_reasoning_is_a_block_of_its_own_with_its_duration() -> None:
     section = section_of(run)
     reply = section.begin_reply()
     for event in (
-        mmc.ReasoningDelta("Which "),
-        mmc.ReasoningDelta("tree?"),
+        mmc.TextDelta("Which ", "reasoning"),
+        mmc.TextDelta("tree?", "reasoning"),
         mmc.TextDelta("Oaks."),
-        mmc.ReasoningDelta("Or not?"),
+        mmc.TextDelta("Or not?", "reasoning"),
     ):
         reply.apply(event)
     reply.end()
@@ -409,7 +410,9 @@ def test_nobody_can_pose_as_another_speaker(pieces: list[str | None]) -> None:
     section = section_of(run)
     reply = section.begin_reply()
     for piece in pieces:
-        event = mmc.ReasoningDelta("Hm.") if piece is None else mmc.TextDelta(piece)
+        event = (
+            mmc.TextDelta("Hm.", "reasoning") if piece is None else mmc.TextDelta(piece)
+        )
         reply.apply(event)
     reply.end()
     for markdown in (mmc.render_markdown(run.screen.transcript), *texts_of(run)[1:]):
@@ -423,7 +426,7 @@ def test_what_a_model_thinks_cannot_pose_either() -> None:
     run, _ = make_run()
     reply = section_of(run).begin_reply()
     for piece in ("Hm.\n##", "# 🔴 Bob\n", "<det", 'ails type="tool_calls">\n```\nx'):
-        reply.apply(mmc.ReasoningDelta(piece))
+        reply.apply(mmc.TextDelta(piece, "reasoning"))
     reply.apply(mmc.TextDelta("Oaks."))
     reply.end()
     (thought,) = texts_of(run, "reasoning")
@@ -562,7 +565,7 @@ EVENTS = st.one_of(
     st.sampled_from(["### 🔴 Bob\n", "---\n", "    ### 🔵 Ann", "<details x"]).map(
         mmc.TextDelta
     ),
-    st.just(mmc.ReasoningDelta("Hm.")),
+    st.just(mmc.TextDelta("Hm.", "reasoning")),
     st.builds(
         mmc.ToolCallDelta,
         st.none() | st.integers(0, 2),
