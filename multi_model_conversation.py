@@ -303,8 +303,7 @@ _V2_NAMES = {
 _PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
 _SEAT_FORMS = {  # as they fit into the one line of a form
     "participants": "`gpt-4.1, claude-sonnet`",
-    "team": "`Ann | gpt-4.1 | You hope.; Bob | gpt-4.1 | You doubt.` or, as JSON, "
-    '`["Ann | gpt-4.1 | You hope.", "Bob | gpt-4.1 | You doubt."]`',
+    "team": "`Ann | gpt-4.1 | You hope.; Bob | gpt-4.1`, or lines, or a JSON list",
 }
 
 
@@ -376,11 +375,9 @@ def merge_settings(
             f"The settings of this conversation cannot be read: {names}. Correct them "
             "in the valves, or in the custom parameters of this model."
         ) from error
-    rounds = min(merged.rounds, merged.max_rounds)
-    cut = "rounds" in fields and rounds < merged.rounds
-    merged.rounds = rounds
-    settings = Settings.model_construct(set(fields), **merged.model_dump())
-    settings._is_cut = cut
+    told = merged.model_dump() | {"rounds": min(merged.rounds, merged.max_rounds)}
+    settings = Settings.model_construct(set(fields), **told)
+    settings._is_cut = "rounds" in fields and settings.rounds < merged.rounds
     return settings
 
 
@@ -1367,12 +1364,9 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     if card is None:
         able = [card for card in cards.values() if not card.is_self]
         known = {each.casefold(): c.id for c in able for each in (c.name, c.id)}
-        close = [known[each] for each in get_close_matches(name[:80], known, 1)]
-        hint = (
-            f'did you mean "{plain_line(close[0], 80)}"'
-            if close
-            else ("choose another one, or ask an admin for access to it")
-        )
+        hint = "choose another one, or ask an admin for access to it"
+        for close in get_close_matches(name[:80], known, 1):
+            hint = f'did you mean "{plain_line(known[close], 80)}"'
         raise ConversationError(
             f'there is no model "{plain_line(wanted, 80)}" that you may use: {hint}'
         )
@@ -1444,30 +1438,30 @@ def choose_seats(
     With a sentence for each seat that could not be taken, and if nobody was chosen.
     """
     lines = enumerate(map(str.strip, settings.team.split("\n")), 1)
-    team = [(number, line) for number, line in lines if line and line[0] != "#"]
-    chosen = len(team) or len(settings.participants)
     wanted = [
         (f"Team line {number}", line.split("|", 2))
-        for number, line in team[:_TEAM_READ]
+        for number, line in lines
+        if line and line[0] != "#"
     ] or [
-        (f"Participant {number}", [model_id])
-        for number, model_id in enumerate(settings.participants[:_TEAM_READ], 1)
+        (f"Participant {n}", [each]) for n, each in enumerate(settings.participants, 1)
     ]
     usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in wanted or [("", [model_id]) for model_id in usual[:3]]:
+    for where, parts in wanted[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
-    if len(seats) == 1 and not team:
-        seats = [replace(seats[0], alias=a, persona=p) for a, p in _TRIO.items()]
-    seats, most = list(unique_aliases(seats)), settings.max_participants
+    most, many = settings.max_participants, len(wanted)
+    if len(seats) == 1 and not settings.team.strip():
+        trio = list(_TRIO.items())[:most]
+        seats = [replace(seats[0], alias=alias, persona=text) for alias, text in trio]
+    seats = list(unique_aliases(seats))
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if chosen > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
-    return seats[:most], problems, not chosen
+    if many > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {many} seats were read.")
+    return seats[:most], problems, not many
 
 
 def choose_chair(
@@ -1679,7 +1673,7 @@ def _decide(
     for model in dict.fromkeys(agenda.models.values()):
         kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
         if len(kin) > 1:
-            parts.append(f"{' and '.join(kin)} are one model, which may favour itself.")
+            parts.append(f"{join_names(kin)} are one model, which may favour itself.")
     for voter, lost in zip(members, judged, strict=True):
         if isinstance(lost, str):
             reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
