@@ -200,6 +200,9 @@ class UserSettings(BaseModel, extra="allow"):
         input={"type": "select", "options": "model_options"},
     )
     instructions: str = _setting("", "Added to the system prompt of every participant.")
+    join: bool = _setting(
+        False, "Whether you are asked after each round if you have anything to add."
+    )
     # with a type of its own: the page draws a text box only for a plain one
     temperature: float | None = _setting(
         None, "Sampling temperature of all. Unset: each model's own.", type="number"
@@ -398,6 +401,8 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 # one code point each: a heading is "### 🔵 Alias"; the last two only in old replies
 COLOURS = "🔵🔴🟢🟠🟣🟡🟤🔷🔶⚫⚪"
 SYSTEM_MARK = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
+PERSON_MARK = "👤"  # the same for what the person said between two rounds
+MARKS = COLOURS + SYSTEM_MARK + PERSON_MARK
 
 
 class ModelFailure(Exception):
@@ -558,7 +563,7 @@ class Question:
 class Turn:
     """What one participant said: `text` for the others, `messages` for itself."""
 
-    alias: str
+    alias: str  # "": the person, between two rounds
     text: str
     messages: tuple[Json, ...] = ()  # of Chat Completions: assistant, tool
     failure: str | None = None  # why it ended early or empty
@@ -580,6 +585,8 @@ class Speak:
     # letters that stand for the members: it reads no other names, and none of these
     # letters is shown
     names: Mapping[str, str] = field(default_factory=dict)
+    # with a conclusion drafts may fold; what is then said of each: alias -> "rank 2"
+    marks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -617,13 +624,6 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
-    """Step: there is a conclusion, and the drafts may fold."""
-
-    marks: Mapping[str, str]  # what is said of each: alias -> "rank 2"
-
-
-@dataclass(frozen=True, slots=True)
 class AskManager:
     """Step: ask the manager who is next. Answer: its text, or None if it failed."""
 
@@ -633,9 +633,24 @@ class AskManager:
     wrong_answer: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class AskPerson:
+    """Step: does the person have anything to add? Answer: one of `WISHES`, words of its
+    own, which are part of the conversation by then, or "" where nobody answers."""
+
+
+# what a person may want after a round, and what that does
+WISHES = {
+    "Go on": "The conversation goes on as planned",
+    "Put it to the vote": "Members judge what was said, and a chair concludes",
+    "Enough, conclude": "A chair concludes at once",
+}
+GO_ON, VOTE, ENOUGH = WISHES
+
+
 ReplyEvent = TextDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
-Step = Speak | AskManager | Judge | Publish | Fold
+Step = Speak | AskManager | AskPerson | Judge | Publish
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
 Mode = Steps[str]  # gives why the conversation ended
 
@@ -1101,7 +1116,7 @@ def split_objects(text: str) -> list[str]:
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
 # checkbox. What begins so is read up to where `_REACH` ends, and then judged once.
-_MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
+_MARKS = f"{MARKS}\ufffd"
 _SIGNS = "⚠⏳⏱🏁💬\ufffd"  # with which our notices begin
 _HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
 _REACH = re.compile(
@@ -1278,7 +1293,7 @@ ROLE = " · "  # in a heading, between a name and what it speaks as; names have 
 CONCLUSION = "conclusion"
 _FOLD, _FOLD_END = '<details type="draft">\n', "\n\n</details>"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
-HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
+HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{MARKS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 # the host's own words, when it rebuilds the conversation
 TOOL_IMAGES = "Here are the images from the tool results above. Please analyze them."
@@ -1527,8 +1542,10 @@ def _still_able(
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
-    """Why a conversation ended that nobody ended."""
+def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str, finished: str) -> Mode:
+    """Why a conversation ended that no manager ended; first, what the person wants."""
+    if wish in (VOTE, ENOUGH):
+        return (yield from put_to_vote(agenda, turns, wish))
     if not any(turn.text for turn in turns):
         return "Nobody could answer"
     if 0 < agenda.settings.max_tokens <= agenda.tokens_used():
@@ -1540,33 +1557,53 @@ def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
 
 def _take_rounds(
     agenda: Agenda, brief: str = "", blind: bool = False
-) -> Steps[list[Turn]]:
+) -> Steps[tuple[list[Turn], str]]:
     """Everybody speaks once per round, in order, and in a blind first round at the same
-    time; gives all turns."""
+    time; gives all turns, and what the person wants in the end."""
     rounds, turns = agenda.settings.rounds, list[Turn]()
-    if blind:
-        role = "opening" if rounds > 1 else ""
-        turns += yield Speak(agenda.aliases, "opening", brief, role)
-    for number in range(1 + blind, rounds + 1):
+    number, wish = 0, GO_ON
+    while number < rounds:
+        number += 1
         role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(agenda, turns, agenda.last):
-            turns += yield Speak((alias,), brief=brief, role=role)
-            role = ""
-    return turns
+        if blind and number == 1:
+            role = "opening" if rounds > 1 else ""
+            turns += yield Speak(agenda.aliases, "opening", brief, role)
+        else:
+            for alias in _still_able(agenda, turns, agenda.last):
+                turns += yield Speak((alias,), brief=brief, role=role)
+                role = ""
+        wish, rounds = yield from _hear(agenda, turns, wish, number, rounds)
+    return turns, wish
+
+
+def _hear(
+    agenda: Agenda, turns: Sequence[Turn], wish: str, done: int, rounds: int
+) -> Steps[tuple[str, int]]:
+    """What the person who has a seat wants after a round, and how many rounds there are
+    then: what it says is answered. Who gave no answer is not asked again."""
+    settings = agenda.settings
+    if not (settings.join and wish and _still_able(agenda, turns)):
+        return wish, rounds
+    wish = yield AskPerson()
+    if wish in (VOTE, ENOUGH):
+        return wish, done
+    more = done + (wish not in ("", GO_ON))
+    return wish, max(rounds, min(more, settings.max_rounds))
 
 
 def round_robin(agenda: Agenda) -> Mode:
     """Everybody once per round, in order."""
-    rounds = agenda.settings.rounds
-    turns = yield from _take_rounds(agenda)
+    turns, wish = yield from _take_rounds(agenda)
+    rounds = max(agenda.settings.rounds, len(turns) // len(agenda.aliases))
     finished = f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
-    return _describe_end(agenda, turns, finished)
+    return (yield from _finish(agenda, turns, wish, finished))
 
 
 def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
     aliases, last, turns = agenda.aliases, agenda.last, list[Turn]()
-    for _ in range(agenda.settings.rounds * len(aliases)):
+    rounds, wish = agenda.settings.rounds, GO_ON
+    while len(turns) < rounds * len(aliases):
         able = _still_able(agenda, turns, last)
         if not able:
             break
@@ -1575,7 +1612,11 @@ def managed(agenda: Agenda) -> Mode:
         if not last:
             return f"The manager ended it: {reason or 'no reason given'}"
         turns += yield Speak((last,), reason)
-    return _describe_end(agenda, turns, "Finished: all turns were taken")
+        if len(turns) % len(aliases) == 0:
+            done = len(turns) // len(aliases)
+            wish, rounds = yield from _hear(agenda, turns, wish, done, rounds)
+    finished = "Finished: all turns were taken"
+    return (yield from _finish(agenda, turns, wish, finished))
 
 
 def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
@@ -1643,41 +1684,55 @@ def council(agenda: Agenda) -> Mode:
     step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
     answers: list[Turn] = yield step
     present = [turn for turn in answers if turn.failure is None]
-    return (yield from _decide(agenda, answers, present, votes=False))
+    wish, _ = yield from _hear(agenda, answers, GO_ON, 1, 1)
+    return (yield from _decide(agenda, answers, present, False, wish))
 
 
 def debate(agenda: Agenda) -> Mode:
     """Positions taken blind, rounds of answers to each other, a vote, a conclusion."""
     values = {"question": agenda.question}
     brief = fill_template(agenda.settings.debate_prompt, values)
-    said = yield from _take_rounds(agenda, brief, blind=True)
-    said.sort(key=lambda turn: turn.text > "")  # silence replaces nothing
+    said, wish = yield from _take_rounds(agenda, brief, blind=True)
+    return (yield from put_to_vote(agenda, said, wish))
+
+
+def put_to_vote(agenda: Agenda, said: Iterable[Turn], wish: str = VOTE) -> Mode:
+    """What each said last is judged, and a chair concludes."""
+    said = sorted(said, key=lambda turn: turn.text > "")  # silence replaces nothing
     latest = {turn.alias: turn for turn in said}
-    turns = [latest[alias] for alias in agenda.aliases]
+    turns = [latest[alias] for alias in agenda.aliases if alias in latest]
     present = [turn for turn in turns if turn.text]
-    return (yield from _decide(agenda, turns, present, votes=True))
+    return (yield from _decide(agenda, turns, present, True, wish))
 
 
 def _decide(
-    agenda: Agenda, turns: Sequence[Turn], present: Sequence[Turn], votes: bool
+    agenda: Agenda,
+    turns: Sequence[Turn],
+    present: Sequence[Turn],
+    votes: bool,
+    wish: str,
 ) -> Mode:
-    """Those who are present judge each other, and a chair concludes."""
+    """Those who are present judge each other, unless the person has had enough, and a
+    chair concludes."""
     members = [turn.alias for turn in present]
     if len(members) < 2:
         return (yield from _end_early(turns, members))
-    papers = tuple(ballot_papers(agenda, present, votes))
-    judged = yield Judge(papers, read_vote if votes else read_ranking)
+    papers = tuple(ballot_papers(agenda, present, votes)) if wish != ENOUGH else ()
+    step = Judge(papers, read_vote if votes else read_ranking)
+    judged: list[Ballot | str] = (yield step) if papers else []
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(members, ballots)
-    parts = [render_standings(standings, votes), describe_agreement(standings, ballots)]
+    none = "No ballots were asked for: you had heard enough."
+    table = render_standings(standings, votes) if papers else none
+    parts = [table, describe_agreement(standings, ballots)]
     for model in dict.fromkeys(agenda.models.values()):
         kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
         if len(kin) > 1:
             parts.append(f"{join_names(kin)} are one model, which may favour itself.")
-    for voter, lost in zip(members, judged, strict=True):
+    for paper, lost in zip(papers, judged, strict=True):
         if isinstance(lost, str):
             reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
-            parts.append(f"No ballot from {voter}: {reason}.")
+            parts.append(f"No ballot from {paper.voter}: {reason}.")
     result = "\n\n".join(filter(None, parts))
     title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
     yield Publish("ranking", f"{RULE}{title}\n\n{result}")
@@ -1689,11 +1744,11 @@ def _decide(
         "result": hide_names("\n".join([result, "", *remarks]).rstrip(), names),
     }
     brief = fill_template(agenda.settings.conclusion_prompt, told)
-    step = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
+    concluding = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
     marks = {
         s.alias: f"rank {n}" if ballots else "" for n, s in enumerate(standings, 1)
     }
-    return (yield from _conclude(agenda, turns, marks, step))
+    return (yield from _conclude(agenda, turns, marks, concluding))
 
 
 def _conclude(
@@ -1713,9 +1768,9 @@ def _conclude(
     for alias in filter(None, (agenda.judge, *members)):
         behind = f" ({', '.join(notes)})" if notes else ""
         yield _outcome(turns, f"chaired by {alias}{behind}")
-        spoken: list[Turn] = yield replace(step, aliases=(alias,), concludes=True)
+        step = replace(step, aliases=(alias,), concludes=True, marks=marks)
+        spoken: list[Turn] = yield step
         if spoken[0].text:
-            yield Fold(marks)
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
     yield _outcome(turns, "nobody could write a conclusion")
@@ -1727,7 +1782,7 @@ def _end_early(turns: Sequence[Turn], members: Sequence[str]) -> Mode:
     if members:
         yield _outcome(turns, f"no conclusion, this is {members[0]}'s answer alone")
         return f"Only {members[0]} answered"
-    reasons = _describe_failures(turns)
+    reasons = _describe_failures(turns) or "nothing was said yet"
     yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
     return "Nobody could answer"
 
@@ -2056,8 +2111,9 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
             text = "\n\n".join(filter(None, texts))
             name, _, role = title.partition(ROLE)
+            name = "" if colour == PERSON_MARK else name or "Assistant"
             concludes = role == CONCLUSION
-            yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
+            yield Turn(name, text, tuple(own), concludes=concludes)
 
 
 def render_fold(title: str, text: str) -> str:
@@ -2160,7 +2216,12 @@ def hide_speakers(entries: Iterable[Entry], names: Mapping[str, str]) -> list[En
 
 
 def render_turn(turn: Turn) -> str:
-    """A turn as the others read it, labelled; its text cannot end or fake a label."""
+    """A turn as the others read it, labelled; its text cannot end or fake a label.
+
+    What the person said stands as it is, like a question.
+    """
+    if not turn.alias:
+        return turn.text
     text = escape_labels(turn.text) or "(could not answer)"
     return f'<message from="{turn.alias}">\n{text}\n</message>'
 
@@ -2230,9 +2291,9 @@ def _size(entry: Entry) -> int:
 def _kept_whole(entries: Sequence[Entry], aliases: Sequence[str]) -> set[int]:
     """The places of the last round, of everybody's last turn, and of the question, of
     which the last part may have been found on the web."""
-    last = {e.alias if isinstance(e, Turn) else "": at for at, e in enumerate(entries)}
-    asked, end = last.get("", 0), len(entries)
-    own = (last[alias] for alias in aliases if alias in last)
+    last = {getattr(e, "alias", None): at for at, e in enumerate(entries)}
+    asked, end = last.get(None, 0), len(entries)
+    own = (last[alias] for alias in ("", *aliases) if alias in last)
     return {asked - 1, asked, *own, *range(end - len(aliases), end)}
 
 
@@ -2352,6 +2413,7 @@ class Commands:
     def settings(self) -> Json:
         """What they set in the place of the valves."""
         asked = {"rounds": self.rounds, "participants": list(self.seats)}
+        asked |= {"join": True} if self.join else {}
         return {name: value for name, value in asked.items() if value not in (None, [])}
 
 
@@ -2471,6 +2533,24 @@ def _is_quoted(before: str) -> bool:
     fences = len(re.findall(r"(?m)^[^\S\n]*+(?:```|~~~)", before))
     in_code = fences % 2 or (line.isspace() and len(line) >= 4)
     return bool(in_code) or line.lstrip().startswith(">")
+
+
+def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
+    """A model's answer to the host's question what may be asked after a reply of these
+    items, with up to three questions of ours behind its own; the host takes five."""
+    texts = (text_of(i.get("content")) for i in output if i.get("type") == "message")
+    reply = {"role": "assistant", "content": "\n\n".join(texts)}
+    turns = [turn for turn in _read_reply([reply], None) if turn.alias]
+    said = list(dict.fromkeys(t.alias for t in turns if t.text and not t.concludes))
+    silent = dict.fromkeys(t.alias for t in turns if t.alias not in said)
+    ours = [f"{', '.join(silent)}: please answer, too."] if silent else []
+    if said[1:]:
+        ours.append(f"{said[0]}: answer what {said[-1]} said.")
+        if not any(turn.concludes for turn in turns):
+            ours += ["/vote Who is right?", "/rounds 1 Take up what was said."]
+    listed = _part_of(_find_object(answer, "follow_ups"), "follow_ups", list)
+    whole = {"follow_ups": [*listed[: 5 - len(ours[:3])], *ours[:3]]}
+    return json.dumps(whole, ensure_ascii=False)
 
 
 # -- tool arguments --------------------------------------------------------------------
@@ -2670,7 +2750,7 @@ def fold_drafts(
     for block in transcript.blocks:
         sections.setdefault(block.section, []).append(block)
     titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
-    spoken = {n: title for n, title in titles.items() if title and n != ranking}
+    spoken = {n: title for n, title in titles.items() if title and title[1] in COLOURS}
     conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
     for number in (outcome, conclusion, ranking):
         for block in sections[number]:
@@ -2901,9 +2981,22 @@ class Host:
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
 
     @property
+    def user_name(self) -> str:
+        """What the person is called in a heading."""
+        return clean_alias(str(getattr(self.user, "name", ""))) or "You"
+
+    @property
     def can_replace(self) -> bool:
         """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
         return self.in_chat and VERSION != "0.11.0"
+
+    @property
+    def followed(self) -> list[Json]:
+        """The items of the reply after which this task asks for follow-ups, if so."""
+        asked = self.metadata.get("task_body") or {}
+        last = (asked.get("messages") or [{}])[-1]
+        is_asked = "follow_up" in str(self.metadata.get("task"))
+        return (last.get("output") or []) if is_asked else []
 
     @property
     def can_ask(self) -> bool:
@@ -3175,8 +3268,11 @@ class Host:
         """What the person at the page chose of these options (label -> what it does),
         or said in words of their own where they are `free` to; "" is no answer.
 
-        Where there is no card a dialog asks whether it shall be the second option.
+        Where there is no card a dialog asks whether it shall be the second option; for
+        other words there is none.
         """
+        if free and not self.has_card:
+            return ""
         if not self.has_card:
             asked: Json = {"title": title, "message": question}
             agreed = await self._call("confirmation", asked) is True
@@ -4719,14 +4815,14 @@ class Run:
                     result = await self._speak(step, stage)
                 case AskManager():
                     result = await self._ask_manager(step, stage)
+                case AskPerson():
+                    result = await self._ask_person()
                 case Judge():
                     result = await self._judge(step, stage)
                 case Publish(key, text):
                     self.screen.publish(key, text)
                     self.saver.due.set()
                     result = None
-                case Fold(marks):
-                    self.screen.marks |= marks
         return f"Ended after {limit:,.0f} s, the time of a conversation"
 
     def _show_end(self, reason: str) -> None:
@@ -4794,6 +4890,7 @@ class Run:
             section.be_late()
         absent = partial(Turn, text="", failure="it was late", late=True)
         turns = [done.get(alias) or absent(alias) for alias in step.aliases]
+        self.screen.marks |= step.marks if turns[0].text else {}
         if step.joins:
             self.entries.extend(turns)
         return turns
@@ -4847,6 +4944,18 @@ class Run:
         except ModelFailure as failure:
             log.debug("the manager failed: %s", failure)
             return None
+
+    async def _ask_person(self) -> str:
+        """What the person wants; words of its own are shown, and read by all."""
+        question = "Anything to add? Your own words are read by all."
+        said = await self.host.ask("Your turn", question, WISHES, free=True)
+        if said and said not in WISHES:
+            guard, said = ForgeryGuard(), storable(said)
+            text = f"{RULE}### {PERSON_MARK} {self.host.user_name}\n\n"
+            text += guard.feed(said) + guard.close()
+            self.screen.publish(f"said {len(self.entries)}", text)
+            self.entries.append(Turn("", said))
+        return said
 
     def _prompt(
         self, participant: Participant, brief: str, names: Mapping[str, str]
@@ -5156,7 +5265,7 @@ async def _prepare(
         if alias != cast.chair
     }
     aliases = choose_addressed(commands.only, tuple(models)) or tuple(models)
-    if len(aliases) == 1:
+    if len(aliases) == 1 and not commands.vote:
         if row.drafts or len(models) > 1:
             settings.rounds = 1
         row = MODES["round_robin"]
@@ -5166,16 +5275,26 @@ async def _prepare(
     problems = (*cast.problems, *filter(None, [commands.problem]))
     told = describe_table(mode_id, agenda, commands, cards)
     cast = replace(cast, problems=problems, told=told)
-    if row.drafts and not settings.remember_drafts:
+    if row.drafts and not (settings.remember_drafts or commands.vote):
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
-    run = _make_run(host, settings, cast, entries, row.drafts)
+    drafts = row.drafts and not commands.vote
+    run = _make_run(host, settings, cast, entries, drafts)
     if run.screen.continued and stored:
         run.go_on_after(stored[-1].get("output"))
+    return run, _begin(run, row, agenda, commands.vote)
+
+
+def _begin(run: Run, row: ModeRow, agenda: Agenda, votes: bool) -> Mode:
+    """The mode of a run, or a vote on what was said before."""
+    entries, tokens_used = run.entries, run.ledger.tokens
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
-    seed, tokens_used = run.screen.transcript.prefix, run.ledger.tokens
+    seed = run.screen.transcript.prefix
     agenda = replace(agenda, last=last, seed=seed, tokens_used=tokens_used)
-    return run, row.begin(agenda)
+    if votes:
+        said = [e for e in entries if isinstance(e, Turn) and not e.concludes]
+        return put_to_vote(agenda, [turn for turn in said if turn.text])
+    return row.begin(agenda)
 
 
 def _make_run(
@@ -5211,7 +5330,8 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         call = ModelCall("task", voice, lambda _: body["messages"], clock)
         call = replace(call, parameters=sampling)
         models = ModelCalls(host, settings, Ledger(host.add_usage))
-        return await models.text(call, streams=False)
+        answer = await models.text(call, streams=False)
+        return add_follow_ups(answer, host.followed) if host.followed else answer
     except (HostFailure, ModelFailure) as failure:
         raise ConversationError(str(failure)) from failure
 
