@@ -2507,9 +2507,9 @@ def describe_table(
     settings, asked = agenda.settings, commands.rounds is not None
     seats, models = list(agenda.models), list(set(agenda.models.values()))
     told = []
-    if len(seats) == 1:
+    if len(seats) == 1 and not settings.join:
         told.append(f"{seats[0]} is alone: a conversation needs at least two seats")
-    elif len(models) == 1 and not settings.team.strip():
+    elif len(models) == 1 < len(seats) and not settings.team.strip():
         told.append(f"{join_names(seats)} are all {plain_line(cards[models[0]].name)}")
     elif commands.seats:
         told.append(f"In this chat: {join_names(seats)}")
@@ -5226,19 +5226,15 @@ async def _prepare(
         raise ConversationError(
             f"Open WebUI could not prepare this conversation: {failure}. Try again."
         ) from failure
-    models = {
-        alias: seat.voice.model_id
-        for alias, seat in cast.participants.items()
-        if alias != cast.chair
-    }
+    seated = cast.participants
+    models = {a: seated[a].voice.model_id for a in seated if a != cast.chair}
     aliases = choose_addressed(commands.only, tuple(models)) or tuple(models)
     if len(aliases) == 1 and not commands.vote:
         if row.drafts or len(models) > 1:
             settings.rounds = 1
         row = MODES["round_robin"]
-    agenda = Agenda(
-        aliases, last_question(entries), settings, models=models, judge=cast.chair
-    )
+    question, judge = last_question(entries), cast.chair
+    agenda = Agenda(aliases, question, settings, models=models, judge=judge)
     problems = (*cast.problems, *filter(None, [commands.problem]))
     told = describe_table(mode_id, agenda, commands, cards)
     cast = replace(cast, problems=problems, told=told)
