@@ -129,7 +129,7 @@ BALLOTS = {
 def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     room = Room(ranks=BALLOTS)
     assert room.play(mmc.council(agenda())) == "Chaired by Cat"
-    answers, rank, ranking, outcome, conclusion, fold = room.steps
+    answers, rank, ranking, outcome, conclusion = room.steps
     assert answers == mmc.Speak(ALL, "answering", joins=False)
     assert isinstance(rank, mmc.Judge) and rank.read is mmc.read_ranking
     assert [paper.voter for paper in rank.papers] == list(ALL)
@@ -138,9 +138,8 @@ def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     assert isinstance(conclusion, mmc.Speak)
     assert conclusion.aliases == ("Cat",)
     assert conclusion.concludes and not conclusion.joins
-    assert fold == mmc.Fold(
-        {"Cat": "rank 1", "Bob": "rank 2", "Ann": "rank 3", "Dan": "rank 4"}
-    )
+    ranks = {"Cat": "rank 1", "Bob": "rank 2", "Ann": "rank 3", "Dan": "rank 4"}
+    assert conclusion.marks == ranks
 
 
 def test_the_quorum_of_the_valves_is_asked_for() -> None:
@@ -1658,7 +1657,7 @@ def test_progress_says_how_far_everybody_is_who_is_not_seen_yet() -> None:
 def test_a_section_says_how_far_it_is_until_it_is_seen() -> None:
     run, _ = make_run(aliases=("Ann", "Bob"))
     ann, bob = (
-        mmc.Section(run.screen, run.cast.participants[alias], mmc.TurnClock(600.0))
+        mmc.Section(run.screen, run.cast.participants[alias], mmc.Deadline(600.0))
         for alias in ("Ann", "Bob")
     )
     assert (ann.describe(False), bob.describe(False)) == ("waiting", "waiting")
