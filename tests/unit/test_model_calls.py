@@ -422,7 +422,8 @@ def watched(person: Person, *replies: Any) -> tuple[mmc.ModelCalls, mmc.ModelCal
     host = ScriptedHost(
         door.host.request, None, door.host.metadata, None, person, list(replies)
     )
-    models = mmc.ModelCalls(host, door.run.settings, door.run.ledger)
+    run = door.run
+    models = mmc.ModelCalls(host, run.settings, run.ledger, run.screen.emitter)
     return models, door.call()
 
 
