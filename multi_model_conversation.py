@@ -57,8 +57,8 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
-from itertools import count
-from statistics import fmean, pvariance
+from itertools import count, groupby
+from statistics import fmean, median, pvariance
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -228,6 +228,9 @@ class Settings(UserSettings):
     max_tokens: int = _setting(
         0, "Tokens after which no further round begins, as providers report. 0: any."
     )
+    max_prompt: int = _setting(
+        0, "The most tokens of a prompt; older turns are left out. 0: as models take."
+    )
     max_runs: int = _setting(0, "The most conversations at a time. 0: no limit.")
     calls_per_connection: Count = _setting(
         8, "How many models of one connection may answer a conversation at a time."
@@ -371,16 +374,10 @@ class ToolFailure(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Visible text of a reply."""
+    """Text of a reply, or what the model thought, which no other participant reads."""
 
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
-    """Text the model thought, never shown to other participants."""
-
-    text: str
+    kind: Literal["message", "reasoning"] = "message"
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,10 +419,11 @@ class ToolResult:
 
     text: str
     failed: bool = False
-    files: tuple[Json, ...] = ()
-    embeds: tuple[Any, ...] = ()
-    images: tuple[str, ...] = ()  # as a model can read them
-    image_urls: tuple[str, ...] = ()  # as they are stored
+    files: Sequence[Json] = ()
+    embeds: Sequence[Any] = ()
+    images: Sequence[str] = ()  # as a model can read them
+    image_urls: Sequence[str] = ()  # as they are stored
+    sources: Sequence[Json] = ()  # of a tool that reads documents or pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,6 +462,7 @@ class Voice:
     sees: bool = True  # it is given images
     counts_usage: bool = True
     think_tags: tuple[tuple[str, str], ...] = ()
+    window: Any = 0  # `num_ctx`, as it is stored: tokens of a prompt and its answer
     problems: tuple[str, ...] = ()
 
 
@@ -575,19 +574,16 @@ class AskManager:
     wrong_answer: str = ""
 
 
-ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | UsageReport | SourceFound
+ReplyEvent = TextDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
 Step = Speak | AskManager | Judge | Publish | Fold
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
 Mode = Steps[str]  # gives why the conversation ended
 
 
-_UNSTORABLE = re.compile(r"[\0\ud800-\udfff]")
-
-
 def storable(text: str) -> str:
     """Text as it can be stored: the host drops NUL and halves of characters then."""
-    if (text.isascii() and "\0" not in text) or not _UNSTORABLE.search(text):
+    if text.isascii() and "\0" not in text:
         return text
     whole = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return whole.replace("\0", "\ufffd")
@@ -613,8 +609,7 @@ _JSON = json.JSONDecoder()
 
 def parse_json(text: str) -> Any:
     """The value of a JSON text, else a `ValueError`; faster than `json.loads`."""
-    text = text.strip()
-    value, end = parse_json_at(text)
+    value, end = parse_json_at(text := text.strip())
     if end < len(text):
         raise ValueError("more than one value")
     return value
@@ -737,7 +732,7 @@ class ThinkSplitter:
             self._trim = not text
         if not text:
             return []
-        return [(TextDelta if self._tag is self._start else ReasoningDelta)(text)]
+        return [TextDelta(text, "message" if self._tag is self._start else "reasoning")]
 
 
 def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
@@ -861,19 +856,16 @@ class ReplyDecoder:
             yield from self._think.feed(text)
             return
         try:
-            yield from self._read_value(value)
+            if not isinstance(value, dict):
+                yield from self._read_text(getattr(value, "content", value))
+            elif value.get("object") == "error":  # older vLLM
+                raise ModelFailure(error_text(value))
+            elif isinstance(value.get("type"), str) and "choices" not in value:
+                yield from self._read_responses_event(value["type"], value)
+            else:
+                yield from self._read_chunk(value)
         except _MALFORMED as error:
             log.debug("skipped a chunk that makes no sense: %s", type(error).__name__)
-
-    def _read_value(self, value: Any) -> Iterator[ReplyEvent]:
-        if not isinstance(value, dict):
-            yield from self._read_text(getattr(value, "content", value))
-        elif value.get("object") == "error":  # older vLLM
-            raise ModelFailure(error_text(value))
-        elif isinstance(value.get("type"), str) and "choices" not in value:
-            yield from self._read_responses_event(value["type"], value)
-        else:
-            yield from self._read_chunk(value)
 
     def _read_text(self, content: Any) -> Iterator[ReplyEvent]:
         if text := text_of(content):
@@ -893,7 +885,7 @@ class ReplyDecoder:
             message = choice.get("message") or chunk.get("message") or chunk
             yield from self._read_message(message, copy=self._has_deltas)
         for item in () if self._has_text else chunk.get("output") or ():
-            yield from self._read_value(item)
+            yield from self._read(item)
         sources = chunk.get("sources") or ()
         yield from (SourceFound(each) for each in sources if isinstance(each, dict))
 
@@ -902,7 +894,7 @@ class ReplyDecoder:
         if not copy:
             keys = ("reasoning_content", "reasoning", "thinking")
             if thought := text_of(next(filter(None, map(message.get, keys)), "")):
-                yield ReasoningDelta(storable(thought))
+                yield TextDelta(storable(thought), "reasoning")
             yield from self._read_text(message.get("content"))
         calls = message.get("tool_calls") or ()
         if message.get("function_call"):
@@ -972,10 +964,8 @@ def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
     """What can be counted in a chunk, as one report."""
     # Ollama counts beside the message
     ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
-    usage: Json = {}
-    for report in (chunk.get("usage"), chunk.get("timings"), ollama):
-        usage |= _counts_of(report)
-    if usage:
+    reports = map(_counts_of, (chunk.get("usage"), chunk.get("timings"), ollama))
+    if usage := dict(item for report in reports for item in report.items()):
         yield UsageReport(usage)
 
 
@@ -1224,6 +1214,7 @@ _NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
 _FITTINGS = 20  # each leaves at most a quarter of what was missing, where all judge
 _TELLING = 3  # values beyond those that any ballots fit; fewer show no agreement
 _MIDDLE = 5.0  # of 0 to 10: where a ballot has places only
+_MOST_MOVED = 0.8  # by one judge; less costs more right judges than wrong ones
 _LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 _LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
 _ANSWER_LETTER = re.compile(r"\b(?:[Aa]nswer|[Rr]esponse) ([A-H])\b")
@@ -1237,6 +1228,16 @@ _COMMAND = re.compile(
 _LAST_SLASH = re.compile(r"(?m)(?<!\S)(?=/rounds|/with)|^[^\S\n]*+(?=/vote|/join)")
 _REST_OF_LINE = re.compile(r"\A[^\S\n]*+\n?")
 _BEFORE_COLON = re.compile(rf"\s*+([^\s:：][^\n]{{0,{_COMMAND_READ}}}?)(?::(?=\s)|：)")
+_IMAGE_TOKENS = 1600  # what the costliest provider counts for a large one
+_LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is left out
+_LEAST_TOKENS = 100  # to which the middle of a text may be cut
+_TOO_LONG = re.compile(  # what providers say of a prompt
+    r"(?i)context[ _](?:length|window|size|limit)|maximum (?:prompt|model|input) length"
+    r"|(?:prompt|input|request|message)\w* (?:\w+ ){0,3}too (?:long|large)"
+    r"|too many tokens|tokens exceed|exceeds? the (?:\w+ ){1,5}tokens"
+    r"|tokens must be ="
+)
+_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,}(?![\w-]|\.\d)")
 _HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 _JSON_TYPES: dict[str, Any] = dict(
     string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
@@ -1794,13 +1795,16 @@ def read_vote(answer: str, paper: BallotPaper) -> Ballot | str:
     return Ballot(paper.voter, values, {found[0]: reason})
 
 
-def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
+def tally(
+    aliases: Sequence[str], ballots: Sequence[Ballot], limit: float = _MOST_MOVED
+) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
     A value on a ballot is how good the answer is and how high its judge judges, both
     fitted in turns (least squares): nobody gains by a lenient judge, by giving noughts,
     or by not meeting the best one on its own ballot. Half a value is doubt that a
-    judge's level is more than chance.
+    judge's level is more than chance; how far a judge is from the middle of all counts
+    up to where it moves the mean by `limit`: none outweighs all by exaggerating.
     """
     given = [value for ballot in ballots for value in ballot.values.values()]
     scores = dict.fromkeys(aliases, fmean(given or [0.0]))
@@ -1812,7 +1816,10 @@ def tally(aliases: Sequence[str], ballots: Sequence[Ballot]) -> list[Standing]:
             levels[ballot.voter] = above / (len(ballot.values) + 0.5)
         for alias, found in on.items():
             values = [b.values[alias] - levels[b.voter] for b in found]
-            scores[alias] = fmean(values or [scores[alias]])
+            middle = median(values or [scores[alias]])
+            far = limit * len(values)
+            near = [min(max(v, middle - far), middle + far) for v in values]
+            scores[alias] = fmean(near or [middle])
     standings = []
     for alias, found in on.items():
         score = round(scores[alias], 6) if found else None  # what is equal stays equal
@@ -2104,6 +2111,95 @@ def render_turn(turn: Turn) -> str:
 def escape_labels(text: str) -> str:
     """Foreign text that cannot end or fake a `<message from=...>` label."""
     return re.sub(r"(?i)<(?=[^\w<]*+message\b)", "&lt;", text)
+
+
+def tokens_of(value: Any) -> int:
+    """About how many tokens a text or JSON has, rather too many than too few.
+
+    Five ASCII characters count as two; a Cyrillic one counts 0.9, a Chinese one 1.4.
+    """
+    if isinstance(value, str):
+        beyond_ascii = len(value.encode("utf-8", "replace")) - len(value)
+        return 4 + len(value) * 2 // 5 + beyond_ascii // 2
+    if isinstance(value, Mapping):
+        if "image" in str(value.get("type")):
+            return _IMAGE_TOKENS
+        value = value.values()
+    return sum(map(tokens_of, value)) if isinstance(value, Iterable) else 1
+
+
+def read_limit(reason: str) -> int | None:
+    """The tokens a model takes, by its provider's words about a prompt that is too
+    long: 0 if no number is among them, and None if they are about something else."""
+    if not _TOO_LONG.search(reason):
+        return None
+    found = {re.sub("[,_]", "", number[0]) for number in _LARGE_NUMBER.finditer(reason)}
+    # beside the limit mostly stands what was sent, which is more
+    return sorted(map(int, found))[-2:][0] if found else 0
+
+
+def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list[Entry]:
+    """The conversation of these participants in so many tokens, if that can be: a line
+    stands where older turns, and if need be older questions, are left out.
+
+    So much goes at a time that the cut stays where it is for some turns, and with it
+    what providers' prompt caches hold.
+    """
+    sizes = list(map(_size, entries))
+    step = max(room // 3, 1)
+    excess = -(-(sum(sizes) - room) // step) * step
+    rest = set(range(len(entries))) - _kept_whole(entries, aliases)
+    gone: set[int] = set()
+    for at in sorted(rest, key=lambda at: (isinstance(entries[at], Question), at)):
+        if excess <= 0:
+            break
+        gone.add(at)
+        excess -= sizes[at]
+    shorter: list[Entry] = []
+    for is_gone, places in groupby(range(len(entries)), gone.__contains__):
+        some = [entries[at] for at in places]
+        what = f"{len(some)} earlier turn{'s were' if some[1:] else ' was'}"
+        shorter += [Question(f"({what} left out here)")] if is_gone else some
+    return shorter
+
+
+def _size(entry: Entry) -> int:
+    """The tokens of an entry for who reads most of it: the speaker has tool results."""
+    if isinstance(entry, Question):
+        return _LABEL_TOKENS + tokens_of(entry.content)
+    return _LABEL_TOKENS + max(tokens_of(entry.text), tokens_of(entry.messages))
+
+
+def _kept_whole(entries: Sequence[Entry], aliases: Sequence[str]) -> set[int]:
+    """The places of the last round, of everybody's last turn, and of the question, of
+    which the last part may have been found on the web."""
+    last = {e.alias if isinstance(e, Turn) else "": at for at, e in enumerate(entries)}
+    asked, end = last.get("", 0), len(entries)
+    own = (last[alias] for alias in aliases if alias in last)
+    return {asked - 1, asked, *own, *range(end - len(aliases), end)}
+
+
+def squeeze(messages: list[Json], room: int) -> list[Json]:
+    """Messages in so many tokens, if that can be: the longest texts but the system
+    prompt lose their middle, with a line in its place."""
+    most, shorter = max(room, 10 * _LEAST_TOKENS), messages
+    while tokens_of(shorter) > room and most > _LEAST_TOKENS:
+        most = most * 3 // 4
+        shorter = _without_middle(messages, most)
+    return shorter
+
+
+def _without_middle(value: Any, most: int) -> Any:
+    if isinstance(value, list):
+        return [_without_middle(each, most) for each in value]
+    if isinstance(value, dict) and value.get("role") != "system":
+        inner = {key: value[key] for key in ("content", "text") if key in value}
+        return value | {k: _without_middle(each, most) for k, each in inner.items()}
+    if not isinstance(value, str) or (size := tokens_of(value)) <= most:
+        return value
+    half = len(value) * most // size // 2
+    line = f"({len(value) - 2 * half:,} characters were left out here)"
+    return f"{value[:half]}\n{line}\n{value[-half:]}"
 
 
 def messages_for(
@@ -2591,22 +2687,15 @@ if sys.modules.get("open_webui"):  # there is none where the unit tests run
     from open_webui.models.models import Models
     from open_webui.models.users import Users
     from open_webui.utils import middleware
+    from open_webui.utils import payload as host_payload
+    from open_webui.utils import tools as host_tools
     from open_webui.utils.access_control import has_permission
     from open_webui.utils.chat import generate_chat_completion
     from open_webui.utils.chat_id import is_saved_chat_id
     from open_webui.utils.files import get_image_base64_from_url
     from open_webui.utils.misc import get_message_list
     from open_webui.utils.models import get_all_models, get_filtered_models
-    from open_webui.utils.payload import (
-        apply_model_params_to_body_openai,
-        resolve_system_prompt,
-    )
     from open_webui.utils.response import merge_usage
-    from open_webui.utils.tools import (
-        get_builtin_tools,
-        get_tools,
-        get_updated_tool_function,
-    )
 
 _NO_CHAT_MODEL = re.compile(
     r"embed|rerank|whisper|\btts\b|dall-e|moderation|transcri|imagen|gpt-image", re.I
@@ -2624,15 +2713,16 @@ _SAMPLING_NAMES = (  # the host's
     "num_predict num_keep num_batch num_thread num_gpu think keep_alive"
 )
 SAMPLING = tuple(_SAMPLING_NAMES.split())  # what a chat's controls set for the models
-_TOOLS_TIMEOUT = 30  # s in which the tools of a model must be there
-_GRACE = 0.1  # s; a query of the host's takes some milliseconds
+
 WRITE_TIMEOUT = 15  # s for a write of the host's; SQLite itself waits for 5
 MOST_RESULT = 200_000  # characters of a tool's result; a prompt holds no more
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
 _AWAY = "Open WebUI's database does not answer"
-_SAID_PLAINLY = {  # an error of these packages, whose words are for developers
+_SAID_PLAINLY = {  # errors of these packages or names, whose words are for developers
     **dict.fromkeys(("sqlalchemy", "sqlite3", "psycopg", "asyncpg", "redis"), _AWAY),
     "aiohttp": "the connection broke off",
+    "CancelledError": "it was cancelled from inside",
+    "TimeoutError": "it timed out",
 }
 
 
@@ -2654,17 +2744,13 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         yield
     except (ModelFailure, ToolFailure):
         raise
-    except asyncio.CancelledError as error:
-        if was_cancelled():
-            raise
-        raise failure("it was cancelled from inside") from error
-    except Exception as error:  # foreign code raises what it likes
-        if was_cancelled():  # also in place of our cancellation
+    except (Exception, asyncio.CancelledError) as error:  # it raises what it likes
+        if was_cancelled():  # also where something else was raised in its place
             raise asyncio.CancelledError from error
         log.debug("foreign code failed: %s", hide_keys(traceback.format_exc()))
-        plain = _SAID_PLAINLY.get(type(error).__module__.split(".")[0])
-        reason = "it timed out" if isinstance(error, TimeoutError) else str(error)
-        detail = getattr(error, "detail", None) or reason or type(error).__name__
+        package, name = type(error).__module__.split(".")[0], type(error).__name__
+        plain = _SAID_PLAINLY.get(package) or _SAID_PLAINLY.get(name)
+        detail = getattr(error, "detail", None) or str(error) or name
         failed = failure(plain or error_text(detail))
         if isinstance(failed, ModelFailure):
             status = getattr(error, "status_code", 0)
@@ -2672,11 +2758,12 @@ def foreign_errors(failure: type[Exception]) -> Iterator[None]:
         raise failed from error
 
 
-async def apart(work: Awaitable[Result], grace: float = _GRACE) -> Result:
+async def apart(work: Awaitable[Result], grace: float = 0.1) -> Result:
     """Somebody else's work, in a task of its own.
 
-    A cancellation reaches it only after `grace` seconds: in the middle of a query it
-    would leave the host's database locked. Work that swallows it is left behind.
+    A cancellation reaches it only after `grace` seconds: in the middle of a query,
+    which takes milliseconds, it would leave the host's database locked. Work that
+    swallows it is left behind.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -2713,11 +2800,6 @@ class Host:
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
 
     @property
-    def user_id(self) -> str:
-        """Whose run it is."""
-        return str(getattr(self.user, "id", ""))
-
-    @property
     def can_replace(self) -> bool:
         """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
         return self.in_chat and VERSION != "0.11.0"
@@ -2744,19 +2826,17 @@ class Host:
     def model_options(__user__: Json) -> list[dict[str, str]]:
         """The models a user may use, for the inputs of the valves (synchronous)."""
         everything = BYPASS_MODEL_ACCESS_CONTROL or __user__.get("role") == "admin"
-        me = {("user", "*"), ("user", __user__.get("id"))}
-        if not everything:
-            with get_db() as session:
-                groups = session.query(GroupMember.group_id)
-                mine = groups.filter(GroupMember.user_id == __user__.get("id"))
-                me |= {("group", group_id) for (group_id,) in mine}
+        user_id = __user__.get("id")
+        with get_db() as session:
+            groups = session.query(GroupMember.group_id)
+            mine = groups.filter(GroupMember.user_id == user_id).all()
+        me = {("user", "*"), ("user", user_id), *(("group", g) for (g,) in mine)}
         models = dict(app.state.MODELS.items())
         cards = _cards_of(models.values(), models, own_function_id())
         return [
             {"value": card.id, "label": card.name}
             for card in cards.values()
-            if not card.is_self
-            and (everything or _may_read(card.entry.get("info") or {}, me))
+            if not card.is_self and (everything or _may_read(card.entry, me))
         ]
 
     async def model_cards(self, own_id: str) -> dict[str, ModelCard]:
@@ -2799,8 +2879,9 @@ class Host:
         try:
             with foreign_errors(HostFailure):
                 prompt = params.get("system")
-                system = await resolve_system_prompt(prompt, self.metadata, self.user)
-                taken = apply_model_params_to_body_openai(missing, {})
+                render = host_payload.resolve_system_prompt
+                system = await render(prompt, self.metadata, self.user)
+                taken = host_payload.apply_model_params_to_body_openai(missing, {})
                 tools, problems = await self._tools(card.entry, settings)
         except HostFailure as failure:
             return str(failure)
@@ -2818,6 +2899,7 @@ class Host:
             sees=capabilities.get("vision", True),
             counts_usage=capabilities.get("usage") is not False,
             think_tags=self.think_tags(params.get("reasoning_tags")),
+            window=params.get("num_ctx"),
             problems=tuple(problems),
         )
 
@@ -2847,39 +2929,25 @@ class Host:
         }
         tools: dict[str, Json] = {}
         problems: list[str] = []
-        features = self.metadata.get("features") or {}
-        seen = _builtins_model(model, self.metadata, settings)
-        try:
-            with foreign_errors(HostFailure):
-                if seen:
-                    tools |= await get_builtin_tools(
-                        self.request, extra, features, seen
-                    )
-        except HostFailure:
-            problems.append("Open WebUI's own tools could not be loaded")
-        ids = _meta_of(model).get("toolIds") or []
-        tools |= await self._own_tools(ids, extra, problems)
+
+        async def add(what: str, loading: Awaitable[dict[str, Json]]) -> None:
+            try:
+                with foreign_errors(HostFailure):
+                    async with asyncio.timeout(30):  # s; it may ask a server
+                        tools.update(await loading)
+            except HostFailure:
+                problems.append(f"{what} could not be loaded")
+
+        if seen := _builtins_model(model, self.metadata, settings):
+            features = self.metadata.get("features") or {}
+            built_in = host_tools.get_builtin_tools(self.request, extra, features, seen)
+            await add("Open WebUI's own tools", built_in)
+        for tool_id in _meta_of(model).get("toolIds") or ():
+            own = host_tools.get_tools(self.request, [tool_id], self.user, extra)
+            await add(f'its tool "{plain_line(tool_id, 60)}"', own)
         chosen = (self.metadata.get("tools") or {}).items()
         tools |= {n: tool for n, tool in chosen if tool.get("type") != "builtin"}
         return tools, problems
-
-    async def _own_tools(
-        self, ids: list[str], extra: Json, problems: list[str]
-    ) -> dict[str, Json]:
-        """The tools of a workspace model; one that fails costs only itself."""
-        tools: dict[str, Json] = {}
-        try:
-            with foreign_errors(HostFailure):
-                async with asyncio.timeout(_TOOLS_TIMEOUT):
-                    tools |= await get_tools(self.request, ids, self.user, extra)
-        except HostFailure:
-            if len(ids) == 1:
-                name = plain_line(ids[0], 60)
-                problems.append(f'its tool "{name}" could not be loaded')
-                return {}
-            for tool_id in ids:
-                tools |= await self._own_tools([tool_id], extra, problems)
-        return tools
 
     async def stored_replies(self) -> list[Json]:
         """The stored messages that led to this question, the first one first.
@@ -2915,31 +2983,26 @@ class Host:
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
         kept = {name: self.metadata[name] for name in names if name in self.metadata}
-        opening = self._begin({**payload, "metadata": kept})
+        opening = asyncio.create_task(self._open({**payload, "metadata": kept}))
         try:
-            try:
-                with foreign_errors(ModelFailure):
-                    await apart(opening)
-            except ModelFailure as failure:
-                if str(failure) != "Model not found":
-                    raise
-                # It was there when the run began: the list of models went with the
-                # host's Redis, or its database is away, which this then says.
-                with foreign_errors(ModelFailure):
-                    await apart(get_all_models(self.request, user=self.user))
-                    opening = self._begin({**payload, "metadata": kept})
-                    await apart(opening)
-            async with aclosing(reply_items(opening.result())) as items:
+            async with aclosing(reply_items(await apart(opening))) as items:
                 yield items
         finally:
             await _close_reply(opening)
 
-    def _begin(self, payload: Json) -> asyncio.Task[Any]:
-        inner = self._inner_request()
-        ask = generate_chat_completion
-        return asyncio.create_task(
-            ask(inner, payload, self.user, bypass_system_prompt=True)
-        )
+    async def _open(self, payload: Json) -> Any:
+        ask = partial(generate_chat_completion, bypass_system_prompt=True)
+        try:
+            with foreign_errors(ModelFailure):
+                return await ask(self._inner_request(), payload, self.user)
+        except ModelFailure as failure:
+            if str(failure) != "Model not found":
+                raise
+        # It was there when the run began: the list of models went with the host's
+        # Redis, or its database is away, which this then says.
+        with foreign_errors(ModelFailure):
+            await get_all_models(self.request, user=self.user)
+            return await ask(self._inner_request(), payload, self.user)
 
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
@@ -2965,9 +3028,8 @@ class Host:
         One that is not done shimmers, for which the page paints every frame: only for
         work that nothing else shows.
         """
-        await self._emit(
-            {"type": "status", "data": {"description": text, "done": done}}
-        )
+        status = {"description": text, "done": done}
+        await self._emit({"type": "status", "data": status})
 
     async def show_sources(self, sources: Iterable[Json]) -> None:
         """Cite sources in the message, each in the host's shape."""
@@ -3088,17 +3150,16 @@ class Host:
                     "server": tool.get("server", {}),
                     "session_id": self.metadata.get("session_id"),
                 }
-                asking = self.caller({"type": "execute:tool", "data": asked})
-                return await apart(asking)
+                return await apart(self.caller({"type": "execute:tool", "data": asked}))
             files = self.metadata.get("files") or []
             extra = {"__messages__": messages, "__files__": files}
-            function = await get_updated_tool_function(tool["callable"], extra)
-            return await apart(function(**arguments))
+            use = await host_tools.get_updated_tool_function(tool["callable"], extra)
+            return await apart(use(**arguments))
 
     async def read_tool_result(
         self, tool: Json, call: ToolCall, arguments: Json, value: Any
     ) -> ToolResult:
-        """What a tool gave -> text, files, embeds; citations and the like go out."""
+        """What a tool gave, as the host reads it; its own events go out."""
         kind, direct = tool.get("type", ""), bool(tool.get("direct"))
         with foreign_errors(ToolFailure):
             text, files, embeds = await middleware.process_tool_result(
@@ -3109,14 +3170,18 @@ class Host:
             )
             images = [f for f in files if f.get("type") == "image" and f.get("url")]
             readable = [await self._keep_image(image) for image in images]
-        text = "" if text is None else storable(str(text))
-        if len(text) > MOST_RESULT:
-            text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
+            text = "" if text is None else storable(str(text))
+            if len(text) > MOST_RESULT:
+                text = f"{text[:MOST_RESULT]}\n(cut: it has {len(text):,} characters)"
+            sources: list[Json] = []
+            citing = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
+            if text and call.name in citing:
+                sources = middleware.get_citation_source_from_tool_result(
+                    call.name, arguments, text, tool.get("tool_id", "")
+                )
         failed = isinstance(value, dict) and bool(value.get("error"))
-        stored = tuple(image["url"] for image in images)
-        return ToolResult(
-            text, failed, tuple(files), tuple(embeds), tuple(readable), stored
-        )
+        stored = [image["url"] for image in images]
+        return ToolResult(text, failed, files, embeds, readable, stored, sources)
 
     async def _keep_image(self, image: Json) -> str:
         """Keep an image out of the chat's JSON, where the host can (from 0.12); gives
@@ -3128,18 +3193,6 @@ class Host:
         if store:
             image["url"] = await store(self.request, url, self.metadata, self.user)
         return str(data)
-
-    async def cite(
-        self, tool: Json, call: ToolCall, arguments: Json, text: str
-    ) -> None:
-        """Show the sources of a tool that reads documents or pages."""
-        names = getattr(middleware, "CITATION_TOOL_NAMES", _CITING_TOOLS.split())
-        if call.name in names and text:
-            with suppress(HostFailure), foreign_errors(HostFailure):
-                sources = middleware.get_citation_source_from_tool_result(
-                    call.name, arguments, text, tool.get("tool_id", "")
-                )
-                await self.show_sources(sources)
 
     async def use_legacy_tools(
         self, voice: Voice, messages: list[Json], run: Callable[..., Awaitable[Any]]
@@ -3156,24 +3209,18 @@ class Host:
         async def in_page(event: Json) -> Any:
             return await run_one(event["data"]["name"], **event["data"]["params"])
 
-        tools = {
-            name: {**tool, "callable": partial(run_one, name)}
-            for name, tool in voice.tools.items()
-        }
+        known = voice.tools.items()
+        tools = {n: {**tool, "callable": partial(run_one, n)} for n, tool in known}
         request = self._inner_request()
-        extra = {
-            "__event_emitter__": self.emitter,
-            "__event_call__": in_page,
-            "__metadata__": self.metadata,
-        }
+        extra: Json = {"__event_emitter__": self.emitter, "__event_call__": in_page}
+        extra["__metadata__"] = self.metadata
         body = {"model": voice.model_id, "messages": messages, "metadata": {}}
         with foreign_errors(ModelFailure):
             models = self.request.app.state.MODELS
-            _, flags = await apart(
-                middleware.chat_completion_tools_handler(
-                    request, body, extra, self.user, models, tools
-                )
+            using = middleware.chat_completion_tools_handler(
+                request, body, extra, self.user, models, tools
             )
+            _, flags = await apart(using)
             sources = flags.get("sources") or []
             copies = [dict(message) for message in messages]
             messages = await middleware.apply_source_context_to_messages(
@@ -3221,15 +3268,15 @@ def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, Mode
     return cards
 
 
-def _may_read(info: Json, me: set[tuple[str, Any]]) -> bool:
+def _may_read(model: Json, me: set[tuple[str, Any]]) -> bool:
     """Whether one of these principals owns a model or was granted to read it."""
-    if ("user", info.get("user_id")) in me:
-        return True
-    return any(
-        grant.get("permission") == "read"
-        and (grant.get("principal_type"), grant.get("principal_id")) in me
+    info = model.get("info") or {}
+    granted = {
+        (grant.get("principal_type"), grant.get("principal_id"))
         for grant in info.get("access_grants") or ()
-    )
+        if grant.get("permission") == "read"
+    }
+    return not me.isdisjoint({("user", info.get("user_id")), *granted})
 
 
 def _connection_of(model: Json) -> str:
@@ -3242,15 +3289,14 @@ def _connection_of(model: Json) -> str:
 
 def _knowledge_prompt(meta: Json) -> str:
     """Names a model's attached knowledge to it, as the host does for native tools."""
-    items = [i for i in meta.get("knowledge") or () if i.get("id") and i.get("type")]
-    if not items:
-        return ""
     lines = [
         f'<knowledge type="{plain_line(i["type"])}" id="{plain_line(i["id"])}" '
-        f'name="{plain_line(i.get("name") or "")}"/>'
-        for i in items
+        f'name="{plain_line(i.get("name") or "")}"/>\n'
+        for i in meta.get("knowledge") or ()
+        if i.get("id") and i.get("type")
     ]
-    return "\n".join(("<attached_knowledge>", *lines, "</attached_knowledge>"))
+    whole = f"<attached_knowledge>\n{''.join(lines)}</attached_knowledge>"
+    return whole if lines else ""
 
 
 class _OnlyThese(dict[str, bool]):
@@ -3320,11 +3366,10 @@ def _read_whole(response: Any) -> Any:
 
 def read_seconds(text: str | None) -> float:
     """The seconds of a `Retry-After` header; 0 for a date, nonsense or nothing."""
-    try:
+    with suppress(ValueError):
         seconds = float(text or "")
-    except ValueError:
-        return 0
-    return seconds if 0 <= seconds < float("inf") else 0
+        return seconds if 0 <= seconds < float("inf") else 0
+    return 0
 
 
 async def _close_reply(opening: asyncio.Future[Any]) -> None:
@@ -3416,7 +3461,11 @@ async def resolve_cast(
         *(host.voice(cards[i], params.get(i, {}), defaults, settings) for i in wanted)
     )
     voices = dict(zip(wanted, prepared, strict=True))
-    usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
+    chosen = chat_sampling(body, defaults, params.get(pipe_id, {}))
+    window = {"window": chosen["num_ctx"]} if "num_ctx" in chosen else {}
+    usable = {
+        i: replace(v, **window) for i, v in voices.items() if isinstance(v, Voice)
+    }
     for seat in seats:
         lost = (f"its model cannot be prepared: {voices[seat.model_id]}",)
         found = usable[seat.model_id].problems if seat.model_id in usable else lost
@@ -3436,7 +3485,7 @@ async def resolve_cast(
         usable.get(leader, usable[present[0].model_id]),
         tuple(dict.fromkeys(problems)),
         by_default,
-        chat_sampling(body, defaults, params.get(pipe_id, {})),
+        chosen,
         "".join(seat.alias for seat in chairs),
     )
 
@@ -3910,6 +3959,9 @@ class ConnectionGate:
 
 
 MOST_SAID = 500_000  # characters of one reply; no model says as much at a time
+Prompt = Callable[[int], list[Json]]  # messages in about so many tokens
+_ANY_LENGTH = 10**9  # tokens
+_PROMPT_SHARE = 0.75  # of a model's context; its answer has to fit in, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -3919,11 +3971,12 @@ class ModelCall:
 
     speaker: str
     voice: Voice
-    messages: list[Json]
+    prompt: Prompt
     clock: TurnClock
     stage: int = 0
     specs: Sequence[Json] = ()
     parameters: Json = field(default_factory=dict)
+    said: Sequence[Json] = ()  # behind the prompt: what came of it so far
     enough: int = MOST_SAID  # characters of its text, after which no more is read
 
 
@@ -3935,7 +3988,7 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     given: Json = {**call.voice.defaults, **valves, **call.parameters}
     if call.voice.connection.startswith(OLLAMA):  # the host looks for them there only
         given = {"options": given}
-    payload = given | {"model": call.voice.model_id, "messages": call.messages}
+    payload = given | {"model": call.voice.model_id}
     tools = {"tools": list(call.specs)} if call.specs else {}
     return payload | {"stream": streams} | tools
 
@@ -3957,9 +4010,9 @@ class Reply:
     def take(self, event: ReplyEvent) -> None:
         """Take one event; raises `ModelFailure` where it never ends."""
         match event:
-            case TextDelta(text) | ReasoningDelta(text):
+            case TextDelta(text):
                 if len(text) > (room := MOST_SAID - self.size):
-                    event = type(event)(text[:room])
+                    event = replace(event, text=text[:room])
                 self.size += len(text)
             case ToolCallDelta():
                 self.size += len(event.name) + len(event.arguments)
@@ -3972,11 +4025,11 @@ class Reply:
     def apply(self, event: ReplyEvent) -> None:
         """Note what it says."""
         match event:
-            case TextDelta(text):
+            case TextDelta(text, "message"):
                 self.spoke = True
                 self.said += len(text)
                 self._parts.append(text)
-            case ReasoningDelta() | ToolCallDelta():
+            case TextDelta() | ToolCallDelta():
                 self.spoke = True
             case UsageReport(usage):
                 self.usage |= usage
@@ -4033,6 +4086,7 @@ class ModelCalls:
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
+    _limits: dict[str, int] = field(default_factory=dict)  # as errors named them
     _failures: Counter[str] = field(default_factory=Counter)  # in a row, by model
     _said: int = 0  # characters, of all replies
 
@@ -4040,6 +4094,32 @@ class ModelCalls:
         """No stage comes any more; only who is late goes on."""
         for gate in self._gates.values():
             gate.open_to_all()
+
+    def limit_of(self, voice: Voice) -> int:
+        """The tokens that a prompt to this model may have."""
+        limits = [self.settings.max_prompt, self._limits.get(voice.model_id, 0)]
+        if voice.connection.startswith(OLLAMA) and isinstance(voice.window, int):
+            limits.append(int(voice.window * _PROMPT_SHARE))
+        return min((limit for limit in limits if limit > 0), default=_ANY_LENGTH)
+
+    def messages(self, call: ModelCall) -> list[Json]:
+        """What a model is sent, within its limit."""
+        limit = self.limit_of(call.voice)
+        messages = [*call.prompt(limit - tokens_of(call.said)), *call.said]
+        if limit == _ANY_LENGTH:  # to count takes time
+            return messages
+        return squeeze(messages, limit - tokens_of(str(call.specs)))
+
+    def _was_too_long(self, call: ModelCall, failure: ModelFailure) -> bool:
+        """Whether that is why a model refused a prompt; then the next is shorter."""
+        named = read_limit(str(failure))
+        if named is None or failure.midway:
+            return False
+        sent = tokens_of(self.messages(call)) + tokens_of(str(call.specs))
+        limit = int(named * _PROMPT_SHARE)
+        fits = 0 < limit < sent
+        self._limits[call.voice.model_id] = limit if fits else max(sent // 2, 1)
+        return True
 
     async def text(self, call: ModelCall, streams: bool = True) -> str:
         """A plain completion -> its text; raises `ModelFailure`."""
@@ -4053,7 +4133,8 @@ class ModelCalls:
 
         It is asked again after a pause where the provider is overloaded, at once
         without `stream_options` where it rejects these, and once more where the answer
-        was empty, or, without streaming, where the stream failed at once.
+        was empty, where the prompt was too long, or, without streaming, where the
+        stream failed at once.
         """
         model_id, waited, asked_twice = call.voice.model_id, 0.0, False
         while True:
@@ -4073,6 +4154,8 @@ class ModelCalls:
             rejected = "stream_options" in str(failure) and not failure.midway
             if streams and rejected and model_id not in self._plain:
                 self._plain.add(model_id)
+            elif self._was_too_long(call, failure) and not asked_twice:
+                asked_twice = True
             elif failure.is_busy and not failure.midway and patient:
                 waited += pause
                 key, who = f"busy {call.stage} {call.speaker}", call.speaker
@@ -4093,6 +4176,7 @@ class ModelCalls:
         if self._said > MOST_IN_ALL:
             raise ModelFailure(f"all have said over {MOST_IN_ALL:,} characters", 408)
         payload = build_payload(self.settings, call, streams)
+        payload["messages"] = self.messages(call)
         if streams and voice.counts_usage and voice.model_id not in self._plain:
             payload["stream_options"] = {"include_usage": True}
         decoder = ReplyDecoder(voice.think_tags)
@@ -4327,10 +4411,8 @@ class ShownReply(Reply):
     def apply(self, event: ReplyEvent) -> None:
         """Show one event."""
         match event:
-            case TextDelta(text):
-                self._add_text("message", text)
-            case ReasoningDelta(text):
-                self._add_text("reasoning", text)
+            case TextDelta(text, kind):
+                self._add_text(kind, text)
             case ToolCallDelta():
                 self._pause()
                 self._add_call_piece(event)
@@ -4453,7 +4535,7 @@ class Run:
         """The whole conversation, shown on the screen, whose emitter it closes."""
         host, reason = self.host, "Stopped"
         try:
-            with counted_run(host.user_id, self.settings):
+            with counted_run(getattr(host.user, "id", ""), self.settings):
                 reason = await self._converse(mode)
         except ConversationError as error:
             reason = "Not begun"
@@ -4631,11 +4713,11 @@ class Run:
     ) -> Ballot | str:
         """A voter's ballot: asked, and asked again with what was wrong."""
         voter = self.cast.participants[paper.voter]
-        messages = messages_for(voter, self.entries, paper.brief)
+        clock = TurnClock(self.settings.turn_timeout)
+        prompt = self._prompt(voter, paper.brief, {})
+        call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
         for _ in range(2):
             try:
-                clock = TurnClock(self.settings.turn_timeout)
-                call = ModelCall(voter.alias, voter.voice, messages, clock, stage)
                 text = await self.models.text(call)
             except ModelFailure as failure:
                 return str(failure)
@@ -4643,18 +4725,44 @@ class Run:
             if isinstance(ballot, Ballot):
                 return ballot
             answer = {"role": "assistant", "content": text}
-            messages = [*messages, answer, {"role": "user", "content": ballot}]
+            problem = {"role": "user", "content": ballot}
+            call = replace(call, said=[answer, problem])
         return "it could not be read"
 
     async def _ask_manager(self, step: AskManager, stage: int) -> str | ModelFailure:
         """The manager's answer, cut where it is plainly no JSON, or its failure."""
-        messages = messages_for_manager(self.settings, self.entries, step)
-        clock, manager = TurnClock(self.settings.turn_timeout), self.cast.manager
-        call = ModelCall("Manager", manager, messages, clock, stage)
+        settings, aliases = self.settings, tuple(self.cast.participants)
+
+        def prompt(limit: int) -> list[Json]:
+            room = limit - tokens_of(settings.manager_prompt)
+            heard = shorten(self.entries, room, aliases)
+            return messages_for_manager(settings, heard, step)
+
+        clock = TurnClock(settings.turn_timeout)
         try:
+            call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
             return await self.models.text(replace(call, enough=_MANAGER_READ))
         except ModelFailure as failure:
             return failure
+
+    def _prompt(
+        self, participant: Participant, brief: str, names: Mapping[str, str]
+    ) -> Prompt:
+        """What a participant is asked now; the cut is the same for all that have the
+        same limit."""
+        entries, everybody = list(self.entries), self.cast.participants
+        limit_of = self.models.limit_of
+
+        def prompt(limit: int) -> list[Json]:
+            own, heard = limit_of(participant.voice), entries
+            if own < _ANY_LENGTH:
+                peers = [p for p in everybody.values() if limit_of(p.voice) == own]
+                fixed = max(tokens_of(f"{p.system}{p.voice.specs}") for p in peers)
+                room = limit - fixed - tokens_of(brief)
+                heard = shorten(entries, room, tuple(everybody))
+            return messages_for(participant, hide_speakers(heard, names), brief)
+
+        return prompt
 
     async def _wait_in_view(
         self, tasks: Mapping[str, asyncio.Task[Any]], what: str, stage: int, quorum: int
@@ -4725,22 +4833,24 @@ class Run:
         """Replies and tools, until there are no more; raises `ModelFailure`."""
         participant, clock = section.participant, section.clock
         alias, voice = participant.alias, participant.voice
-        heard = hide_speakers(self.entries, section.names)
-        messages = messages_for(participant, heard, brief)
+        prompt = self._prompt(participant, brief, section.names)
+        call = ModelCall(alias, voice, prompt, clock, stage, (), self.cast.parameters)
         if voice.legacy and voice.tools:
             runner = partial(self._run_legacy_tool, section)
-            messages, found = await self.host.use_legacy_tools(voice, messages, runner)
+            asked = self.models.messages(call)
+            told, found = await self.host.use_legacy_tools(voice, asked, runner)
             await self.host.show_sources(found)
+            call = replace(call, prompt=lambda _: told)
         for left in range(self.settings.max_tool_rounds, -1, -1):
             specs = voice.specs if left and not voice.legacy else ()
-            chosen = self.cast.parameters
-            call = ModelCall(alias, voice, messages, clock, stage, specs, chosen)
+            call = replace(call, specs=specs)
             reply = await self.models.complete(call, section.begin_reply)
             if reply.calls and not left:
                 most = self.settings.max_tool_rounds
                 raise ModelFailure(f"it still called tools after {most} tool rounds")
+            messages = self.models.messages(call) if reply.calls else []
             results = await self._run_tools(section, reply.calls, messages)
-            messages = [*messages, *section.record(reply, results)]
+            call = replace(call, said=[*call.said, *section.record(reply, results)])
             if not reply.calls:
                 break
 
@@ -4775,7 +4885,7 @@ class Run:
         except ToolFailure as failure:
             return ToolResult(f"Error: {failure}", True)
         if voice.cites:
-            await host.cite(tool, call, arguments, result.text)
+            await host.show_sources(result.sources)
         return result
 
     async def _run_legacy_tool(
@@ -4963,7 +5073,8 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
         clock = TurnClock(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
-        call = ModelCall("task", voice, body["messages"], clock, parameters=sampling)
+        call = ModelCall("task", voice, lambda _: body["messages"], clock)
+        call = replace(call, parameters=sampling)
         emitter = Emitter(plan_chunk, 0)  # nothing is shown
         models = ModelCalls(host, settings, Ledger(host.add_usage), emitter)
         return await models.text(call, streams=False)

@@ -88,6 +88,7 @@ FIGURES: dict[str, Figure] = {
     "worth_scores": judged("worth of scores beside places", 0),
     "worth_places": judged("worth of places beside scores", None),
     "worth_places_high": judged("worth of places, scores near ten", 0),
+    "worth_limit": judged("worth of the limit, one judge repeats the order", 0),
     "worth_levels": judged("worth of taking levels out", None),
     "worth_levels_spoiled": judged("worth of levels, one judge gives noughts", 0),
     "worth_kin": judged("worth of keeping the ballots of one model's seats", 0),

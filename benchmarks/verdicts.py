@@ -37,10 +37,12 @@ class Setting:
     invalid: float = 0.05
     shuffled: bool = True
     spoiler: bool = False  # the first seat gives everybody else nothing
+    parrot: bool = False  # the first seat finds what it reads first by far the best
 
 
 STANDARD = Setting()
 HIGH, SPOILED = "scores near ten", "one gives noughts"
+PARROT = "one repeats the order it reads"
 SETTINGS: dict[str, Setting] = {
     "standard": STANDARD,
     "clear judges": replace(STANDARD, noise=0.5),
@@ -53,6 +55,7 @@ SETTINGS: dict[str, Setting] = {
     HIGH: replace(STANDARD, middle=9.0),
     "three in ten lost": replace(STANDARD, invalid=0.3),
     SPOILED: replace(STANDARD, spoiler=True),
+    PARROT: replace(STANDARD, parrot=True),
 }
 
 
@@ -100,6 +103,9 @@ def play(setting: Setting, chance: random.Random) -> Round:
         }
         if setting.spoiler and voter == "m0":
             scores, seen = dict.fromkeys(scores, 0), dict.fromkeys(seen, 0.0)
+        if setting.parrot and voter == "m0":
+            seen = {alias: -float(place) for place, alias in enumerate(seen)}
+            scores = {alias: max(10 + 3 * int(x), 0) for alias, x in seen.items()}
         judge(played, mmc.BallotPaper(voter, "", letters), scores, seen)
     return played
 
@@ -191,6 +197,12 @@ def levels_kept(played: Round) -> str:
     return of_means(played, [ballot.values for ballot in played.ballots])
 
 
+def unlimited(played: Round) -> str:
+    """Ours where a judge may move a score as far as it likes."""
+    best: str = mmc.tally(played.members, played.ballots, math.inf)[0].alias
+    return best
+
+
 def kin_dropped(played: Round) -> str:
     """Ours without the ballots of the two seats of one model."""
     ballots = [b for b in played.ballots if b.voter not in ("m0", "m1")]
@@ -251,6 +263,7 @@ def measure(trials: int = TRIALS) -> dict[str, Measured]:
     (unshuffled,) = found_by([ours], in_order, 2 * trials)
     spoiled = found_by([ours, levels_kept], SETTINGS[SPOILED], trials)
     high = found_by([ours, scores_only], SETTINGS[HIGH], trials)
+    parrot = found_by([ours, unlimited], SETTINGS[PARROT], trials)
     gains = [
         gain(*found_by([ours, mean_rank], setting, trials)).percent
         for setting in SETTINGS.values()
@@ -262,6 +275,7 @@ def measure(trials: int = TRIALS) -> dict[str, Measured]:
         "worth_shuffling": shuffling,
         "worth_levels_spoiled": gain(*spoiled).percent,
         "worth_places_high": gain(*high).percent,
+        "worth_limit": gain(*parrot).percent,
     }
     for name, left in zip(WITHOUT, without, strict=True):
         found[name] = gain(now, left).percent

@@ -1231,7 +1231,8 @@ def judges(name: str, order: Callable[[list[str]], Sequence[str]]) -> Behaviour:
 async def test_a_judge_that_always_puts_the_first_first_does_not_decide(
     talk: Talk,
 ) -> None:
-    gather(talk, Dee=judges("Dee", lambda letters: letters))
+    others = {name: member(WORD[name], PREFERS, scores=(9, 6, 3)) for name in NAMES[:3]}
+    gather(talk, **others, Dee=judges("Dee", lambda letters: letters))
     reply = await talk.ask(QUESTION, COUNCIL)
     assert outcome(reply) == "4 of 4 answered · chaired by Ben"
 

@@ -97,11 +97,6 @@ class ScriptedHost(mmc.Host):
         )
         return found
 
-    async def cite(
-        self, tool: Json, call: mmc.ToolCall, arguments: Json, text: str
-    ) -> None:
-        self.events.append({"type": "cited", "data": call.name})
-
     @property
     def statuses(self) -> list[str]:
         """The status lines, in order."""

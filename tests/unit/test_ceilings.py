@@ -21,7 +21,7 @@ def counting(**fields: Any) -> mmc.Settings:
 def ask(run: mmc.Run, alias: str = "Ann") -> mmc.ModelCall:
     """A call of a participant's model."""
     voice = run.cast.participants[alias].voice
-    return mmc.ModelCall(alias, voice, [], mmc.TurnClock(5.0))
+    return mmc.ModelCall(alias, voice, lambda _: [], mmc.TurnClock(5.0))
 
 
 async def converse(run: mmc.Run, rounds: int = 1) -> str:
@@ -76,7 +76,7 @@ def test_a_conversation_that_breaks_gives_its_place_back() -> None:
 
 async def test_who_may_not_begin_is_told_and_no_model_is_asked() -> None:
     run, host = make_run(max_runs_per_user=1)
-    with mmc.counted_run(host.user_id, run.settings):
+    with mmc.counted_run("", run.settings):
         status = await converse(run)
     assert status.startswith("Not begun · 0 turns")
     assert "> ⚠️ You have as many conversations going" in shown(run)

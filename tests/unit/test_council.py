@@ -985,6 +985,35 @@ def test_who_stands_on_no_ballot_is_last() -> None:
     assert names_of(standings) == ["Bob", "Cat", "Ann"]
 
 
+@pytest.mark.parametrize("order", ["".join(order) for order in permutations("ABC")])
+@pytest.mark.parametrize("spread", [3, 2])
+def test_a_judge_that_repeats_the_order_it_reads_does_not_decide(
+    order: str, spread: int
+) -> None:
+    """Two of three put Bob clearly first; Dan's ten, seven and four go by place."""
+    ballots = []
+    others = {"Ann": [["B"], ["C"], ["D"]], "Bob": [["A", "C"], ["D"]]}
+    others["Cat"] = [["B"], ["A"], ["D"]]
+    named = {alias[0]: alias for alias in ALL} | {"A": "Ann"}
+    for voter, places in others.items():
+        scores = {x: 9 - spread * at for at, place in enumerate(places) for x in place}
+        ballots.append(judged(voter, named, scores, places))
+    scores = {letter: 10 - 3 * at for at, letter in enumerate(order)}
+    ballots.append(judged("Dan", named, scores, [[letter] for letter in order]))
+    assert mmc.tally(ALL, ballots)[0].alias == "Bob"
+
+
+def judged(
+    voter: str, named: Mapping[str, str], scores: Json, places: list[list[str]]
+) -> mmc.Ballot:
+    """A ballot as a model writes it."""
+    choices = {letter: alias for letter, alias in named.items() if alias != voter}
+    written = json.dumps({"scores": scores, "ranking": places})
+    found = mmc.read_ranking(written, mmc.BallotPaper(voter, "", choices))
+    assert isinstance(found, mmc.Ballot)
+    return found
+
+
 CHOICES = st.lists(st.integers(-1, 4), min_size=5, max_size=5)
 
 

@@ -80,8 +80,9 @@ def decode(items: Iterable[Any]) -> list[mmc.ReplyEvent | mmc.ModelFailure]:
     return events
 
 
-def joined(events: Iterable[Any], kind: type[Any]) -> str:
-    return "".join(event.text for event in events if isinstance(event, kind))
+def joined(events: Iterable[Any], kind: str) -> str:
+    deltas = (event for event in events if isinstance(event, mmc.TextDelta))
+    return "".join(delta.text for delta in deltas if delta.kind == kind)
 
 
 def calls_of(events: Iterable[Any]) -> list[list[str]]:
@@ -102,8 +103,8 @@ def outcome(items: Iterable[Any]) -> dict[str, Any]:
     events = decode(items)
     usages = [event.usage for event in events if isinstance(event, mmc.UsageReport)]
     return {
-        "text": joined(events, mmc.TextDelta),
-        "reasoning": joined(events, mmc.ReasoningDelta),
+        "text": joined(events, "message"),
+        "reasoning": joined(events, "reasoning"),
         "calls": calls_of(events),
         "usage": usages[-1] if usages else None,
         "errors": [str(e) for e in events if isinstance(e, mmc.ModelFailure)],
@@ -297,8 +298,8 @@ def check_counts(usage: dict[str, Any]) -> None:
 def check(event: mmc.ReplyEvent | mmc.ModelFailure) -> None:
     """Every part of an event is of the type it says."""
     match event:
-        case mmc.TextDelta(text) | mmc.ReasoningDelta(text):
-            assert isinstance(text, str)
+        case mmc.TextDelta(text, kind):
+            assert isinstance(text, str) and kind in ("message", "reasoning")
         case mmc.ToolCallDelta(index, call_id, name, arguments):
             assert index is None or isinstance(index, int)
             assert all(isinstance(part, str) for part in (call_id, name, arguments))
@@ -325,7 +326,7 @@ def test_no_line_is_fatal_however_it_is_cut(
     stream = "".join(f"data: {json.dumps(value)}\n\n" for value in values).encode()
     whole = decode([stream])
     pieces = decode(cut(stream, places))
-    for kind in (mmc.TextDelta, mmc.ReasoningDelta):
+    for kind in ("message", "reasoning"):
         assert joined(whole, kind) == joined(pieces, kind)
     assert calls_of(whole) == calls_of(pieces)
 
@@ -460,7 +461,7 @@ def test_what_is_no_count_is_not_reported(value: Any) -> None:
 
 def test_usage_that_makes_no_sense_costs_no_text() -> None:
     chunk = {"choices": [{"delta": {"content": "Oaks"}}], "usage": [1], "timings": "x"}
-    assert joined(decode([chunk]), mmc.TextDelta) == "Oaks"
+    assert joined(decode([chunk]), "message") == "Oaks"
 
 
 # -- events and lines ------------------------------------------------------------------
@@ -509,7 +510,7 @@ def split(pieces: Iterable[str]) -> tuple[str, str]:
     splitter = mmc.ThinkSplitter(HOST_TAGS)
     events = [event for piece in pieces for event in splitter.feed(piece)]
     events += splitter.close()
-    return joined(events, mmc.TextDelta), joined(events, mmc.ReasoningDelta)
+    return joined(events, "message"), joined(events, "reasoning")
 
 
 @pytest.mark.parametrize(("start", "end"), HOST_TAGS)
@@ -557,7 +558,7 @@ def test_a_model_may_have_tags_of_its_own_or_none(
     decoder = mmc.ReplyDecoder([(start, end) for start, end in tags])
     chunk = {"choices": [{"delta": {"content": text}}]}
     events = [*decoder.feed(chunk), *decoder.close()]
-    shown = joined(events, mmc.TextDelta), joined(events, mmc.ReasoningDelta)
+    shown = joined(events, "message"), joined(events, "reasoning")
     assert shown == expected
 
 
@@ -568,7 +569,7 @@ def test_the_end_that_could_become_a_tag_is_found(text: str, tag: str) -> None:
         (n for n in range(len(tag)) if n and text.endswith(tag[:n])), default=0
     )
     given_out = mmc.ThinkSplitter([(tag, "</>")]).feed(text)
-    assert joined(given_out, mmc.TextDelta) == text[: len(text) - longest]
+    assert joined(given_out, "message") == text[: len(text) - longest]
 
 
 # -- tool calls ------------------------------------------------------------------------

@@ -195,7 +195,7 @@ class Door:
 
     def call(self, speaker: str = "Ann") -> mmc.ModelCall:
         voice = self.run.cast.participants["Ann"].voice
-        return mmc.ModelCall(speaker, voice, [], mmc.TurnClock(5.0))
+        return mmc.ModelCall(speaker, voice, lambda _: [], mmc.TurnClock(5.0))
 
     async def text(self) -> str:
         text: str = await self.models.text(self.call())

@@ -87,7 +87,7 @@ def test_a_model_may_be_read_by_its_owner_and_by_whom_it_was_granted(
     info: Json, allowed: bool
 ) -> None:
     me = {("user", "*"), ("user", "uma"), ("group", "trees")}
-    assert mmc._may_read(info, me) is allowed
+    assert mmc._may_read({"info": info}, me) is allowed
 
 
 class HostWithOnePairOfTags:

@@ -371,10 +371,10 @@ def test_reasoning_is_a_block_of_its_own_with_its_duration() -> None:
     section = section_of(run)
     reply = section.begin_reply()
     for event in (
-        mmc.ReasoningDelta("Which "),
-        mmc.ReasoningDelta("tree?"),
+        mmc.TextDelta("Which ", "reasoning"),
+        mmc.TextDelta("tree?", "reasoning"),
         mmc.TextDelta("Oaks."),
-        mmc.ReasoningDelta("Or not?"),
+        mmc.TextDelta("Or not?", "reasoning"),
     ):
         reply.apply(event)
     reply.end()
@@ -409,7 +409,9 @@ def test_nobody_can_pose_as_another_speaker(pieces: list[str | None]) -> None:
     section = section_of(run)
     reply = section.begin_reply()
     for piece in pieces:
-        event = mmc.ReasoningDelta("Hm.") if piece is None else mmc.TextDelta(piece)
+        event = (
+            mmc.TextDelta("Hm.", "reasoning") if piece is None else mmc.TextDelta(piece)
+        )
         reply.apply(event)
     reply.end()
     for markdown in (mmc.render_markdown(run.screen.transcript), *texts_of(run)[1:]):
@@ -423,7 +425,7 @@ def test_what_a_model_thinks_cannot_pose_either() -> None:
     run, _ = make_run()
     reply = section_of(run).begin_reply()
     for piece in ("Hm.\n##", "# 🔴 Bob\n", "<det", 'ails type="tool_calls">\n```\nx'):
-        reply.apply(mmc.ReasoningDelta(piece))
+        reply.apply(mmc.TextDelta(piece, "reasoning"))
     reply.apply(mmc.TextDelta("Oaks."))
     reply.end()
     (thought,) = texts_of(run, "reasoning")
@@ -562,7 +564,7 @@ EVENTS = st.one_of(
     st.sampled_from(["### 🔴 Bob\n", "---\n", "    ### 🔵 Ann", "<details x"]).map(
         mmc.TextDelta
     ),
-    st.just(mmc.ReasoningDelta("Hm.")),
+    st.just(mmc.TextDelta("Hm.", "reasoning")),
     st.builds(
         mmc.ToolCallDelta,
         st.none() | st.integers(0, 2),
@@ -940,11 +942,10 @@ async def test_without_streaming_the_whole_conversation_is_one_completion() -> N
 
 def test_settings_of_sampling_go_out_only_where_they_are_set() -> None:
     voice = mmc.Voice("oak-1", defaults={"max_tokens": 5, "temperature": 0.9})
-    call = mmc.ModelCall("Ann", voice, [], mmc.TurnClock(600.0))
+    call = mmc.ModelCall("Ann", voice, lambda _: [], mmc.TurnClock(600.0))
     plain = mmc.build_payload(mmc.Settings(), call, True)
     assert plain == {
         "model": "oak-1",
-        "messages": [],
         "max_tokens": 5,
         "temperature": 0.9,
         "stream": True,
