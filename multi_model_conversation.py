@@ -1877,10 +1877,10 @@ def render_reasons(ballots: Iterable[Ballot], votes: bool) -> str:
         given = ballot.values
         for alias in sorted(given, key=given.__getitem__, reverse=True):
             place = 1 + sum(value > given[alias] for value in given.values())
-            rank, said = "" if votes else f"{place}. ", ballot.remarks.get(alias)
+            rank, said = "for" if votes else f"{place}.", ballot.remarks.get(alias)
             if place == 1 or not votes:
                 why = f": {said}" if said else ""
-                lines.append(f"- **{ballot.voter}** · {rank}{alias}{why}")
+                lines.append(f"- **{ballot.voter}** · {rank} {alias}{why}")
     return "\n".join(lines)
 
 
@@ -4662,7 +4662,7 @@ class Run:
         reports = {a: ledger.figures.get(a, Figures()).report() for a in everybody}
         known = [k for k in _FIGURES if any(k in each for each in reports.values())]
         titles = " | ".join(_FIGURES[k][0] for k in known)
-        lines = [f"| | {titles} |", f"|---|{'--:|' * len(known)}"]
+        lines = [f"| | {titles} |", "|---" * len(known) + "|---|"]
         for alias, each in reports.items():
             cells = (
                 _FIGURES[k][1].format(each[k]) if k in each else "–" for k in known

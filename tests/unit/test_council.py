@@ -345,7 +345,7 @@ def test_under_the_votes_stands_who_voted_for_whom_and_why() -> None:
         mmc.Ballot("Bob", {"Ann": 0.0, "Cat": 1.0}, {"Cat": ""}),
     ]
     assert mmc.render_reasons(ballots, votes=True) == (
-        "- **Ann** · Bob: He was fair.\n- **Bob** · Cat"
+        "- **Ann** · for Bob: He was fair.\n- **Bob** · for Cat"
     )
 
 
@@ -533,7 +533,7 @@ def test_a_debate_begins_blind_goes_on_in_turns_and_ends_with_a_vote() -> None:
         "| Member | Votes | From |\n|---|---|---|\n"
         "| Cat | 2 | Ann, Bob |\n| Ann | 1 | Cat |\n| Bob | 0 | – |"
     )
-    why = "- **Ann** · Cat\n- **Bob** · Cat\n- **Cat** · Ann"
+    why = "- **Ann** · for Cat\n- **Bob** · for Cat\n- **Cat** · for Ann"
     fold = mmc.render_fold("Who voted for whom, and why", why)
     assert room.of(mmc.Publish)[0].text == f"{table}\n\n{fold}"
     conclusion = room.of(mmc.Speak)[-1]
@@ -1664,7 +1664,7 @@ def test_the_closing_line_and_the_usage_say_the_same() -> None:
     }
     assert run._describe_figures() == mmc.render_fold(
         "⏱️ 3 model calls · 1,590 tokens",
-        "| | First token | Tokens/s | In | Out |\n|---|--:|--:|--:|--:|\n"
+        "| | First token | Tokens/s | In | Out |\n|---|---|---|---|---|\n"
         "| Ann | 0.2 s | 40 | 1,500 | 90 |\n| Bob | – | – | – | – |",
     )
 
@@ -1682,7 +1682,7 @@ def test_the_closing_line_says_what_it_cost_where_the_provider_does() -> None:
     shown = run._describe_figures()
     assert shown == mmc.render_fold(
         "⏱️ 2 model calls · 10 tokens · cost 0.0123",
-        "| | In | Out | Cost |\n|---|--:|--:|--:|\n| Ann | 9 | 1 | 0.0123 |\n"
+        "| | In | Out | Cost |\n|---|---|---|---|\n| Ann | 9 | 1 | 0.0123 |\n"
         "| Bob | – | – | – |",
     )
     assert turns(asked("Trees?"), said("### 🔵 Ann", "Oaks.", shown)) == [
