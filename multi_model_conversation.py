@@ -1526,8 +1526,7 @@ def _read_choice(
 ) -> _Choice | str:
     """The manager's answer, JSON or a bare name -> its choice, or what is wrong."""
     answer = answer[-_ANSWER_READ:]
-    keys = (*_NAMING_KEYS, *_ENDING_KEYS)
-    verdict = _find_object(answer, *keys) or _find_object(answer)
+    verdict = _find_object(answer, *_NAMING_KEYS, *_ENDING_KEYS) or _find_object(answer)
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
     if any(verdict.get(key) is True for key in _ENDING_KEYS):
         unspoken = "Nobody has spoken yet, so it cannot be done."
@@ -1622,9 +1621,8 @@ def _decide(
     }
     brief = fill_template(agenda.settings.conclusion_prompt, told)
     step = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
-    marks = {
-        s.alias: f"rank {n}" if ballots else "" for n, s in enumerate(standings, 1)
-    }
+    rank = "rank {}" if ballots else ""
+    marks = {s.alias: rank.format(n) for n, s in enumerate(standings, 1)}
     return (yield from _conclude(agenda, turns, marks, step))
 
 
@@ -1717,17 +1715,16 @@ def ballot_papers(
     """What each is asked about the others, in an order of its own: to vote for one by
     name, or to judge what stands under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
-    for voter in (turn.alias for turn in turns):
-        names = letters_for(voter, [turn.alias for turn in turns], agenda.seed)
+    settings, aliases = agenda.settings, [turn.alias for turn in turns]
+    for voter in aliases:
+        names = letters_for(voter, aliases, agenda.seed)
         others = list(names.values())
         told = {
             "question": agenda.question,
             "answers": _render_letters(turns, names),
             "candidates": json.dumps(others, ensure_ascii=False),
         }
-        template = (
-            agenda.settings.vote_prompt if votes else agenda.settings.review_prompt
-        )
+        template = settings.vote_prompt if votes else settings.review_prompt
         choices = dict(zip(others, others, strict=True)) if votes else names
         yield BallotPaper(voter, fill_template(template, told), choices)
 

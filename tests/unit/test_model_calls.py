@@ -1,6 +1,7 @@
 """Section 7: the limits of a reply, and the one door to every model."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -220,6 +221,14 @@ async def test_stream_options_that_are_rejected_are_not_sent_again(
     assert door.streamed == [True, True, True]
     sent = ["stream_options" in payload for payload in door.host.payloads]
     assert sent == [True, False, False]
+
+
+async def test_no_more_is_read_of_an_answer_than_is_enough() -> None:
+    thought = {"choices": [{"delta": {"reasoning_content": "Who knows?"}}]}
+    prose = text("Well, ", "let me think ")
+    door = Door([thought, *prose, asyncio.Event(), *text("about it.")])
+    call = replace(door.call(), enough=8)
+    assert await door.models.text(call) == "Well, let me think"
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 413])
