@@ -19,7 +19,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.
 # The versions that `make compat` checks.
 VERSIONS = $(shell sed -n 's/^open-webui==//p' constraints.txt)
 
-.PHONY: demo test faults soak fuzz cluster test-cluster compat bench bench-quick lint clean
+.PHONY: demo dist test faults soak fuzz cluster test-cluster compat bench bench-quick lint clean
 
 # Without a Chromium, Playwright's own is tried once before the page's tests skip.
 # Two processes: each of the two directories that need a server has one of its own.
@@ -40,6 +40,10 @@ soak: .venv/ready
 SECONDS ?= 300
 fuzz: .venv/ready
 	FUZZ_SECONDS=$(SECONDS) $(RUN) -m pytest tests/unit/test_fuzz.py -o timeout=0
+
+# The file, and the function as JSON with its panels in four more languages.
+dist: .venv/ready
+	$(RUN) -m release.dist
 
 demo: .venv/ready
 	@exec $(RUN) -m tests.stack.demo
@@ -78,5 +82,5 @@ lint: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .demo .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,6 +5,7 @@ scripted ones. Everything runs on this machine only, on `PORT` or 8080 if it is
 free, and ends with Ctrl-C.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from typing import NoReturn
 import httpx
 
 from tests.stack.demo_models import SAID
-from tests.stack.host import OpenWebUI, free_port
+from tests.stack.host import Json, OpenWebUI, free_port
 from tests.stack.models import ModelServer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,16 +82,21 @@ def start_host(stack: ExitStack) -> OpenWebUI:
     )
 
 
+def presets() -> list[Json]:
+    """What `docs/teams` holds to import: the four models' icons, and teams."""
+    files = sorted((ROOT / "docs" / "teams").glob("*.json"))
+    return [model for file in files for model in json.loads(file.read_text("utf-8"))]
+
+
 def furnish(host: OpenWebUI) -> None:
-    """Install the function, a tool that is switched on for it, and a preset team."""
+    """Install the function, a tool that is switched on for it, and teams."""
     host.sign_in_without_login()
     source = (ROOT / f"{FUNCTION_ID}.py").read_text("utf-8")
     host.install_function(FUNCTION_ID, FUNCTION_NAME, source)
     host.create_tool(TOOL_ID, SAID["tool"], "Almanac")
-    for model in host.models():
-        if model["id"].startswith(f"{FUNCTION_ID}."):
-            meta = {"toolIds": [TOOL_ID], "capabilities": {"builtin_tools": False}}
-            host.create_model({"id": model["id"], "name": model["name"], "meta": meta})
+    meta = {"toolIds": [TOOL_ID], "capabilities": {"builtin_tools": False}}
+    models = presets()
+    host.import_models([{**each, "meta": each["meta"] | meta} for each in models])
     listed = {model["id"] for model in host.models()}
     if listed.issuperset((*FOUR, MODERATOR)):
         valves = {"participants": list(SPEAKERS), "manager_model": MODERATOR}
@@ -99,7 +105,7 @@ def furnish(host: OpenWebUI) -> None:
             "id": COUNCIL,
             "name": "Council of four",
             "base_model_id": f"{FUNCTION_ID}.council",
-            "meta": {"toolIds": [TOOL_ID], "capabilities": {"builtin_tools": False}},
+            "meta": meta,
             "params": {"custom_params": {"participants": list(FOUR)}},
         }
         host.create_model(council)

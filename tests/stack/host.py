@@ -333,6 +333,11 @@ class Api:
         self.models()
         return created
 
+    def import_models(self, models: list[Json]) -> None:
+        """Add or change models, as Workspace -> Models -> Import does."""
+        self.request("POST", "/api/v1/models/import", {"models": models})
+        self.models()
+
     def delete_model(self, model_id: str) -> None:
         """Remove a workspace model, or a base model's own settings."""
         self.request("POST", "/api/v1/models/model/delete", {"id": model_id})

@@ -386,16 +386,23 @@ async def test_what_was_held_back_is_shown_and_not_asked_for_again() -> None:
     section = section_of(door.run)
     assert (await complete(door, section)).midway
     section.fail("cut")
-    assert section.turn().text == "###"
+    assert section.turn().text == "####"
     assert door.streamed == [True]
 
 
 async def test_a_turn_that_fails_before_its_first_reply_says_why() -> None:
     run, _ = make_run()
     section = section_of(run)
+    section.role = mmc.CONCLUSION
+    section.fail("the wire was cut")
+    assert section.turn().failure == "the wire was cut"
+    assert run.screen.transcript.blocks == []  # a chair says nothing before it speaks
+    section = section_of(run)
     section.fail("the wire was cut")
     assert section.turn() == mmc.Turn("Ann", "", (), "the wire was cut")
-    assert run.screen.transcript.blocks == []  # a chair says nothing before it speaks
+    heading, line = map(str, (block.text for block in run.screen.transcript.blocks))
+    assert heading == "### 🔵 Ann"
+    assert line == "> ⚠️ **Ann** could not answer: the wire was cut"
 
 
 # -- the offer to skip -----------------------------------------------------------------
@@ -508,7 +515,7 @@ async def test_a_member_that_is_queued_is_not_late() -> None:
         return mmc.Turn(name, "Oaks.")
 
     tasks = {name: asyncio.create_task(turn(name)) for name in done}
-    waiting = asyncio.create_task(run._wait_in_view(tasks, "answered", 1, 0))
+    waiting = asyncio.create_task(run._wait_in_view(tasks, 1, {}))
     long_ago = asyncio.get_running_loop().time() - 60
     run.models.admitted |= {(1, "Ann"): long_ago, (1, "Cat"): long_ago}
     done["Ann"].set()

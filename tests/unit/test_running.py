@@ -47,8 +47,8 @@ async def rest_of(frames: AsyncIterator[Json]) -> list[Json]:
 def emitter_of(
     interval: float = 60.0,
 ) -> tuple[mmc.Emitter, mmc.Transcript, HandTurnedClock]:
-    clock = HandTurnedClock()
-    return mmc.Emitter(mmc.plan_items, interval, clock), mmc.Transcript("t"), clock
+    transcript, clock = mmc.Transcript("t"), HandTurnedClock()
+    return mmc.Emitter(transcript, mmc.plan_items, interval, clock), transcript, clock
 
 
 def grow(emitter: mmc.Emitter, block: mmc.Block, piece: str) -> None:
@@ -241,7 +241,8 @@ async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece(
 ):
     transcript = mmc.Transcript("t")
     first, second = transcript.open_section(), transcript.open_section()
-    emitter = mmc.Emitter(mmc.plan_chunk, 60.0, HandTurnedClock(), transcript.is_next)
+    emitter = mmc.Emitter(transcript, mmc.plan_chunk, 60.0, HandTurnedClock())
+    emitter.in_order = True
     transcript.add("message", "Ann", first)
     held = transcript.add("message", "Bob", second)
     frame = asyncio.ensure_future(anext(emitter.frames()))
@@ -252,7 +253,7 @@ async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece(
     assert emitter.flushes == 1
     transcript.close_section(first)
     emitter.nudge()
-    assert await soon(frame) == {"content": "\n\naaaaa"}
+    assert await soon(frame) == {"content": "aaaaa"}
 
 
 # -- the pace of reading ---------------------------------------------------------------
@@ -862,7 +863,8 @@ async def test_a_manager_leads_and_its_reason_is_a_status() -> None:
         mmc.managed,
         aliases=["Ann", "Bob", "Cat"],
     )
-    assert lines_of(output) == ["### 🟢 Cat", "Firs."]
+    ended = "> 🏁 The manager ended it: All is said"
+    assert lines_of(output) == ["### 🟢 Cat", "Firs.", ended]
     assert any("Cat knows trees" in status for status in host.statuses)
     assert host.statuses[-1].startswith("The manager ended it: All is said · 1 turn")
 
@@ -877,7 +879,8 @@ async def test_a_manager_that_fails_does_not_end_it() -> None:
         ],
         mmc.managed,
     )
-    assert lines_of(output) == ["### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
+    why = "> ⚠️ The manager failed: gone. So the next in order speaks."
+    assert lines_of(output) == [why, "### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
 
 
 async def test_a_bug_does_not_take_the_text_with_it() -> None:
