@@ -47,7 +47,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import (
-    AsyncExitStack,
+    ExitStack,
     aclosing,
     asynccontextmanager,
     contextmanager,
@@ -706,10 +706,7 @@ class SSEDecoder:
 
 
 class ThinkSplitter:
-    """Splits text, cut anywhere, into answer and reasoning at think tags.
-
-    Holds back only what could still become a tag.
-    """
+    """Splits text, cut anywhere, at think tags; holds back only what may become one."""
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
         self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
@@ -862,12 +859,11 @@ class ReplyDecoder:
         yield from self._think.close()
 
     def _read(self, value: Any) -> Iterator[ReplyEvent]:
-        if text := _plain_delta(value):
-            self._has_text = self._has_deltas = True
-            yield from self._think.feed(text)
-            return
         try:
-            if not isinstance(value, dict):
+            if text := _plain_delta(value):
+                self._has_text = self._has_deltas = True
+                yield from self._think.feed(text)
+            elif not isinstance(value, dict):
                 yield from self._read_text(getattr(value, "content", value))
             elif value.get("object") == "error":  # older vLLM
                 raise ModelFailure(error_text(value))
@@ -1265,11 +1261,11 @@ _LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is le
 _LEAST_TOKENS = 100  # to which the middle of a text may be cut
 _TOO_LONG = re.compile(  # what providers say of a prompt
     r"(?i)context[ _](?:length|window|size|limit)|maximum (?:prompt|model|input) length"
-    r"|(?:prompt|input|request|message)\w* (?:\w+ ){0,3}too (?:long|large)"
-    r"|too many tokens|tokens exceed|exceeds? the (?:\w+ ){1,5}tokens"
+    r"|(?:prompt|input|request|message)s? (?:\w{1,20} ){0,3}too (?:long|large)"
+    r"|too many tokens|tokens exceed|exceeds? the (?:\w{1,20} ){1,5}tokens"
     r"|tokens must be ="
 )
-_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,}(?![\w-]|\.\d)")
+_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
 _HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 _JSON_TYPES: dict[str, Any] = dict(
     string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
@@ -3071,10 +3067,7 @@ class Host:
         return tools, problems
 
     async def stored_replies(self) -> list[Json]:
-        """The stored messages that led to this question, the first one first.
-
-        None for a chat that is not saved; then only our headings tell who spoke.
-        """
+        """The stored messages that led to this question; none if none can be had."""
         names = ("regeneration_message_id", "assistant_message_id", "user_message_id")
         ids = [self.metadata.get(name) for name in names]
         with suppress(HostFailure), foreign_errors(HostFailure):
@@ -3096,10 +3089,7 @@ class Host:
 
     @asynccontextmanager
     async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
-        """Call a model; gives the items of its reply, and frees it when left.
-
-        Raises `ModelFailure` with the reason where the host or the provider refused.
-        """
+        """Call a model; gives the items of its reply, or raises a `ModelFailure`."""
         # nothing that lets an inner pipe write into our message
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
@@ -3165,10 +3155,9 @@ class Host:
     async def may_save(self) -> bool:
         """Whether this is a saved chat of this user's."""
         chat_id = self.metadata.get("chat_id")
-        if not (self.in_chat and is_saved_chat_id(chat_id)):
-            return False
         with suppress(HostFailure), foreign_errors(HostFailure):
-            return bool(await Chats.is_chat_owner(chat_id, self.user.id))
+            is_saved = self.in_chat and is_saved_chat_id(chat_id)
+            return is_saved and bool(await Chats.is_chat_owner(chat_id, self.user.id))
         return False
 
     async def save_output(self, items: list[Json], usage: Json) -> bool:
@@ -3255,10 +3244,7 @@ class Host:
     async def run_tool(
         self, tool: Json, call: ToolCall, arguments: Json, messages: list[Json]
     ) -> Any:
-        """Run a tool where it lives (here, a server, the user's page).
-
-        Raises `ToolFailure` with what it said.
-        """
+        """Run a tool: here, on a server, in the page; raises a `ToolFailure`."""
         if tool.get("type") != "mcp":  # MCP servers check their arguments themselves
             spec = (tool.get("spec") or {}).get("parameters") or {}
             known = spec.get("properties") or {}
@@ -3928,7 +3914,7 @@ class Ledger:
         """How many model calls there were."""
         return sum(figures.calls for figures in self.figures.values())
 
-    def count_call(self, speaker: str, usage: Json, deadline: ReplyDeadline) -> None:
+    def count_call(self, speaker: str, usage: Json, deadline: Deadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
         counted = self.add_usage({}, usage) if usage else {}
@@ -3953,12 +3939,22 @@ def _move(timeout: asyncio.Timeout, when: float | None) -> None:
         timeout.reschedule(when)
 
 
-class _Deadline:
-    """A limit in time that moves; who runs into it gets a `ModelFailure`."""
+class Deadline:
+    """A limit in time; who runs into it gets a `ModelFailure`.
 
-    def __init__(self, seconds: float, reason: str) -> None:
+    A turn has so many seconds, without those in which it has to wait. A reply, which
+    may be silent for a while, has them for its first word.
+    """
+
+    def __init__(self, seconds: float, silence: float = 0) -> None:
         self.seconds = seconds
-        self._reason = reason
+        self.now = time.monotonic  # as the loop's clock
+        self.begun = self.heard_at = self.now()
+        self.first_at: float | None = None
+        self.dialog: asyncio.Timeout | None = None  # ends when it says something
+        what = "it said nothing for" if silence else "it took longer than"
+        self._reason = f"{what} {seconds:g} s"
+        self._silence, self._left, self._pauses = silence, seconds, 0
         self._timeout = asyncio.Timeout(None)
 
     @asynccontextmanager
@@ -3970,21 +3966,11 @@ class _Deadline:
         except TimeoutError as error:
             raise ModelFailure(self._reason, 408) from error  # Request Timeout
 
-
-class TurnClock(_Deadline):
-    """How many seconds a turn may take, without those in which it has to wait."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds, f"it took longer than {seconds:g} s")
-        self._left = seconds
-        self._pauses = 0
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The clock stands still meanwhile; several may want that at a time."""
-        now = asyncio.get_running_loop().time
         if (when := self._timeout.when()) is not None:
-            self._left = when - now()
+            self._left = when - self.now()
             _move(self._timeout, None)
         self._pauses += 1
         try:
@@ -3992,19 +3978,7 @@ class TurnClock(_Deadline):
         finally:
             self._pauses -= 1
             if not self._pauses:
-                _move(self._timeout, now() + self._left)
-
-
-class ReplyDeadline(_Deadline):
-    """How many seconds a model may be silent: before its first word, and after any."""
-
-    def __init__(self, first: float, silence: float) -> None:
-        super().__init__(first, f"it said nothing for {first:g} s")
-        self.now = asyncio.get_running_loop().time
-        self.begun = self.heard_at = self.now()
-        self.first_at: float | None = None
-        self.dialog: asyncio.Timeout | None = None  # ends when it says something
-        self._silence = silence
+                _move(self._timeout, self.now() + self._left)
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
@@ -4036,42 +4010,42 @@ class ConnectionGate:
 
     def __init__(self, places: int) -> None:
         self._free = places
-        self._queue: list[tuple[int, str, asyncio.Future[None]]] = []
+        self._queue: list[tuple[int, str, object]] = []
+        self._changed = asyncio.Event()
         self._model = ""
         self._stage = 0  # for which the last place is kept
 
     async def enter(self, stage: int, model_id: str) -> None:
         """Wait for a place."""
         self._stage = max(self._stage, stage)
-        admission = asyncio.get_running_loop().create_future()
-        self._queue.append((stage, model_id, admission))
-        self._admit()
+        me = (stage, model_id, object())
+        self._queue.append(me)
         try:
-            await admission
-        except asyncio.CancelledError:
-            if not admission.cancelled():  # let in at the very moment
-                self.leave()
-            raise
+            while self._next() is not me:
+                await self._changed.wait()
+            self._free, self._model = self._free - 1, model_id
+        finally:
+            self._queue.remove(me)
+            self._tell()
 
     def leave(self) -> None:
         """Give the place to who is next."""
         self._free += 1
-        self._admit()
+        self._tell()
 
     def open_to_all(self) -> None:
         """No stage comes any more: who is late may have every place."""
         self._stage = 0
-        self._admit()
+        self._tell()
 
-    def _admit(self) -> None:
-        self._queue = [each for each in self._queue if not each[2].done()]
-        spare = self._free > 1
-        may = [each for each in self._queue if spare or each[0] >= self._stage]
-        if self._free and may:  # there is never room for two who wait
-            best = max(may, key=lambda each: (each[0], each[1] == self._model))
-            self._free -= 1
-            self._model = best[1]
-            best[2].set_result(None)
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _next(self) -> tuple[int, str, object] | None:
+        # of the last stage any place is enough, of others the last one is none
+        may = (each for each in self._queue if self._free > (each[0] < self._stage))
+        return max(may, key=lambda e: (e[0], e[1] == self._model), default=None)
 
 
 # -- one model call --------------------------------------------------------------------
@@ -4091,7 +4065,7 @@ class ModelCall:
     speaker: str
     voice: Voice
     prompt: Prompt
-    clock: TurnClock
+    clock: Deadline
     stage: int = 0
     specs: Sequence[Json] = ()
     parameters: Json = field(default_factory=dict)
@@ -4164,7 +4138,7 @@ _SKIP, _GO_ON = "Skip it", "Go on with what is there"  # answers of the person
 MOST_FAILURES = 2  # in a row, after which a model is not asked again
 MOST_IN_ALL = 5_000_000  # characters of all replies
 # Of this process, for all runs: places at a connection, and who has runs going.
-_CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], asyncio.Semaphore]
+_CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], ConnectionGate]
 _CALLS_IN_ALL = WeakValueDictionary()
 _RUNS: Counter[str] = Counter()
 
@@ -4172,16 +4146,16 @@ _RUNS: Counter[str] = Counter()
 @contextmanager
 def counted_run(user_id: str, settings: Settings) -> Iterator[None]:
     """One more run, unless there are as many as may be; raises `ConversationError`."""
-    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
-        raise ConversationError(
-            "You have as many conversations going as you may have at a time. Wait "
-            "until one ends, or stop one, and ask again."
-        )
+    busy = ""
     if 0 < settings.max_runs <= _RUNS.total():
-        raise ConversationError(
-            "As many conversations are going as there may be at a time. Wait a little, "
-            "and ask again."
+        busy = (
+            "As many conversations are going as there may be at a time. Wait a little"
         )
+    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
+        busy = "You have as many conversations going as you may have at a time. Wait "
+        busy += "until one ends, or stop one"
+    if busy:
+        raise ConversationError(f"{busy}, and ask again.")
     _RUNS[user_id] += 1
     try:
         yield
@@ -4318,7 +4292,7 @@ class ModelCalls:
     @asynccontextmanager
     async def _place(
         self, call: ModelCall, reply: Reply, streams: bool
-    ) -> AsyncIterator[ReplyDeadline]:
+    ) -> AsyncIterator[Deadline]:
         """A place at the model's connection; with it begins the time of the reply, and
         when it is given up the reply has ended and is counted."""
         settings, voice = self.settings, call.voice
@@ -4326,17 +4300,15 @@ class ModelCalls:
         most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
         gate = self._gates.setdefault(voice.connection, ConnectionGate(most))
         places = settings.calls_in_all or 1_000_000
-        in_all = _CALLS_IN_ALL.setdefault(
-            (voice.connection, places), asyncio.Semaphore(places)
-        )
-        async with AsyncExitStack() as held:
+        of_all = (voice.connection, places)
+        in_all = _CALLS_IN_ALL.setdefault(of_all, ConnectionGate(places))
+        with ExitStack() as held:
             with call.clock.paused():
-                await gate.enter(call.stage, voice.model_id)
-                held.callback(gate.leave)
-                await in_all.acquire()
-                held.callback(in_all.release)
+                for each, stage in ((gate, call.stage), (in_all, 0)):
+                    await each.enter(stage, voice.model_id)
+                    held.callback(each.leave)
             first = settings.first_token_timeout if streams else call.clock.seconds
-            deadline = ReplyDeadline(first, settings.silence_timeout)
+            deadline = Deadline(first, settings.silence_timeout)
             self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
             try:
                 yield deadline
@@ -4347,26 +4319,21 @@ class ModelCalls:
 
     @asynccontextmanager
     async def limits(
-        self, name: str, deadline: ReplyDeadline, stage: int = 0
+        self, name: str, deadline: Deadline, stage: int = 0
     ) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
-        watch = []
-        if self.settings.skip_after > 0 and self.host.can_ask:
-            offer = self._offer_to_skip(name, deadline, stage)
-            watch.append(asyncio.create_task(offer))
+        offer = asyncio.create_task(self._offer_to_skip(name, deadline, stage))
         try:
             async with deadline.running():
                 yield
         finally:
-            await end_tasks(*watch)
+            await end_tasks(offer)
 
-    async def _offer_to_skip(
-        self, name: str, deadline: ReplyDeadline, stage: int
-    ) -> None:
+    async def _offer_to_skip(self, name: str, deadline: Deadline, stage: int) -> None:
         """Ask the person at the page whenever there is silence for long. Who waits is
         asked again after as long a silence."""
         limit, asked_at = self.settings.skip_after, 0.0
-        while True:
+        while limit > 0 and self.host.can_ask:
             silence = deadline.now() - max(deadline.heard_at, asked_at)
             await asyncio.sleep(max(limit - silence, 0.05))
             async with self._dialog:  # one at a time
@@ -4380,7 +4347,7 @@ class ModelCalls:
                     return
                 asked_at = deadline.now()
 
-    async def _ask_to_skip(self, name: str, deadline: ReplyDeadline, stage: int) -> str:
+    async def _ask_to_skip(self, name: str, deadline: Deadline, stage: int) -> str:
         """One question, which goes away by itself when the model speaks."""
         silence = deadline.now() - deadline.heard_at
         question = f"{name} has said nothing for {silence:.0f} s. "
@@ -4404,7 +4371,7 @@ class Section:
 
     screen: Screen
     participant: Participant
-    clock: TurnClock
+    clock: Deadline
     role: str = ""
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
     number: int = 0  # its place, from when it has one
@@ -4722,7 +4689,7 @@ class Run:
     async def _search_once(self) -> None:
         """Where the chat searches the web: once, shared with everybody."""
         limit = self.settings.tool_timeout
-        deadline = ReplyDeadline(limit, limit)
+        deadline = Deadline(limit, limit)
         model_id, question = self.cast.manager.model_id, last_question(self.entries)
         try:
             async with self.models.limits("the web search", deadline):
@@ -4814,7 +4781,7 @@ class Run:
         announced = len(step.aliases) == 1 or self.settings.all_at_once
         sections, tasks = {}, {}
         for alias in step.aliases:
-            clock = TurnClock(self.settings.turn_timeout)
+            clock = Deadline(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role, step.names)
             if announced and not step.concludes:
@@ -4850,7 +4817,7 @@ class Run:
     ) -> Ballot | str:
         """A voter's ballot: asked, and asked again with what was wrong."""
         voter = self.cast.participants[paper.voter]
-        clock = TurnClock(self.settings.turn_timeout)
+        clock = Deadline(self.settings.turn_timeout)
         prompt = self._prompt(voter, paper.brief, {})
         call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
         for _ in range(2):
@@ -4875,7 +4842,7 @@ class Run:
             heard = shorten(self.entries, room, aliases)
             return messages_for_manager(settings, heard, step)
 
-        clock = TurnClock(settings.turn_timeout)
+        clock = Deadline(settings.turn_timeout)
         try:
             call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
             return await self.models.text(replace(call, enough=_MANAGER_READ))
@@ -5254,7 +5221,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         card = cards[seats[0].model_id]
         tags = host.think_tags()
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
-        clock = TurnClock(settings.first_token_timeout)
+        clock = Deadline(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
         call = ModelCall("task", voice, lambda _: body["messages"], clock)
         call = replace(call, parameters=sampling)

@@ -1749,7 +1749,7 @@ def test_progress_says_how_far_everybody_is_who_is_not_seen_yet() -> None:
 def test_a_section_says_how_far_it_is_until_it_is_seen() -> None:
     run, _ = make_run(aliases=("Ann", "Bob"))
     ann, bob = (
-        mmc.Section(run.screen, run.cast.participants[alias], mmc.TurnClock(600.0))
+        mmc.Section(run.screen, run.cast.participants[alias], mmc.Deadline(600.0))
         for alias in ("Ann", "Bob")
     )
     assert (ann.describe(False), bob.describe(False)) == ("waiting", "waiting")
