@@ -47,7 +47,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import (
-    AsyncExitStack,
+    ExitStack,
     aclosing,
     asynccontextmanager,
     contextmanager,
@@ -63,7 +63,14 @@ from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -156,6 +163,17 @@ def _setting(default: Any, description: str, **schema: Any) -> Any:
     return Field(default=default, description=description, json_schema_extra=schema)
 
 
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+
+
+def _read_number(text: str) -> str:
+    """The digits of a number as people write it: "three", "0,7"."""
+    word, words = text.strip().casefold(), _NUMBERS.split()
+    if word in words:
+        return str(words.index(word))
+    return re.sub(r"\A(-?\d+),(\d\d?)\Z", r"\1.\2", word)
+
+
 class UserSettings(BaseModel, extra="allow"):
     """What everybody may set for themselves; what is not set is as the admin set it.
 
@@ -165,7 +183,8 @@ class UserSettings(BaseModel, extra="allow"):
 
     participants: list[str] = _setting(
         [],
-        "Who talks, in the order of ticking. None: up to three models you may use.",
+        "Who talks, in the order of ticking, which the box does not show. None: up to "
+        "three models you may use.",
         input={"type": "multiselect", "options": "model_options"},
     )
     team: str = _setting(
@@ -181,6 +200,9 @@ class UserSettings(BaseModel, extra="allow"):
         input={"type": "select", "options": "model_options"},
     )
     instructions: str = _setting("", "Added to the system prompt of every participant.")
+    join: bool = _setting(
+        False, "Whether you are asked after each round if you have anything to add."
+    )
     # with a type of its own: the page draws a text box only for a plain one
     temperature: float | None = _setting(
         None, "Sampling temperature of all. Unset: each model's own.", type="number"
@@ -191,9 +213,15 @@ class UserSettings(BaseModel, extra="allow"):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_blanks(cls, values: Json) -> Json:
-        """The page stores null, "" or [] for a field that is put back to default."""
-        return {k: v for k, v in values.items() if v not in (None, "", [])}
+    def read_fields(cls, values: Json) -> Json:
+        """Numbers as people write them, and what is put back to default left out, for
+        which the page stores null, "" or []."""
+        read = {k: v for k, v in values.items() if v not in (None, "", [])}
+        for name, known in cls.model_fields.items():
+            value = read.get(name)
+            if isinstance(value, str) and not isinstance(known.default, str | list):
+                read[name] = _read_number(value)
+        return read
 
 
 class Settings(UserSettings):
@@ -262,6 +290,8 @@ class Settings(UserSettings):
     run_timeout: SkipJsonSchema[Seconds] = 3600  # s after which no step begins
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
+    all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
+    _is_cut: bool = PrivateAttr(default=False)  # more rounds were asked for
 
 
 _V2_NAMES = {
@@ -274,6 +304,10 @@ _V2_NAMES = {
 }
 # what a workspace model's custom parameters, or an API client, may set
 _PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
+_SEAT_FORMS = {  # as they fit into the one line of a form
+    "participants": "`gpt-4.1, claude-sonnet`",
+    "team": "`Ann | gpt-4.1 | You hope.; Bob | gpt-4.1`, or lines, or a JSON list",
+}
 
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
@@ -289,6 +323,30 @@ def _read_v2(stored: Mapping[str, Any]) -> Json:
     most = stored.get("NUM_PARTICIPANTS")
     team = "\n".join(lines[:most] if isinstance(most, int) else lines)
     return found | ({"team": team} if team else {})
+
+
+def _read_preset(name: str, value: Any) -> Any:
+    """A preset in the shape of its field; seats may be a JSON list, or parted by line
+    breaks, `\\n` or `;`, and participants by commas. Raises `ConversationError`."""
+    if name not in _SEAT_FORMS:
+        return value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    elif isinstance(value, str):
+        apart = r"\\n|;"  # in a team, where a seat begins; a persona may have both
+        if name == "participants":
+            apart = r"\\n|[\n;,，]"
+        elif "|" in value:
+            apart = r"\n|(?:\\n|;)(?=[^|;\\\n]*\|)"
+        value = [seat.strip() for seat in re.split(apart, value.strip("; \n"))]
+    if not isinstance(value, list) or not all(isinstance(seat, str) for seat in value):
+        raise ConversationError(
+            f"The `{name}` of this model cannot be read: write {_SEAT_FORMS[name]}."
+        )
+    if name == "participants":
+        return list(filter(None, value))
+    return "\n".join("\\n".join(seat.splitlines()) for seat in value)
 
 
 def merge_settings(
@@ -307,7 +365,8 @@ def merge_settings(
     """
     own = user.model_dump(exclude_unset=True) if user else {}
     chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
-    preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    given = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    preset = {name: _read_preset(name, value) for name, value in given.items()}
     fields = _read_v2(own)
     for layer in (chosen, preset, dict(asked or {})):
         fields |= ({"team": ""} if "participants" in layer else {}) | layer
@@ -319,8 +378,10 @@ def merge_settings(
             f"The settings of this conversation cannot be read: {names}. Correct them "
             "in the valves, or in the custom parameters of this model."
         ) from error
-    merged.rounds = min(merged.rounds, merged.max_rounds)
-    return Settings.model_construct(set(fields), **merged.model_dump())
+    told = merged.model_dump() | {"rounds": min(merged.rounds, merged.max_rounds)}
+    settings = Settings.model_construct(set(fields), **told)
+    settings._is_cut = "rounds" in fields and settings.rounds < merged.rounds
+    return settings
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:
@@ -340,6 +401,8 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 # one code point each: a heading is "### 🔵 Alias"; the last two only in old replies
 COLOURS = "🔵🔴🟢🟠🟣🟡🟤🔷🔶⚫⚪"
 SYSTEM_MARK = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
+PERSON_MARK = "👤"  # the same for what the person said between two rounds
+MARKS = COLOURS + SYSTEM_MARK + PERSON_MARK
 
 
 class ModelFailure(Exception):
@@ -486,6 +549,7 @@ class Cast:
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
     chair: str = ""  # who of them is no member, and only concludes
+    told: str = ""  # what was understood, where it is not the usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,7 +563,7 @@ class Question:
 class Turn:
     """What one participant said: `text` for the others, `messages` for itself."""
 
-    alias: str
+    alias: str  # "": the person, between two rounds
     text: str
     messages: tuple[Json, ...] = ()  # of Chat Completions: assistant, tool
     failure: str | None = None  # why it ended early or empty
@@ -521,6 +585,8 @@ class Speak:
     # letters that stand for the members: it reads no other names, and none of these
     # letters is shown
     names: Mapping[str, str] = field(default_factory=dict)
+    # with a conclusion drafts may fold; what is then said of each: alias -> "rank 2"
+    marks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -558,13 +624,6 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
-    """Step: there is a conclusion, and the drafts may fold."""
-
-    marks: Mapping[str, str]  # what is said of each: alias -> "rank 2"
-
-
-@dataclass(frozen=True, slots=True)
 class AskManager:
     """Step: ask the manager who is next. Answer: its text, or None if it failed."""
 
@@ -574,9 +633,24 @@ class AskManager:
     wrong_answer: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class AskPerson:
+    """Step: does the person have anything to add? Answer: one of `WISHES`, words of its
+    own, which are part of the conversation by then, or "" where nobody answers."""
+
+
+# what a person may want after a round, and what that does
+WISHES = {
+    "Go on": "The conversation goes on as planned",
+    "Put it to the vote": "Members judge what was said, and a chair concludes",
+    "Enough, conclude": "A chair concludes at once",
+}
+GO_ON, VOTE, ENOUGH = WISHES
+
+
 ReplyEvent = TextDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
-Step = Speak | AskManager | Judge | Publish | Fold
+Step = Speak | AskManager | AskPerson | Judge | Publish
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
 Mode = Steps[str]  # gives why the conversation ended
 
@@ -690,14 +764,9 @@ class SSEDecoder:
 
 
 class ThinkSplitter:
-    """Splits text, cut anywhere, into answer and reasoning at think tags.
-
-    Holds back only what could still become a tag.
-    """
+    """Splits text, cut anywhere, at think tags; holds back only what may become one."""
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
-        first = "".join(start[0] for start, _ in tags)
-        self._first = re.compile(rf"[\0\ud800-\udfff{re.escape(first)}]")
         self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
         self._ends = [_find_tags([end]) for _, end in tags]
         self._tag = self._start  # what is looked for
@@ -706,9 +775,6 @@ class ThinkSplitter:
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
-        idle = self._tag is self._start and not (self._held or self._trim)
-        if idle and not self._first.search(text):
-            return [TextDelta(text)]
         text, at = self._held + text, 0
         events: list[ReplyEvent] = []
         while (found := self._tag.search(text, at)) and found.lastindex:
@@ -743,7 +809,7 @@ def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
         name += attributes if tag[0] + tag[-1] == "<>" else ""
         whole.append(f"{name}{last}()")  # behind it: only what begins plainly is fast
         begun += [name, *(re.escape(tag[:length]) for length in range(1, len(tag) - 1))]
-    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]))
+    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]) or "(?!)")
 
 
 def text_of(content: Any) -> str:
@@ -851,12 +917,11 @@ class ReplyDecoder:
         yield from self._think.close()
 
     def _read(self, value: Any) -> Iterator[ReplyEvent]:
-        if text := _plain_delta(value):
-            self._has_text = self._has_deltas = True
-            yield from self._think.feed(text)
-            return
         try:
-            if not isinstance(value, dict):
+            if text := _plain_delta(value):
+                self._has_text = self._has_deltas = True
+                yield from self._think.feed(text)
+            elif not isinstance(value, dict):
                 yield from self._read_text(getattr(value, "content", value))
             elif value.get("object") == "error":  # older vLLM
                 raise ModelFailure(error_text(value))
@@ -873,14 +938,14 @@ class ReplyDecoder:
             yield from self._think.feed(text)
 
     def _read_chunk(self, chunk: Json) -> Iterator[ReplyEvent]:
-        yield from _read_usage(chunk)
+        if usage := _read_usage(chunk):
+            yield UsageReport(usage)
         if chunk.get("error"):
             raise ModelFailure(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
-        if choice.get("delta"):
-            for event in self._read_message(choice["delta"]):
-                self._has_deltas = True
-                yield event
+        if delta := choice.get("delta"):
+            self._has_deltas |= any(delta[key] for key in delta if key != "role")
+            yield from self._read_message(delta)
         else:
             message = choice.get("message") or chunk.get("message") or chunk
             yield from self._read_message(message, copy=self._has_deltas)
@@ -960,13 +1025,12 @@ def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
             yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
-def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
-    """What can be counted in a chunk, as one report."""
+def _read_usage(chunk: Json) -> Json:
+    """What can be counted in a chunk."""
     # Ollama counts beside the message
     ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
-    reports = map(_counts_of, (chunk.get("usage"), chunk.get("timings"), ollama))
-    if usage := dict(item for report in reports for item in report.items()):
-        yield UsageReport(usage)
+    usage, timings = _counts_of(chunk.get("usage")), _counts_of(chunk.get("timings"))
+    return {**usage, **timings, **_counts_of(ollama)}
 
 
 def _counts_of(report: Any) -> Json:
@@ -1048,8 +1112,8 @@ def split_objects(text: str) -> list[str]:
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
 # checkbox. What begins so is read up to where `_REACH` ends, and then judged once.
-_MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
-_SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
+_MARKS = f"{MARKS}\ufffd"
+_SIGNS = "⚠⏳⏱🏁💬\ufffd"  # with which our notices begin
 _HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
 _REACH = re.compile(
     r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
@@ -1082,6 +1146,8 @@ _HIDES_FENCES = re.compile(
     r"|^[ \t]*+(?:\ufeff|\s)|^ *+(?:\t|(?<= {4}))\s*+[`~]{3}"
 )
 _LIST_ITEM = re.compile(r"\s*(?:[-*+]|\d{1,9}[.)])(?:\s|\Z)")
+_LARGE = re.compile(r"#{1,3}(?=\s|\Z)")  # a heading that ranks with the speakers'
+_FIRST = re.compile(r"(?: {0,3}(?:>|(?:[-*+]|\d{1,9}[.)])(?=\s)))*+ {0,3}#| {0,3}[-=]")
 
 
 @dataclass(slots=True)
@@ -1090,22 +1156,24 @@ class _LineTracker:
 
     closing: str = ""  # the line that closes the code fence that is open
     is_marked: bool = False  # there is a mark in the paragraph
-    _in_paragraph: bool = False  # or in a fence directly behind one
+    in_paragraph: bool = False  # or in a fence directly behind one
+    may_be_code: bool = False  # by fences in lists and quotes too
     _in_list: bool = False
     _is_sure: bool = True  # nothing can have hidden a fence, or its end, so far
 
     @property
     def in_code(self) -> bool:
         """Whether every parser is in code here: its fence stands at the left edge."""
-        is_sure = self._is_sure and not self._in_paragraph
+        is_sure = self._is_sure and not self.in_paragraph
         return is_sure and self.closing.startswith(("`", "~"))
 
     def read(self, line: str) -> None:
         """Take the next line."""
         words = line.strip(" \t")
         if not words:
-            self._in_paragraph = self.is_marked = False
+            self.in_paragraph = self.is_marked = False
             return
+        self.may_be_code ^= bool(_FENCE.match(words.lstrip("> *+-0123456789.)")))
         self.is_marked |= not self.in_code and any(mark in line for mark in _SPELLINGS)
         fence = self.closing.lstrip()
         if self._in_list and not line.startswith(self.closing.removesuffix(fence)):
@@ -1114,14 +1182,14 @@ class _LineTracker:
         if not fence:
             opening = _FENCE.match(line)
             self.closing = opening[0] if opening else ""
-            self._in_paragraph |= not opening
+            self.in_paragraph |= not opening
             self._in_list |= bool(_LIST_ITEM.match(line))
             self._is_sure &= not _HIDES_FENCES.search(line)
         elif words.startswith(fence):
             self.closing = self.closing if words.strip(fence[0]) else ""
             exact = re.fullmatch(" {0,3}[^ \t]+ *", line)
             self._is_sure &= bool(exact) and not self.closing
-        elif self._in_paragraph and not words.strip("-="):
+        elif self.in_paragraph and not words.strip("-="):
             self._is_sure = False  # the page made a heading of it all, fence and all
 
 
@@ -1133,6 +1201,7 @@ class ForgeryGuard:
     `<video>`) as the host. None passes, however it is spelled: a backslash or a
     zero-width space shows it as the plain text it is. In a code fence that every parser
     sees, only what would be read back as ours, or the host's, is escaped.
+    Other headings, outside of what may be code, are made to rank below the speakers'.
     """
 
     def __init__(self) -> None:
@@ -1170,27 +1239,44 @@ class ForgeryGuard:
                     self._lines.read("".join([*self._line, text[begin:place]]))
                     self._line = []
                 begin = place + 1
-            elif hot[0] in "-=" and not self._lines.is_marked:
                 continue
-            elif reach := _REACH.match(text, place):
+            is_first = self._is_first(text[max(begin, place - 40) : place + 1])
+            if hot[0] in "-=" and not (self._lines.is_marked or is_first):
+                continue
+            if reach := _REACH.match(text, place):
                 if reach.end() == end and not final:
                     end = place
                     break
-                at, escape = self._escape(reach)
+                at, escape = self._escape(reach, is_first)
                 shown += [text[done:at], escape]
                 done = max(done, at)
-        self._line.append(text[begin:end])
+        self._line += filter(None, [text[begin:end]])
         self._held, self._before = text[end:], text[end - 1 : end]
         return "".join([*shown, text[done:end]])
 
-    def _escape(self, reach: re.Match[str]) -> tuple[int, str]:
-        """What disarms the forgery that stands there, if it is one, and where."""
+    def _is_first(self, end: str) -> bool:
+        """Whether the line, which ends so here, may become a heading by its last
+        character, or make one of the paragraph above."""
+        if self._lines.may_be_code or self._lines.closing or len(self._line) > 40:
+            return False
+        if end[-1] not in ("#-=" if self._lines.in_paragraph else "#"):
+            return False
+        line = "".join([*self._line, end])
+        return len(line) <= 40 and bool(_FIRST.fullmatch(line))
+
+    def _escape(self, reach: re.Match[str], is_first: bool) -> tuple[int, str]:
+        """What disarms the forgery that stands there, if it is one, and where; or what
+        makes a heading a smaller one, or none of what is underlined."""
         pattern = _FORGED_IN_CODE if self._lines.in_code else _FORGED
         # with the character behind it, for what ends a name
         forged = pattern.match(reach.string, reach.start(), reach.end() + 1)
         if forged and forged["start"]:
             return forged.end("start"), "\u200b"
-        return reach.start(), "\\" * bool(forged)
+        if forged:
+            is_rule = reach[0][0] in "-=" and not self._lines.is_marked
+            return reach.start(), "\n" if is_rule else "\\"
+        large = is_first and _LARGE.match(reach[0])
+        return reach.start(), "#" * (4 - len(large[0])) if large else ""
 
 
 # ======================================================================================
@@ -1198,15 +1284,23 @@ class ForgeryGuard:
 # ======================================================================================
 
 NOTICE, PROGRESS, FIGURES, OUTCOME = "> ⚠️ ", "> ⏳ ", "> ⏱️ ", "> 🏁 "
+UNDERSTOOD = "> 💬 "
 ROLE = " · "  # in a heading, between a name and what it speaks as; names have none
 CONCLUSION = "conclusion"
 _FOLD, _FOLD_END = '<details type="draft">\n', "\n\n</details>"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
-HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
+HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{MARKS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 # the host's own words, when it rebuilds the conversation
 TOOL_IMAGES = "Here are the images from the tool results above. Please analyze them."
-_NOTICE = re.compile(rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}).*\n?")
+_NOTICE = re.compile(
+    rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}|{UNDERSTOOD}).*\n?"
+)
+_TRIO = {  # who one model alone is seated as
+    "Optimist": "You look for what could work, and make it concrete.",
+    "Sceptic": "You look for what could go wrong, and are fair about it.",
+    "Engineer": "You count what it takes: time, money, what breaks first.",
+}
 _TEAM_READ = 20  # lines or list entries; eight may sit, the rest would only be named
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
 _OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
@@ -1233,11 +1327,11 @@ _LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is le
 _LEAST_TOKENS = 100  # to which the middle of a text may be cut
 _TOO_LONG = re.compile(  # what providers say of a prompt
     r"(?i)context[ _](?:length|window|size|limit)|maximum (?:prompt|model|input) length"
-    r"|(?:prompt|input|request|message)\w* (?:\w+ ){0,3}too (?:long|large)"
-    r"|too many tokens|tokens exceed|exceeds? the (?:\w+ ){1,5}tokens"
+    r"|(?:prompt|input|request|message)s? (?:\w{1,20} ){0,3}too (?:long|large)"
+    r"|too many tokens|tokens exceed|exceeds? the (?:\w{1,20} ){1,5}tokens"
     r"|tokens must be ="
 )
-_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,}(?![\w-]|\.\d)")
+_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
 _HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 _JSON_TYPES: dict[str, Any] = dict(
     string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
@@ -1251,6 +1345,11 @@ def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
 
 
 # -- who sits at the table -------------------------------------------------------------
+
+
+def join_names(names: Sequence[str]) -> str:
+    """At least one name -> "Ann, Bob and Cat"."""
+    return ", ".join(names[:-1]) + (" and " if names[1:] else "") + names[-1]
 
 
 def clean_alias(alias: str) -> str:
@@ -1276,12 +1375,9 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     if card is None:
         able = [card for card in cards.values() if not card.is_self]
         known = {each.casefold(): c.id for c in able for each in (c.name, c.id)}
-        close = [known[each] for each in get_close_matches(name[:80], known, 1)]
-        hint = (
-            f'did you mean "{plain_line(close[0], 80)}"'
-            if close
-            else ("choose another one, or ask an admin for access to it")
-        )
+        hint = "choose another one, or ask an admin for access to it"
+        for close in get_close_matches(name[:80], known, 1):
+            hint = f'did you mean "{plain_line(known[close], 80)}"'
         raise ConversationError(
             f'there is no model "{plain_line(wanted, 80)}" that you may use: {hint}'
         )
@@ -1347,38 +1443,41 @@ def _read_seat(parts: Sequence[str], cards: Mapping[str, ModelCard]) -> Seat:
 def choose_seats(
     settings: Settings, cards: Mapping[str, ModelCard]
 ) -> tuple[list[Seat], list[str], bool]:
-    """Who takes part: the team text, else the list, else up to three models. A line
-    of the team that names no model gets one of the list, or of all, in turn.
+    """Who takes part: the team text, else the list, else up to three models; one
+    model alone in three roles. A line of the team that names no model gets one of the
+    list, or of all, in turn.
 
     With a sentence for each seat that could not be taken, and if nobody was chosen.
     """
-    lines = enumerate(settings.team.split("\n"), 1)
-    team = [(number, line) for number, line in lines if line.strip()]
-    chosen = len(team) or len(settings.participants)
+    lines = enumerate(map(str.strip, settings.team.split("\n")), 1)
     wanted = [
         (f"Team line {number}", line.split("|", 2))
-        for number, line in team[:_TEAM_READ]
+        for number, line in lines
+        if line and line[0] != "#"
     ] or [
-        (f"Participant {number}", [model_id])
-        for number, model_id in enumerate(settings.participants[:_TEAM_READ], 1)
+        (f"Participant {n}", [each]) for n, each in enumerate(settings.participants, 1)
     ]
     usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
     listed = [model_id for model_id in settings.participants if model_id in cards]
     stand_ins = cycle(listed or usual)
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in wanted or [("", [model_id]) for model_id in usual[:3]]:
+    for where, parts in wanted[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
         if parts[1:] and not parts[1].strip():
             parts[1] = next(stand_ins, "")
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
-    seats, most = list(unique_aliases(seats)), settings.max_participants
+    most, many = settings.max_participants, len(wanted)
+    if len(seats) == 1 and not settings.team.strip():
+        trio = list(_TRIO.items())[:most]
+        seats = [replace(seats[0], alias=alias, persona=text) for alias, text in trio]
+    seats = list(unique_aliases(seats))
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if chosen > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
-    return seats[:most], problems, not chosen
+    if many > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {many} seats were read.")
+    return seats[:most], problems, not many
 
 
 def choose_chair(
@@ -1397,8 +1496,7 @@ def render_system(
     settings: Settings, seat: Seat, aliases: Sequence[str], voice: Voice, chat: str
 ) -> str:
     """A participant's system prompt: its model's, the chat's, rules, tools, persona."""
-    names = ", ".join(aliases[:-1]) + (" and " if aliases[1:] else "") + aliases[-1]
-    values = {"name": seat.alias, "participants": names}
+    values = {"name": seat.alias, "participants": join_names(aliases)}
     rules = fill_template(settings.rules_prompt, values)
     tools = "You have no tools in this conversation; do not pretend to use one."
     if voice.tools:
@@ -1445,8 +1543,10 @@ def _still_able(
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
-    """Why a conversation ended that nobody ended."""
+def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str, finished: str) -> Mode:
+    """Why a conversation ended that no manager ended; first, what the person wants."""
+    if wish in (VOTE, ENOUGH):
+        return (yield from put_to_vote(agenda, turns, wish))
     if not any(turn.text for turn in turns):
         return "Nobody could answer"
     if 0 < agenda.settings.max_tokens <= agenda.tokens_used():
@@ -1458,33 +1558,53 @@ def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
 
 def _take_rounds(
     agenda: Agenda, brief: str = "", blind: bool = False
-) -> Steps[list[Turn]]:
+) -> Steps[tuple[list[Turn], str]]:
     """Everybody speaks once per round, in order, and in a blind first round at the same
-    time; gives all turns."""
+    time; gives all turns, and what the person wants in the end."""
     rounds, turns = agenda.settings.rounds, list[Turn]()
-    if blind:
-        role = "opening" if rounds > 1 else ""
-        turns += yield Speak(agenda.aliases, "opening", brief, role)
-    for number in range(1 + blind, rounds + 1):
+    number, wish = 0, GO_ON
+    while number < rounds:
+        number += 1
         role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(agenda, turns, agenda.last):
-            turns += yield Speak((alias,), brief=brief, role=role)
-            role = ""
-    return turns
+        if blind and number == 1:
+            role = "opening" if rounds > 1 else ""
+            turns += yield Speak(agenda.aliases, "opening", brief, role)
+        else:
+            for alias in _still_able(agenda, turns, agenda.last):
+                turns += yield Speak((alias,), brief=brief, role=role)
+                role = ""
+        wish, rounds = yield from _hear(agenda, turns, wish, number, rounds)
+    return turns, wish
+
+
+def _hear(
+    agenda: Agenda, turns: Sequence[Turn], wish: str, done: int, rounds: int
+) -> Steps[tuple[str, int]]:
+    """What the person who has a seat wants after a round, and how many rounds there are
+    then: what it says is answered. Who gave no answer is not asked again."""
+    settings = agenda.settings
+    if not (settings.join and wish and _still_able(agenda, turns)):
+        return wish, rounds
+    wish = yield AskPerson()
+    if wish in (VOTE, ENOUGH):
+        return wish, done
+    more = done + (wish not in ("", GO_ON))
+    return wish, max(rounds, min(more, settings.max_rounds))
 
 
 def round_robin(agenda: Agenda) -> Mode:
     """Everybody once per round, in order."""
-    rounds = agenda.settings.rounds
-    turns = yield from _take_rounds(agenda)
+    turns, wish = yield from _take_rounds(agenda)
+    rounds = max(agenda.settings.rounds, len(turns) // len(agenda.aliases))
     finished = f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
-    return _describe_end(agenda, turns, finished)
+    return (yield from _finish(agenda, turns, wish, finished))
 
 
 def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
     aliases, last, turns = agenda.aliases, agenda.last, list[Turn]()
-    for _ in range(agenda.settings.rounds * len(aliases)):
+    rounds, wish = agenda.settings.rounds, GO_ON
+    while len(turns) < rounds * len(aliases):
         able = _still_able(agenda, turns, last)
         if not able:
             break
@@ -1493,7 +1613,11 @@ def managed(agenda: Agenda) -> Mode:
         if not last:
             return f"The manager ended it: {reason or 'no reason given'}"
         turns += yield Speak((last,), reason)
-    return _describe_end(agenda, turns, "Finished: all turns were taken")
+        if len(turns) % len(aliases) == 0:
+            done = len(turns) // len(aliases)
+            wish, rounds = yield from _hear(agenda, turns, wish, done, rounds)
+    finished = "Finished: all turns were taken"
+    return (yield from _finish(agenda, turns, wish, finished))
 
 
 def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
@@ -1561,41 +1685,55 @@ def council(agenda: Agenda) -> Mode:
     step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
     answers: list[Turn] = yield step
     present = [turn for turn in answers if turn.failure is None]
-    return (yield from _decide(agenda, answers, present, votes=False))
+    wish, _ = yield from _hear(agenda, answers, GO_ON, 1, 1)
+    return (yield from _decide(agenda, answers, present, False, wish))
 
 
 def debate(agenda: Agenda) -> Mode:
     """Positions taken blind, rounds of answers to each other, a vote, a conclusion."""
     values = {"question": agenda.question}
     brief = fill_template(agenda.settings.debate_prompt, values)
-    said = yield from _take_rounds(agenda, brief, blind=True)
-    said.sort(key=lambda turn: turn.text > "")  # silence replaces nothing
+    said, wish = yield from _take_rounds(agenda, brief, blind=True)
+    return (yield from put_to_vote(agenda, said, wish))
+
+
+def put_to_vote(agenda: Agenda, said: Iterable[Turn], wish: str = VOTE) -> Mode:
+    """What each said last is judged, and a chair concludes."""
+    said = sorted(said, key=lambda turn: turn.text > "")  # silence replaces nothing
     latest = {turn.alias: turn for turn in said}
-    turns = [latest[alias] for alias in agenda.aliases]
+    turns = [latest[alias] for alias in agenda.aliases if alias in latest]
     present = [turn for turn in turns if turn.text]
-    return (yield from _decide(agenda, turns, present, votes=True))
+    return (yield from _decide(agenda, turns, present, True, wish))
 
 
 def _decide(
-    agenda: Agenda, turns: Sequence[Turn], present: Sequence[Turn], votes: bool
+    agenda: Agenda,
+    turns: Sequence[Turn],
+    present: Sequence[Turn],
+    votes: bool,
+    wish: str,
 ) -> Mode:
-    """Those who are present judge each other, and a chair concludes."""
+    """Those who are present judge each other, unless the person has had enough, and a
+    chair concludes."""
     members = [turn.alias for turn in present]
     if len(members) < 2:
         return (yield from _end_early(turns, members))
-    papers = tuple(ballot_papers(agenda, present, votes))
-    judged = yield Judge(papers, read_vote if votes else read_ranking)
+    papers = tuple(ballot_papers(agenda, present, votes)) if wish != ENOUGH else ()
+    step = Judge(papers, read_vote if votes else read_ranking)
+    judged: list[Ballot | str] = (yield step) if papers else []
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(members, ballots)
-    parts = [render_standings(standings, votes), describe_agreement(standings, ballots)]
+    none = "No ballots were asked for: you had heard enough."
+    table = render_standings(standings, votes) if papers else none
+    parts = [table, describe_agreement(standings, ballots)]
     for model in dict.fromkeys(agenda.models.values()):
         kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
         if len(kin) > 1:
-            parts.append(f"{' and '.join(kin)} are one model, which may favour itself.")
-    for voter, lost in zip(members, judged, strict=True):
+            parts.append(f"{join_names(kin)} are one model, which may favour itself.")
+    for paper, lost in zip(papers, judged, strict=True):
         if isinstance(lost, str):
             reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
-            parts.append(f"No ballot from {voter}: {reason}.")
+            parts.append(f"No ballot from {paper.voter}: {reason}.")
     result = "\n\n".join(filter(None, parts))
     title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
     yield Publish("ranking", f"{RULE}{title}\n\n{result}")
@@ -1607,11 +1745,11 @@ def _decide(
         "result": hide_names("\n".join([result, "", *remarks]).rstrip(), names),
     }
     brief = fill_template(agenda.settings.conclusion_prompt, told)
-    step = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
+    concluding = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
     marks = {
         s.alias: f"rank {n}" if ballots else "" for n, s in enumerate(standings, 1)
     }
-    return (yield from _conclude(agenda, turns, marks, step))
+    return (yield from _conclude(agenda, turns, marks, concluding))
 
 
 def _conclude(
@@ -1631,9 +1769,9 @@ def _conclude(
     for alias in filter(None, (agenda.judge, *members)):
         behind = f" ({', '.join(notes)})" if notes else ""
         yield _outcome(turns, f"chaired by {alias}{behind}")
-        spoken: list[Turn] = yield replace(step, aliases=(alias,), concludes=True)
+        step = replace(step, aliases=(alias,), concludes=True, marks=marks)
+        spoken: list[Turn] = yield step
         if spoken[0].text:
-            yield Fold(marks)
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
     yield _outcome(turns, "nobody could write a conclusion")
@@ -1645,7 +1783,7 @@ def _end_early(turns: Sequence[Turn], members: Sequence[str]) -> Mode:
     if members:
         yield _outcome(turns, f"no conclusion, this is {members[0]}'s answer alone")
         return f"Only {members[0]} answered"
-    reasons = _describe_failures(turns)
+    reasons = _describe_failures(turns) or "nothing was said yet"
     yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
     return "Nobody could answer"
 
@@ -1974,8 +2112,9 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
             text = "\n\n".join(filter(None, texts))
             name, _, role = title.partition(ROLE)
+            name = "" if colour == PERSON_MARK else name or "Assistant"
             concludes = role == CONCLUSION
-            yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
+            yield Turn(name, text, tuple(own), concludes=concludes)
 
 
 def render_fold(title: str, text: str) -> str:
@@ -2078,7 +2217,12 @@ def hide_speakers(entries: Iterable[Entry], names: Mapping[str, str]) -> list[En
 
 
 def render_turn(turn: Turn) -> str:
-    """A turn as the others read it, labelled; its text cannot end or fake a label."""
+    """A turn as the others read it, labelled; its text cannot end or fake a label.
+
+    What the person said stands as it is, like a question.
+    """
+    if not turn.alias:
+        return turn.text
     text = escape_labels(turn.text) or "(could not answer)"
     return f'<message from="{turn.alias}">\n{text}\n</message>'
 
@@ -2148,9 +2292,9 @@ def _size(entry: Entry) -> int:
 def _kept_whole(entries: Sequence[Entry], aliases: Sequence[str]) -> set[int]:
     """The places of the last round, of everybody's last turn, and of the question, of
     which the last part may have been found on the web."""
-    last = {e.alias if isinstance(e, Turn) else "": at for at, e in enumerate(entries)}
-    asked, end = last.get("", 0), len(entries)
-    own = (last[alias] for alias in aliases if alias in last)
+    last = {getattr(e, "alias", None): at for at, e in enumerate(entries)}
+    asked, end = last.get(None, 0), len(entries)
+    own = (last[alias] for alias in ("", *aliases) if alias in last)
     return {asked - 1, asked, *own, *range(end - len(aliases), end)}
 
 
@@ -2270,6 +2414,7 @@ class Commands:
     def settings(self) -> Json:
         """What they set in the place of the valves."""
         asked = {"rounds": self.rounds, "participants": list(self.seats)}
+        asked |= {"join": True} if self.join else {}
         return {name: value for name, value in asked.items() if value not in (None, [])}
 
 
@@ -2353,12 +2498,60 @@ def _cut_command(
     return (text, {}) if text[end:].strip() else (text[: max(at - 1, 0)], fields)
 
 
+def choose_addressed(names: Sequence[str], aliases: Sequence[str]) -> tuple[str, ...]:
+    """Those who are addressed, where every one of the names is one of theirs."""
+    known = {_plain_name(alias) or alias: alias for alias in aliases}
+    found = [known.get(_plain_name(name) or name, "") for name in names]
+    return tuple(dict.fromkeys(found)) if all(found) else ()
+
+
+def describe_table(
+    mode_id: str, agenda: Agenda, commands: Commands, cards: Mapping[str, ModelCard]
+) -> str:
+    """One line on what was understood of a question and of who sits at the table."""
+    settings, asked = agenda.settings, commands.rounds is not None
+    seats, models = list(agenda.models), list(set(agenda.models.values()))
+    told = []
+    if len(seats) == 1:
+        told.append(f"{seats[0]} is alone: a conversation needs at least two seats")
+    elif len(models) == 1 and not settings.team.strip():
+        told.append(f"{join_names(seats)} are all {plain_line(cards[models[0]].name)}")
+    elif commands.seats:
+        told.append(f"In this chat: {join_names(seats)}")
+    if len(agenda.aliases) < len(seats):
+        told.append(f"Only {join_names(agenda.aliases)} may answer")
+    if mode_id == "council":
+        told += ["A council has no rounds"] * asked
+    elif len(agenda.aliases) > 1 and (asked or settings._is_cut):
+        most = ", the most that the administrator allows" * settings._is_cut
+        told.append(f"Rounds: {settings.rounds}{most}")
+    return " · ".join(told)
+
+
 def _is_quoted(before: str) -> bool:
     """Whether what follows stands in a code block or in a quote."""
     line = before.rpartition("\n")[2].expandtabs(4)
     fences = len(re.findall(r"(?m)^[^\S\n]*+(?:```|~~~)", before))
     in_code = fences % 2 or (line.isspace() and len(line) >= 4)
     return bool(in_code) or line.lstrip().startswith(">")
+
+
+def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
+    """A model's answer to the host's question what may be asked after a reply of these
+    items, with up to three questions of ours behind its own; the host takes five."""
+    texts = (text_of(i.get("content")) for i in output if i.get("type") == "message")
+    reply = {"role": "assistant", "content": "\n\n".join(texts)}
+    turns = [turn for turn in _read_reply([reply], None) if turn.alias]
+    said = list(dict.fromkeys(t.alias for t in turns if t.text and not t.concludes))
+    silent = dict.fromkeys(t.alias for t in turns if t.alias not in said)
+    ours = [f"{', '.join(silent)}: please answer, too."] if silent else []
+    if said[1:]:
+        ours.append(f"{said[0]}: answer what {said[-1]} said.")
+        if not any(turn.concludes for turn in turns):
+            ours += ["/vote Who is right?", "/rounds 1 Take up what was said."]
+    listed = _part_of(_find_object(answer, "follow_ups"), "follow_ups", list)
+    whole = {"follow_ups": [*listed[: 5 - len(ours[:3])], *ours[:3]]}
+    return json.dumps(whole, ensure_ascii=False)
 
 
 # -- tool arguments --------------------------------------------------------------------
@@ -2477,7 +2670,6 @@ class Block:
     id: str
     speaker: str
     section: int
-    index: int  # in the transcript
     fields: Json
     sent_fields: Json | None = None  # None: the client does not have the block
     text: GrowingText = field(default_factory=GrowingText)
@@ -2494,6 +2686,9 @@ _SAVED = (
 )
 
 
+LAST = sys.maxsize  # the section that stands below all others
+
+
 class Transcript:
     """The blocks of one reply, in the order in which they are read.
 
@@ -2506,6 +2701,7 @@ class Transcript:
         self.prefix = prefix
         self._sections = 0
         self.growing: set[int] = set()  # the sections that are not closed
+        self.late: set[int] = set()  # those for which nobody waits any more
 
     def open_section(self) -> int:
         """A new section at the end, which grows until it is closed."""
@@ -2518,8 +2714,11 @@ class Transcript:
         self.growing.discard(section)
 
     def is_next(self, block: Block) -> bool:
-        """Whether all sections before this block's are closed."""
-        return block.section <= min(self.growing, default=block.section)
+        """Whether all that stands before this block is there: then it moves nothing."""
+        if block.section == LAST:
+            return True
+        first = min(self.growing, default=block.section)
+        return block.section <= first and block.section not in self.late
 
     def add(
         self, kind: BlockKind, speaker: str, section: int = 0, **fields: Any
@@ -2527,11 +2726,20 @@ class Transcript:
         """A new, empty block at the end of a section."""
         index = bisect_right(self.blocks, section, key=lambda block: block.section)
         block_id = f"{self.prefix}_{len(self.blocks)}"
-        block = Block(kind, block_id, speaker, section, index, fields)
-        for later in self.blocks[index:]:
-            later.index += 1
+        block = Block(kind, block_id, speaker, section, fields)
         self.blocks.insert(index, block)
         return block
+
+    def of(self, section: int) -> list[Block]:
+        """The blocks of a section, first its heading."""
+        return [block for block in self.blocks if block.section == section]
+
+
+def count_words(blocks: Iterable[Block]) -> str:
+    """ "140 words": what is said in these blocks, without notices; "" if nothing is."""
+    said = (b for b in blocks if b.kind == "message" and "notice" not in b.fields)
+    words = sum(len(str(block.text).split()) for block in said)
+    return f"{words:,} word{'s' * (words != 1)}" if words else ""
 
 
 def fold_drafts(
@@ -2543,7 +2751,7 @@ def fold_drafts(
     for block in transcript.blocks:
         sections.setdefault(block.section, []).append(block)
     titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
-    spoken = {n: title for n, title in titles.items() if title and n != ranking}
+    spoken = {n: title for n, title in titles.items() if title and title[1] in COLOURS}
     conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
     for number in (outcome, conclusion, ranking):
         for block in sections[number]:
@@ -2559,11 +2767,10 @@ def fold_drafts(
     for number in spoken.keys() - {conclusion}:
         heading, *rest = sections[number]
         said = [block for block in rest if block.kind == "message"]
-        words = sum(len(str(b.text).split()) for b in said if "notice" not in b.fields)
-        counted = f"{words:,} word{'s' * (words != 1)}" if words else "no answer"
+        words = count_words(said)
         title = " ".join(spoken[number].groups())
         mark = marks.get(heading.speaker, "not ranked" if words else "")
-        parts = (title, mark, counted)
+        parts = (title, mark, words or "no answer")
         texts = (str(block.text).strip() for block in said)
         draft = "\n\n".join((f"### {title}", *texts))
         heading.text.replace(render_fold(ROLE.join(filter(None, parts)), draft))
@@ -2596,7 +2803,7 @@ def render_checkpoint(transcript: Transcript) -> list[Json]:
     """The output as it is stored in mid-run: nothing in it goes on, and a last line
     tells a reader so; the host's own save takes its place."""
     blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
-    line = Block("message", f"{transcript.prefix}_saved", "", 0, 0, {})
+    line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
     line.text.append(_SAVED)
     items = [render_item(block) for block in (*blocks, line)]
     answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
@@ -2614,14 +2821,14 @@ def render_markdown(transcript: Transcript) -> str:
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-def plan_items(block: Block, before: int = 0) -> Json | None:
+def plan_items(block: Block, place: int) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
-    So many items of the message stand `before` the transcript.
+    So many items has the page before it.
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
-    event: Json = {"output_index": before + block.index}
+    event: Json = {"output_index": place}
     suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
@@ -2633,7 +2840,7 @@ def plan_items(block: Block, before: int = 0) -> Json | None:
     return event | {"type": f"response.output_item.{verb}", "item": render_item(block)}
 
 
-def plan_chunk(block: Block) -> Json | None:
+def plan_chunk(block: Block, place: int) -> Json | None:
     """The same for an API client, which can only append: a Chat-Completions delta.
 
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
@@ -2643,7 +2850,7 @@ def plan_chunk(block: Block) -> Json | None:
     if not suffix or block.fields.get("passing"):
         return None
     if block.kind == "message":
-        gap = "\n\n" if block.sent_fields is None and block.index else ""
+        gap = "\n\n" if block.sent_fields is None and place else ""
         return {"content": gap + suffix}
     return {"reasoning_content": suffix} if block.kind == "reasoning" else None
 
@@ -2775,9 +2982,22 @@ class Host:
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
 
     @property
+    def user_name(self) -> str:
+        """What the person is called in a heading."""
+        return clean_alias(str(getattr(self.user, "name", ""))) or "You"
+
+    @property
     def can_replace(self) -> bool:
         """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
         return self.in_chat and VERSION != "0.11.0"
+
+    @property
+    def followed(self) -> list[Json]:
+        """The items of the reply after which this task asks for follow-ups, if so."""
+        asked = self.metadata.get("task_body") or {}
+        last = (asked.get("messages") or [{}])[-1]
+        is_asked = "follow_up" in str(self.metadata.get("task"))
+        return (last.get("output") or []) if is_asked else []
 
     @property
     def can_ask(self) -> bool:
@@ -2925,10 +3145,7 @@ class Host:
         return tools, problems
 
     async def stored_replies(self) -> list[Json]:
-        """The stored messages that led to this question, the first one first.
-
-        None for a chat that is not saved; then only our headings tell who spoke.
-        """
+        """The stored messages that led to this question; none if none can be had."""
         names = ("regeneration_message_id", "assistant_message_id", "user_message_id")
         ids = [self.metadata.get(name) for name in names]
         with suppress(HostFailure), foreign_errors(HostFailure):
@@ -2950,10 +3167,7 @@ class Host:
 
     @asynccontextmanager
     async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
-        """Call a model; gives the items of its reply, and frees it when left.
-
-        Raises `ModelFailure` with the reason where the host or the provider refused.
-        """
+        """Call a model; gives the items of its reply, or raises a `ModelFailure`."""
         # nothing that lets an inner pipe write into our message
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
@@ -3019,10 +3233,9 @@ class Host:
     async def may_save(self) -> bool:
         """Whether this is a saved chat of this user's."""
         chat_id = self.metadata.get("chat_id")
-        if not (self.in_chat and is_saved_chat_id(chat_id)):
-            return False
         with suppress(HostFailure), foreign_errors(HostFailure):
-            return bool(await Chats.is_chat_owner(chat_id, self.user.id))
+            is_saved = self.in_chat and is_saved_chat_id(chat_id)
+            return is_saved and bool(await Chats.is_chat_owner(chat_id, self.user.id))
         return False
 
     async def save_output(self, items: list[Json], usage: Json) -> bool:
@@ -3049,8 +3262,11 @@ class Host:
         """What the person at the page chose of these options (label -> what it does),
         or said in words of their own where they are `free` to; "" is no answer.
 
-        Where there is no card a dialog asks whether it shall be the second option.
+        Where there is no card a dialog asks whether it shall be the second option; for
+        other words there is none.
         """
+        if free and not self.has_card:
+            return ""
         if not self.has_card:
             asked: Json = {"title": title, "message": question}
             agreed = await self._call("confirmation", asked) is True
@@ -3106,10 +3322,7 @@ class Host:
     async def run_tool(
         self, tool: Json, call: ToolCall, arguments: Json, messages: list[Json]
     ) -> Any:
-        """Run a tool where it lives (here, a server, the user's page).
-
-        Raises `ToolFailure` with what it said.
-        """
+        """Run a tool: here, on a server, in the page; raises a `ToolFailure`."""
         if tool.get("type") != "mcp":  # MCP servers check their arguments themselves
             spec = (tool.get("spec") or {}).get("parameters") or {}
             known = spec.get("properties") or {}
@@ -3215,29 +3428,26 @@ def _meta_of(model: Json) -> Json:
     return (model.get("info") or {}).get("meta") or {}
 
 
-def _with_bases(models: Mapping[str, Json], model_id: str) -> list[str]:
-    """A model, what it is based on, and so on: their ids."""
-    chain: list[str] = []
-    while model_id and model_id not in chain:
-        chain.append(model_id)
-        info = (models.get(model_id) or {}).get("info") or {}
-        model_id = info.get("base_model_id") or ""
-    return chain
-
-
 def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, ModelCard]:
     """A card of each of these models, by id; `own_id` is that of this function."""
     cards = {}
     for model in some:
-        model_id = model["id"]
-        bases = _with_bases(models, model_id)
+        chain: list[str] = []  # the model, what it is based on, and so on
+        base, served = model["id"], model
+        while base and base not in chain:
+            chain.append(base)
+            served = models.get(base) or {}
+            base = (served.get("info") or {}).get("base_model_id")
+        kind, number = served.get("owned_by"), served.get("urlIdx")
+        if kind == OLLAMA:
+            number = ((served.get("ollama") or {}).get("urls") or [0])[0]
         unusual = model.get("arena") or _meta_of(model).get("hidden")
-        cards[model_id] = ModelCard(
-            model_id,
-            model.get("name") or model_id,
-            is_self=any(base.partition(".")[0] == own_id for base in bases),
-            by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
-            connection=_connection_of(models.get(bases[-1]) or {}),
+        cards[model["id"]] = ModelCard(
+            model["id"],
+            model.get("name") or model["id"],
+            is_self=any(each.partition(".")[0] == own_id for each in chain),
+            by_default=not (unusual or _NO_CHAT_MODEL.search(model["id"])),
+            connection=f"{kind} {number}",
             entry=model,
         )
     return cards
@@ -3252,14 +3462,6 @@ def _may_read(model: Json, me: set[tuple[str, Any]]) -> bool:
         if grant.get("permission") == "read"
     }
     return not me.isdisjoint({("user", info.get("user_id")), *granted})
-
-
-def _connection_of(model: Json) -> str:
-    """Which connection serves a model: its kind and number."""
-    kind, number = model.get("owned_by"), model.get("urlIdx")
-    if kind == OLLAMA:
-        number = ((model.get("ollama") or {}).get("urls") or [0])[0]
-    return f"{kind} {number}"
 
 
 def _knowledge_prompt(meta: Json) -> str:
@@ -3314,10 +3516,9 @@ async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
     if not isinstance(response, StreamingResponse):
         yield _read_whole(response)
         return
-    task = asyncio.current_task()  # `was_cancelled` would look it up for each item
     with foreign_errors(ModelFailure):
         async for item in response.body_iterator:
-            if task and task.cancelling():
+            if was_cancelled():
                 raise asyncio.CancelledError
             yield item
 
@@ -3477,20 +3678,23 @@ class Emitter:
     every `interval` seconds, and less often where an update costs the page more, the
     noted blocks are compared with what was sent, and per block nothing, the new suffix,
     or the block whole goes out: never the transcript.
-    A block the client does not have yet goes out at once. `may_send` holds back what
-    a client that can only append must not get yet. `flushes` counts them.
+    A block the client does not have yet goes out at once. `in_order`: not before all
+    that stands above it, so that nothing moves. `flushes` counts them, and so many
+    items of the message stand `before` the transcript.
     """
 
     def __init__(
         self,
-        plan: Callable[[Block], Json | None],
+        transcript: Transcript,
+        plan: Callable[[Block, int], Json | None],
         interval: float,
         clock: Callable[[], float] = time.monotonic,
-        may_send: Callable[[Block], bool] | None = None,
     ) -> None:
         self.flushes = 0
-        self.plan = plan
-        self._may_send = may_send
+        self.before = 0
+        self.in_order = False
+        self._transcript = transcript
+        self._plan = plan
         self._interval = interval
         self._clock = clock
         self._shown: set[Block] = set()  # also those that are held back
@@ -3518,6 +3722,10 @@ class Emitter:
         if self._timer:
             await self._nearly_due.wait()
 
+    def may_send(self, block: Block) -> bool:
+        """Whether it is held back no more."""
+        return not self.in_order or self._transcript.is_next(block)
+
     def nudge(self) -> None:
         """Something that was held back may go out now."""
         if self._noted:
@@ -3526,31 +3734,31 @@ class Emitter:
     def close(self) -> None:
         """Nothing more will come: `frames` ends after the last, exact frame."""
         self._closed = True
-        self._may_send = None
+        self.in_order = False
         self._wake()
 
     def flush(self) -> list[Json]:
         """The events that bring the client up to date now."""
         noted, self._noted = self._noted, set()
+        self._shown |= noted
         self.flushes += 1
-        events = []
-        for block in sorted(noted, key=lambda block: block.index):
-            self._shown.add(block)
-            if self._may_send and not self._may_send(block):
-                self._noted.add(block)
-                continue
-            event = self.plan(block)
-            block.mark_sent()
-            if event is not None:
-                events.append(event)
+        events, place, drawn, whole = [], self.before, 0.0, 0.0
         # The page draws the noted blocks anew, and copies all. Tuned with row 12 of the
         # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
         # characters of one, or a message of 60,000 cost one interval. The costliest
         # update waits for four: 0.4 s is still seen to flow.
-        drawn = sum(0.3 + block.text.length / 5000 for block in noted)
-        whole = sum(block.text.length for block in self._shown) / 60_000
+        for block in self._transcript.blocks:
+            if block in noted and not self.may_send(block):
+                self._noted.add(block)
+            elif block in noted:
+                events.append(self._plan(block, place))
+                block.mark_sent()
+                drawn += 0.3 + block.text.length / 5000
+            if block.sent_fields is not None:
+                place += 1
+                whole += block.text.length / 60_000
         self._cost = min(max(drawn + whole, 1.0), 4.0)
-        return events
+        return list(filter(None, events))
 
     async def frames(self) -> AsyncIterator[Json]:
         """The events as they are due, until `close`; the consumer sets the pace."""
@@ -3630,13 +3838,15 @@ class Screen:
     continued: bool  # there is a beginning of the reply, which the host keeps
     ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
     marks: dict[str, str] = field(default_factory=dict)  # of drafts, once they may fold
+    progress: Block | None = None
 
     def add_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
         """A line of ours in a section."""
         fields["status"] = "completed"
         block = self.transcript.add("message", speaker, section, **fields)
         # the host joins the first block of a continued reply to the text before it
-        gap = "\n\n" if self.continued and not block.index else ""
+        first = block is self.transcript.blocks[0]
+        gap = "\n\n" if self.continued and first else ""
         self.emitter.emit_replace(block, gap + line)
         return block
 
@@ -3648,17 +3858,15 @@ class Screen:
         else:  # also where a client that can only append has the text before
             section = self.transcript.open_section()
             self.ours[key] = self.add_line("", text, section, **fields)
+            if self.can_replace:
+                self.transcript.close_section(section)
 
-    def publish_progress(self, key: str, text: str) -> None:
-        """A line that is replaced in place, and goes away; for a page only."""
-        if self.can_replace:
-            self.publish(key, f"{PROGRESS}{text}", passing=True)
-
-    def hide_progress(self) -> None:
-        """What the lines of progress waited for is there, or never comes."""
-        for block in self.ours.values():
-            if block.fields.get("passing"):
-                self.emitter.emit_replace(block, "")
+    def show_progress(self, text: str = "") -> None:
+        """The last line, which is replaced in place; without a text it goes away."""
+        if self.progress:
+            self.emitter.emit_replace(self.progress, text)
+        elif text and self.can_replace:
+            self.progress = self.add_line("", text, LAST, passing=True)
 
     def fold(self) -> None:
         """The conclusion first; the drafts below it become one line each."""
@@ -3782,7 +3990,7 @@ class Ledger:
         """How many model calls there were."""
         return sum(figures.calls for figures in self.figures.values())
 
-    def count_call(self, speaker: str, usage: Json, deadline: ReplyDeadline) -> None:
+    def count_call(self, speaker: str, usage: Json, deadline: Deadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
         counted = self.add_usage({}, usage) if usage else {}
@@ -3807,12 +4015,22 @@ def _move(timeout: asyncio.Timeout, when: float | None) -> None:
         timeout.reschedule(when)
 
 
-class _Deadline:
-    """A limit in time that moves; who runs into it gets a `ModelFailure`."""
+class Deadline:
+    """A limit in time; who runs into it gets a `ModelFailure`.
 
-    def __init__(self, seconds: float, reason: str) -> None:
+    A turn has so many seconds, without those in which it has to wait. A reply, which
+    may be silent for a while, has them for its first word.
+    """
+
+    def __init__(self, seconds: float, silence: float = 0) -> None:
         self.seconds = seconds
-        self._reason = reason
+        self.now = time.monotonic  # as the loop's clock
+        self.begun = self.heard_at = self.now()
+        self.first_at: float | None = None
+        self.dialog: asyncio.Timeout | None = None  # ends when it says something
+        what = "it said nothing for" if silence else "it took longer than"
+        self._reason = f"{what} {seconds:g} s"
+        self._silence, self._left, self._pauses = silence, seconds, 0
         self._timeout = asyncio.Timeout(None)
 
     @asynccontextmanager
@@ -3824,21 +4042,11 @@ class _Deadline:
         except TimeoutError as error:
             raise ModelFailure(self._reason, 408) from error  # Request Timeout
 
-
-class TurnClock(_Deadline):
-    """How many seconds a turn may take, without those in which it has to wait."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds, f"it took longer than {seconds:g} s")
-        self._left = seconds
-        self._pauses = 0
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The clock stands still meanwhile; several may want that at a time."""
-        now = asyncio.get_running_loop().time
         if (when := self._timeout.when()) is not None:
-            self._left = when - now()
+            self._left = when - self.now()
             _move(self._timeout, None)
         self._pauses += 1
         try:
@@ -3846,19 +4054,7 @@ class TurnClock(_Deadline):
         finally:
             self._pauses -= 1
             if not self._pauses:
-                _move(self._timeout, now() + self._left)
-
-
-class ReplyDeadline(_Deadline):
-    """How many seconds a model may be silent: before its first word, and after any."""
-
-    def __init__(self, first: float, silence: float) -> None:
-        super().__init__(first, f"it said nothing for {first:g} s")
-        self.now = asyncio.get_running_loop().time
-        self.begun = self.heard_at = self.now()
-        self.first_at: float | None = None
-        self.dialog: asyncio.Timeout | None = None  # ends when it says something
-        self._silence = silence
+                _move(self._timeout, self.now() + self._left)
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
@@ -3890,42 +4086,42 @@ class ConnectionGate:
 
     def __init__(self, places: int) -> None:
         self._free = places
-        self._queue: list[tuple[int, str, asyncio.Future[None]]] = []
+        self._queue: list[tuple[int, str, object]] = []
+        self._changed = asyncio.Event()
         self._model = ""
         self._stage = 0  # for which the last place is kept
 
     async def enter(self, stage: int, model_id: str) -> None:
         """Wait for a place."""
         self._stage = max(self._stage, stage)
-        admission = asyncio.get_running_loop().create_future()
-        self._queue.append((stage, model_id, admission))
-        self._admit()
+        me = (stage, model_id, object())
+        self._queue.append(me)
         try:
-            await admission
-        except asyncio.CancelledError:
-            if not admission.cancelled():  # let in at the very moment
-                self.leave()
-            raise
+            while self._next() is not me:
+                await self._changed.wait()
+            self._free, self._model = self._free - 1, model_id
+        finally:
+            self._queue.remove(me)
+            self._tell()
 
     def leave(self) -> None:
         """Give the place to who is next."""
         self._free += 1
-        self._admit()
+        self._tell()
 
     def open_to_all(self) -> None:
         """No stage comes any more: who is late may have every place."""
         self._stage = 0
-        self._admit()
+        self._tell()
 
-    def _admit(self) -> None:
-        self._queue = [each for each in self._queue if not each[2].done()]
-        spare = self._free > 1
-        may = [each for each in self._queue if spare or each[0] >= self._stage]
-        if self._free and may:  # there is never room for two who wait
-            best = max(may, key=lambda each: (each[0], each[1] == self._model))
-            self._free -= 1
-            self._model = best[1]
-            best[2].set_result(None)
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _next(self) -> tuple[int, str, object] | None:
+        # of the last stage any place is enough, of others the last one is none
+        may = (each for each in self._queue if self._free > (each[0] < self._stage))
+        return max(may, key=lambda e: (e[0], e[1] == self._model), default=None)
 
 
 # -- one model call --------------------------------------------------------------------
@@ -3944,7 +4140,7 @@ class ModelCall:
     speaker: str
     voice: Voice
     prompt: Prompt
-    clock: TurnClock
+    clock: Deadline
     stage: int = 0
     specs: Sequence[Json] = ()
     parameters: Json = field(default_factory=dict)
@@ -4017,7 +4213,7 @@ _SKIP, _GO_ON = "Skip it", "Go on with what is there"  # answers of the person
 MOST_FAILURES = 2  # in a row, after which a model is not asked again
 MOST_IN_ALL = 5_000_000  # characters of all replies
 # Of this process, for all runs: places at a connection, and who has runs going.
-_CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], asyncio.Semaphore]
+_CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], ConnectionGate]
 _CALLS_IN_ALL = WeakValueDictionary()
 _RUNS: Counter[str] = Counter()
 
@@ -4025,16 +4221,16 @@ _RUNS: Counter[str] = Counter()
 @contextmanager
 def counted_run(user_id: str, settings: Settings) -> Iterator[None]:
     """One more run, unless there are as many as may be; raises `ConversationError`."""
-    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
-        raise ConversationError(
-            "You have as many conversations going as you may have at a time. Wait "
-            "until one ends, or stop one, and ask again."
-        )
+    busy = ""
     if 0 < settings.max_runs <= _RUNS.total():
-        raise ConversationError(
-            "As many conversations are going as there may be at a time. Wait a little, "
-            "and ask again."
+        busy = (
+            "As many conversations are going as there may be at a time. Wait a little"
         )
+    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
+        busy = "You have as many conversations going as you may have at a time. Wait "
+        busy += "until one ends, or stop one"
+    if busy:
+        raise ConversationError(f"{busy}, and ask again.")
     _RUNS[user_id] += 1
     try:
         yield
@@ -4166,7 +4362,7 @@ class ModelCalls:
     @asynccontextmanager
     async def _place(
         self, call: ModelCall, reply: Reply, streams: bool
-    ) -> AsyncIterator[ReplyDeadline]:
+    ) -> AsyncIterator[Deadline]:
         """A place at the model's connection; with it begins the time of the reply, and
         when it is given up the reply has ended and is counted."""
         settings, voice = self.settings, call.voice
@@ -4174,17 +4370,15 @@ class ModelCalls:
         most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
         gate = self._gates.setdefault(voice.connection, ConnectionGate(most))
         places = settings.calls_in_all or 1_000_000
-        in_all = _CALLS_IN_ALL.setdefault(
-            (voice.connection, places), asyncio.Semaphore(places)
-        )
-        async with AsyncExitStack() as held:
+        of_all = (voice.connection, places)
+        in_all = _CALLS_IN_ALL.setdefault(of_all, ConnectionGate(places))
+        with ExitStack() as held:
             with call.clock.paused():
-                await gate.enter(call.stage, voice.model_id)
-                held.callback(gate.leave)
-                await in_all.acquire()
-                held.callback(in_all.release)
+                for each, stage in ((gate, call.stage), (in_all, 0)):
+                    await each.enter(stage, voice.model_id)
+                    held.callback(each.leave)
             first = settings.first_token_timeout if streams else call.clock.seconds
-            deadline = ReplyDeadline(first, settings.silence_timeout)
+            deadline = Deadline(first, settings.silence_timeout)
             self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
             try:
                 yield deadline
@@ -4195,26 +4389,21 @@ class ModelCalls:
 
     @asynccontextmanager
     async def limits(
-        self, name: str, deadline: ReplyDeadline, stage: int = 0
+        self, name: str, deadline: Deadline, stage: int = 0
     ) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
-        watch = []
-        if self.settings.skip_after > 0 and self.host.can_ask:
-            offer = self._offer_to_skip(name, deadline, stage)
-            watch.append(asyncio.create_task(offer))
+        offer = asyncio.create_task(self._offer_to_skip(name, deadline, stage))
         try:
             async with deadline.running():
                 yield
         finally:
-            await end_tasks(*watch)
+            await end_tasks(offer)
 
-    async def _offer_to_skip(
-        self, name: str, deadline: ReplyDeadline, stage: int
-    ) -> None:
+    async def _offer_to_skip(self, name: str, deadline: Deadline, stage: int) -> None:
         """Ask the person at the page whenever there is silence for long. Who waits is
         asked again after as long a silence."""
         limit, asked_at = self.settings.skip_after, 0.0
-        while True:
+        while limit > 0 and self.host.can_ask:
             silence = deadline.now() - max(deadline.heard_at, asked_at)
             await asyncio.sleep(max(limit - silence, 0.05))
             async with self._dialog:  # one at a time
@@ -4228,7 +4417,7 @@ class ModelCalls:
                     return
                 asked_at = deadline.now()
 
-    async def _ask_to_skip(self, name: str, deadline: ReplyDeadline, stage: int) -> str:
+    async def _ask_to_skip(self, name: str, deadline: Deadline, stage: int) -> str:
         """One question, which goes away by itself when the model speaks."""
         silence = deadline.now() - deadline.heard_at
         question = f"{name} has said nothing for {silence:.0f} s. "
@@ -4252,25 +4441,21 @@ class Section:
 
     screen: Screen
     participant: Participant
-    clock: TurnClock
+    clock: Deadline
     role: str = ""
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
-    number: int = field(init=False)
-    _has_heading: bool = False
+    number: int = 0  # its place, from when it has one
     _reply: ShownReply | None = None  # until it is recorded
     _messages: list[Json] = field(default_factory=list)
     _failure: str | None = None
     _unanswered: dict[str, Block] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.number = self.screen.transcript.open_section()
-
     def show_heading(self) -> None:
-        """Who speaks from here on; a chair is shown only once it says something."""
-        if self._has_heading:
+        """It takes the next place; who is not announced is seen once it speaks."""
+        if self.number:
             return
-        self._has_heading = True
         self.screen.fix()
+        self.number = self.screen.transcript.open_section()
         blocks, alias = self.screen.transcript.blocks, self.participant.alias
         first = all(block.fields.get("passing") for block in blocks)
         rule = RULE if self.screen.continued or not first else ""
@@ -4338,10 +4523,30 @@ class Section:
             self._messages.append({"role": "assistant", "content": self._reply.text})
         for call_id in list(self._unanswered):
             self.show_result(call_id, ToolResult(f"Error: {reason}", True))
-        if self._has_heading and not quiet:
+        if not quiet and (self.number or self.role != CONCLUSION):
+            self.show_heading()
             turn = self.turn()
             what = "broke off" if turn.text else "could not answer"
             self.notice(f"{NOTICE}**{turn.alias}** {what}: {plain_line(reason)}")
+
+    def be_late(self) -> None:
+        """The others go on. It has its place, where what it still says is held back
+        until nothing more comes below it."""
+        self.show_heading()
+        if self.screen.can_replace:
+            self.screen.transcript.late.add(self.number)
+            self.screen.transcript.close_section(self.number)
+            self.screen.emitter.nudge()
+
+    def describe(self, is_done: bool) -> str:
+        """How far it is, where nothing of it is seen yet; else nothing."""
+        said = self.screen.transcript.of(self.number)[1:]  # below the heading
+        if said and self.screen.emitter.may_send(said[0]):
+            return ""
+        words = count_words(said)
+        if is_done:
+            return f"done, {words}" if words else "no answer"
+        return f"writing, {words}" if words else "thinking" if said else "waiting"
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
@@ -4466,17 +4671,15 @@ def _describe_place(error: BaseException) -> str:
 
 
 def _describe_progress(
-    of_all: str, there: Mapping[str, float], since: Mapping[str, float | None]
+    of_all: str, there: Mapping[str, float], states: Mapping[str, str]
 ) -> str:
-    """How many are there, who is waited for and who is queued, who was fastest."""
-    parts = [f"{len(there)} {of_all}"]
-    if since:
-        names = (f"{a}{' (queued)' if at is None else ''}" for a, at in since.items())
-        parts.append(f"waiting for {', '.join(names)}")
+    """How many are there, who was fastest, and a line for each who is not seen yet."""
+    first = f"{PROGRESS}{len(there)} {of_all}"
     if there:
         fastest, after = next(iter(there.items()))
-        parts.append(f"fastest {fastest} {after:.1f} s")
-    return " · ".join(parts)
+        first += f" · fastest {fastest} {after:.1f} s"
+    lines = (f"{who} · {state}" for who, state in states.items() if state)
+    return "\n> ".join([first, *lines])
 
 
 @dataclass(frozen=True, slots=True)
@@ -4519,12 +4722,15 @@ class Run:
         """The message has these items already, which are saved with the new ones."""
         self.saver.before = items
         if not self.host.can_replace:  # nor does the host count from the new ones
-            self.screen.emitter.plan = partial(plan_items, before=len(items or ()))
+            self.screen.emitter.before = len(items or ())
 
     async def _converse(self, mode: Mode) -> str:
         """From the first to the last word; gives why it ended."""
         saving = asyncio.create_task(self.saver.keep())
         try:
+            if self.cast.told and not self.screen.continued:
+                line = f"{UNDERSTOOD}{self.cast.told}"
+                self.screen.publish("understood", line, notice=True)
             for problem in self.cast.problems:
                 self.screen.notice(problem)
             if self.cast.by_default:
@@ -4554,7 +4760,7 @@ class Run:
     async def _search_once(self) -> None:
         """Where the chat searches the web: once, shared with everybody."""
         limit = self.settings.tool_timeout
-        deadline = ReplyDeadline(limit, limit)
+        deadline = Deadline(limit, limit)
         model_id, question = self.cast.manager.model_id, last_question(self.entries)
         try:
             async with self.models.limits("the web search", deadline):
@@ -4581,20 +4787,20 @@ class Run:
                     result = await self._speak(step, stage)
                 case AskManager():
                     result = await self._ask_manager(step, stage)
+                case AskPerson():
+                    result = await self._ask_person()
                 case Judge():
                     result = await self._judge(step, stage)
                 case Publish(key, text):
                     self.screen.publish(key, text)
                     self.saver.due.set()
                     result = None
-                case Fold(marks):
-                    self.screen.marks |= marks
         return f"Ended after {limit:,.0f} s, the time of a conversation"
 
     def _show_end(self, reason: str) -> None:
         """Put away what was only for the time being, and show what is now known."""
         screen, shows = self.screen, self.settings.show_figures
-        screen.hide_progress()
+        screen.show_progress()
         wanted = shows == "always" or (self.drafts and shows != "never")
         if wanted and self.host.in_chat and self.ledger.turns:
             screen.publish("figures", self._describe_figures())
@@ -4638,20 +4844,25 @@ class Run:
         if step.note:
             await self.host.show_status(f"{who} · {step.note}", done=True)
         if len(step.aliases) > 1:
-            self.screen.publish_progress("answered", f"waiting for {who}")
+            self.screen.show_progress(f"{PROGRESS}waiting for {who}")
+        announced = len(step.aliases) == 1 or self.settings.all_at_once
         sections, tasks = {}, {}
         for alias in step.aliases:
-            clock = TurnClock(self.settings.turn_timeout)
+            clock = Deadline(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role, step.names)
-            if not step.concludes:
+            if announced and not step.concludes:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
             sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
-        done = await self._wait_in_view(tasks, "answered", stage, step.quorum)
-        self.late.extend(sections[alias] for alias in sections if alias not in done)
-        late = partial(Turn, text="", failure="it was late", late=True)
-        turns = [done.get(alias) or late(alias) for alias in step.aliases]
+        done = await self._wait_in_view(tasks, stage, sections, step.quorum)
+        late = [section for alias, section in sections.items() if alias not in done]
+        self.late.extend(late)
+        for section in late:
+            section.be_late()
+        absent = partial(Turn, text="", failure="it was late", late=True)
+        turns = [done.get(alias) or absent(alias) for alias in step.aliases]
+        self.screen.marks |= step.marks if turns[0].text else {}
         if step.joins:
             self.entries.extend(turns)
         return turns
@@ -4659,12 +4870,12 @@ class Run:
     async def _judge(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
-        self.screen.publish_progress("judged", "the members judge each other")
+        self.screen.show_progress(f"{PROGRESS}the members judge each other")
         tasks = {}
         for paper in step.papers:
             ballot = self._cast_ballot(paper, step.read, stage)
             tasks[paper.voter] = self.tasks.create_task(ballot)
-        done = await self._wait_in_view(tasks, "judged", stage, 0)
+        done = await self._wait_in_view(tasks, stage, {})
         await end_tasks(*tasks.values())
         return [done.get(who, "it was late") for who in tasks]
 
@@ -4673,7 +4884,7 @@ class Run:
     ) -> Ballot | str:
         """A voter's ballot: asked, asked again with what was wrong, read leniently."""
         voter = self.cast.participants[paper.voter]
-        clock = TurnClock(self.settings.turn_timeout)
+        clock = Deadline(self.settings.turn_timeout)
         prompt = self._prompt(voter, paper.brief, {})
         call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
         for lenient in (False, True):
@@ -4698,13 +4909,25 @@ class Run:
             heard = shorten(self.entries, room, aliases)
             return messages_for_manager(settings, heard, step)
 
-        clock = TurnClock(settings.turn_timeout)
+        clock = Deadline(settings.turn_timeout)
         try:
             call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
             return await self.models.text(call)
         except ModelFailure as failure:
             log.debug("the manager failed: %s", failure)
             return None
+
+    async def _ask_person(self) -> str:
+        """What the person wants; words of its own are shown, and read by all."""
+        question = "Anything to add? Your own words are read by all."
+        said = await self.host.ask("Your turn", question, WISHES, free=True)
+        if said and said not in WISHES:
+            guard, said = ForgeryGuard(), storable(said)
+            text = f"{RULE}### {PERSON_MARK} {self.host.user_name}\n\n"
+            text += guard.feed(said) + guard.close()
+            self.screen.publish(f"said {len(self.entries)}", text)
+            self.entries.append(Turn("", said))
+        return said
 
     def _prompt(
         self, participant: Participant, brief: str, names: Mapping[str, str]
@@ -4726,18 +4949,22 @@ class Run:
         return prompt
 
     async def _wait_in_view(
-        self, tasks: Mapping[str, asyncio.Task[Any]], what: str, stage: int, quorum: int
+        self,
+        tasks: Mapping[str, asyncio.Task[Any]],
+        stage: int,
+        sections: Mapping[str, Section],
+        quorum: int = 0,
     ) -> Json:
         """What is there by name once the quorum is, or everybody is done or has had its
-        time since its call was let in; shows once a second who of several is missing.
+        time since its call was let in; shows each second who of several is missing.
         """
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
-        begun = shown_at = clock()
+        begun = clock()
         done: Json = {}
         there: dict[str, float] = {}  # who did not fail, and after how long
         while pending := [task for task in tasks.values() if not task.done()]:
-            wait, one = max(shown_at + 1 - clock(), 0), asyncio.FIRST_COMPLETED
-            await asyncio.wait(pending, timeout=wait, return_when=one)
+            one = asyncio.FIRST_COMPLETED
+            await asyncio.wait(pending, timeout=1, return_when=one)
             now = clock()
             done = {who: task.result() for who, task in tasks.items() if task.done()}
             for who, result in done.items():
@@ -4754,15 +4981,31 @@ class Run:
                 self.models.enough.setdefault(stage, False)
             else:
                 self.models.enough.pop(stage, None)
-            if now - shown_at < 1:
-                continue
-            shown_at = now
             if len(tasks) > 1:
+                what = "answered" if sections else "judged"
                 of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
-                text = _describe_progress(of_all, there, since)
-                self.screen.publish_progress(what, text)
-        self.screen.hide_progress()
+                states = self._states(tasks, sections, since)
+                self.screen.show_progress(_describe_progress(of_all, there, states))
+        self.screen.show_progress()
         return done
+
+    def _states(
+        self,
+        everybody: Iterable[str],
+        sections: Mapping[str, Section],
+        since: Mapping[str, float | None],
+    ) -> dict[str, str]:
+        """How far each is, "" where that is seen; `since` when those were asked who
+        are not done."""
+        states = {}
+        for who in everybody:
+            state = "waiting" if who in since else ""
+            if sections:
+                state = sections[who].describe(who not in since)
+            if state == "waiting" and since[who] is None:
+                state = "queued"
+            states[f"{self.cast.participants[who].colour} {who}"] = state
+        return states
 
     # -- a turn ------------------------------------------------------------------------
 
@@ -4955,21 +5198,27 @@ def _refuse(
     return StreamingResponse(text, status_code=400, media_type="application/json")
 
 
-async def _prepare(
-    host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
-) -> tuple[Run, Mode]:
-    """A run that is ready to go, with its mode; raises `ConversationError`."""
-    own_id, _, mode_id = body["model"].partition(".")
+def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
+    """The id of the mode that was picked, or a `ConversationError`."""
+    mode_id: str = body["model"].partition(".")[2]
     if not mode_id:  # then as the switch of v2 was set
         is_managed = getattr(user_settings, "UseGroupChatManager", False)
-        mode_id = "manager" if is_managed else "round_robin"
+        return "manager" if is_managed else "round_robin"
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
         raise ConversationError(f'There is no mode "{mode_id}": choose {names}')
+    return mode_id
+
+
+async def _prepare(
+    host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
+) -> tuple[Run, Mode]:
+    """A run that is ready to go, with its mode; raises `ConversationError`."""
+    mode_id = _choose_mode(body, user_settings)
     row = MODES[mode_id]
     try:
-        cards = await host.model_cards(own_id)
+        cards = await host.model_cards(body["model"].split(".")[0])
         replied = any(m.get("role") == "assistant" for m in body["messages"])
         stored = await host.stored_replies() if replied and host.in_chat else []
         own = {card.id for card in cards.values() if card.is_self}
@@ -4982,26 +5231,42 @@ async def _prepare(
         raise ConversationError(
             f"Open WebUI could not prepare this conversation: {failure}. Try again."
         ) from failure
-    if commands.problem:
-        cast = replace(cast, problems=(*cast.problems, commands.problem))
-    asked = commands.rounds
-    if asked not in (None, settings.rounds):
-        line = f"You asked for {asked} rounds and get {settings.rounds}"
-        line += f": the administrator allows 1 to {settings.max_rounds}."
-        cast = replace(cast, problems=(*cast.problems, line))
-    if row.drafts and not settings.remember_drafts:
+    models = {
+        alias: seat.voice.model_id
+        for alias, seat in cast.participants.items()
+        if alias != cast.chair
+    }
+    aliases = choose_addressed(commands.only, tuple(models)) or tuple(models)
+    if len(aliases) == 1 and not commands.vote:
+        if row.drafts or len(models) > 1:
+            settings.rounds = 1
+        row = MODES["round_robin"]
+    agenda = Agenda(
+        aliases, last_question(entries), settings, models=models, judge=cast.chair
+    )
+    problems = (*cast.problems, *filter(None, [commands.problem]))
+    told = describe_table(mode_id, agenda, commands, cards)
+    cast = replace(cast, problems=problems, told=told)
+    if row.drafts and not (settings.remember_drafts or commands.vote):
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
-    run = _make_run(host, settings, cast, entries, row.drafts)
+    drafts = row.drafts and not commands.vote
+    run = _make_run(host, settings, cast, entries, drafts)
     if run.screen.continued and stored:
         run.go_on_after(stored[-1].get("output"))
-    aliases = tuple(alias for alias in cast.participants if alias != cast.chair)
-    question = last_question(entries)
+    return run, _begin(run, row, agenda, commands.vote)
+
+
+def _begin(run: Run, row: ModeRow, agenda: Agenda, votes: bool) -> Mode:
+    """The mode of a run, or a vote on what was said before."""
+    entries, tokens_used = run.entries, run.ledger.tokens
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    models = {alias: cast.participants[alias].voice.model_id for alias in aliases}
-    agenda = Agenda(aliases, question, settings, last, seed, models, cast.chair)
-    return run, row.begin(replace(agenda, tokens_used=run.ledger.tokens))
+    agenda = replace(agenda, last=last, seed=seed, tokens_used=tokens_used)
+    if votes:
+        said = [e for e in entries if isinstance(e, Turn) and not e.concludes]
+        return put_to_vote(agenda, [turn for turn in said if turn.text])
+    return row.begin(agenda)
 
 
 def _make_run(
@@ -5013,8 +5278,8 @@ def _make_run(
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     plan = plan_items if host.in_chat else plan_chunk
-    may_send = None if host.can_replace else transcript.is_next
-    emitter = Emitter(plan, interval, may_send=may_send)
+    emitter = Emitter(transcript, plan, interval)
+    emitter.in_order = not (host.can_replace and settings.all_at_once)
     screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
@@ -5032,12 +5297,13 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         card = cards[seats[0].model_id]
         tags = host.think_tags()
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
-        clock = TurnClock(settings.first_token_timeout)
+        clock = Deadline(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
         call = ModelCall("task", voice, lambda _: body["messages"], clock)
         call = replace(call, parameters=sampling)
         models = ModelCalls(host, settings, Ledger(host.add_usage))
-        return await models.text(call, streams=False)
+        answer = await models.text(call, streams=False)
+        return add_follow_ups(answer, host.followed) if host.followed else answer
     except (HostFailure, ModelFailure) as failure:
         raise ConversationError(str(failure)) from failure
 

@@ -159,7 +159,9 @@ def make_run(
     }
     settings = mmc.merge_settings(mmc.Settings(**fields), None)
     transcript = mmc.Transcript("t")
-    emitter = mmc.Emitter(mmc.plan_items if in_chat else mmc.plan_chunk, 0.0)
+    plan = mmc.plan_items if in_chat else mmc.plan_chunk
+    emitter = mmc.Emitter(transcript, plan, 0.0)
+    emitter.in_order = True
     ledger = mmc.Ledger(host.add_usage)
     run = mmc.Run(
         host,

@@ -129,7 +129,7 @@ BALLOTS = {
 def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     room = Room(ranks=BALLOTS)
     assert room.play(mmc.council(agenda())) == "Chaired by Cat"
-    answers, rank, ranking, outcome, conclusion, fold = room.steps
+    answers, rank, ranking, outcome, conclusion = room.steps
     assert answers == mmc.Speak(ALL, "answering", joins=False)
     assert isinstance(rank, mmc.Judge) and rank.read is mmc.read_ranking
     assert [paper.voter for paper in rank.papers] == list(ALL)
@@ -138,9 +138,8 @@ def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     assert isinstance(conclusion, mmc.Speak)
     assert conclusion.aliases == ("Cat",)
     assert conclusion.concludes and not conclusion.joins
-    assert fold == mmc.Fold(
-        {"Cat": "rank 1", "Bob": "rank 2", "Ann": "rank 3", "Dan": "rank 4"}
-    )
+    ranks = {"Cat": "rank 1", "Bob": "rank 2", "Ann": "rank 3", "Dan": "rank 4"}
+    assert conclusion.marks == ranks
 
 
 def test_the_quorum_of_the_valves_is_asked_for() -> None:
@@ -1153,7 +1152,7 @@ def folded(transcript: mmc.Transcript, **marks: str) -> list[Json]:
     """What a page has once it is folded; the server has the same."""
     page: Output = []
     server: Output = []
-    emitter = mmc.Emitter(mmc.plan_items, 0.0)
+    emitter = mmc.Emitter(transcript, mmc.plan_items, 0.0)
     for block in transcript.blocks:
         emitter.emit_replace(block, block.text)
 
@@ -1441,11 +1440,13 @@ def reduce_by_index(output: Output, event: Json) -> Output:
 class Table:
     """Sections in which several speak at once, as a run would fill them."""
 
-    def __init__(self, emitter: Callable[[mmc.Transcript], mmc.Emitter]) -> None:
+    def __init__(self, plan: Callable[..., Json | None], in_order: bool) -> None:
         self.transcript = mmc.Transcript("t")
-        self.emitter = emitter(self.transcript)
+        self.emitter = mmc.Emitter(self.transcript, plan, 0.0)
+        self.emitter.in_order = in_order
         self.open: list[int] = []
         self.last: dict[int, mmc.Block] = {}
+        self.progress: mmc.Block | None = None
 
     def act(self, verb: str, which: int, text: str) -> None:
         """One change; `which` picks the section."""
@@ -1458,10 +1459,16 @@ class Table:
             block = self.last[section]
             block.text.append(text)
             self.emitter.emit_replace(block, block.text)
-        elif verb == "close":
+        elif verb in ("close", "late"):
             self.open.remove(section)
+            self.transcript.late |= {section} if verb == "late" else set()
             self.transcript.close_section(section)
             self.emitter.nudge()
+        elif verb == "progress":
+            self.progress = self.progress or self.transcript.add(
+                "message", "", mmc.LAST
+            )
+            self.emitter.emit_replace(self.progress, text)
         elif verb != "flush":
             self.add(section, verb, text)
 
@@ -1479,21 +1486,24 @@ class Table:
 
 
 VERBS = ("open", "grow", "grow", "grow", "message", "reasoning", "function_call")
-ACTS = st.lists(
-    st.tuples(
-        st.sampled_from([*VERBS, "function_call_output", "close", "flush", "flush"]),
-        st.integers(0, 7),
-        st.text("ab", min_size=1, max_size=3),
-    ),
-    max_size=60,
-)
+
+
+def acts(*more: str) -> Any:
+    """What may happen to a table."""
+    verbs = [*VERBS, "function_call_output", "close", "flush", "flush", *more]
+    text = st.text("ab", min_size=1, max_size=3)
+    act = st.tuples(st.sampled_from(verbs), st.integers(0, 7), text)
+    return st.lists(act, max_size=60)
+
+
+ACTS = acts()
 
 
 @given(ACTS)
 def test_a_page_has_every_growing_section_exactly_at_every_flush(
     acts: list[tuple[str, int, str]],
 ) -> None:
-    table = Table(lambda _: mmc.Emitter(mmc.plan_items, 0.0))
+    table = Table(mmc.plan_items, in_order=False)
     page: Output = []
     server: Output = []
     for verb, which, text in [*acts, ("flush", 0, "")]:
@@ -1507,13 +1517,45 @@ def test_a_page_has_every_growing_section_exactly_at_every_flush(
     assert speakers == sorted(speakers, key=lambda one: int(one[1:]))
 
 
+@given(acts("late", "progress"))
+def test_on_a_page_nothing_above_ever_moves_and_nothing_is_lost(
+    acts: list[tuple[str, int, str]],
+) -> None:
+    table = Table(mmc.plan_items, in_order=True)
+    page: Output = []
+    server: Output = []
+
+    def flush() -> None:
+        nonlocal page, server
+        for event in table.emitter.flush():
+            page = apply_response_event(page, event)
+            server = reduce_by_index(server, event)
+        assert page == server
+
+    for verb, which, text in acts:
+        table.act(verb, which, text)
+        if verb != "flush":
+            continue
+        before = [item for item in page if item["speaker"]]
+        flush()
+        last = before[-1]["speaker"] if before else ""  # this section may still grow
+        still = [item for item in before if item["speaker"] != last]
+        assert page[: len(still)] == still
+        assert [item["id"] for item in before] == [
+            *(item["id"] for item in page[: len(before)])
+        ]
+        if table.progress:
+            assert page[-1] == mmc.render_item(table.progress)
+    table.close()
+    flush()
+    assert page == list(map(mmc.render_item, table.transcript.blocks))
+
+
 @given(ACTS)
 def test_a_client_that_can_only_append_reads_the_sections_in_order(
     acts: list[tuple[str, int, str]],
 ) -> None:
-    table = Table(
-        lambda transcript: mmc.Emitter(mmc.plan_chunk, 0.0, may_send=transcript.is_next)
-    )
+    table = Table(mmc.plan_chunk, in_order=True)
     chunks: list[Json] = []
     for verb, which, text in acts:
         table.act(verb, which, text)
@@ -1542,7 +1584,6 @@ def test_a_late_block_of_an_early_section_goes_before_the_later_ones() -> None:
     two = transcript.add("message", "Bob", second)
     three = transcript.add("reasoning", "Ann", first)
     assert transcript.blocks == [one, three, two]
-    assert [block.index for block in transcript.blocks] == [0, 1, 2]
     assert transcript.is_next(one) and not transcript.is_next(two)
     transcript.close_section(first)
     assert transcript.is_next(two)
@@ -1552,7 +1593,7 @@ def test_what_only_passes_by_never_reaches_an_api_client() -> None:
     transcript = mmc.Transcript("t")
     block = transcript.add("message", "", passing=True)
     block.text.append("> ⏳ waiting for Ann")
-    assert mmc.plan_chunk(block) is None
+    assert mmc.plan_chunk(block, 0) is None
 
 
 # -- figures ---------------------------------------------------------------------------
@@ -1601,12 +1642,31 @@ def test_the_closing_line_says_what_it_cost_where_the_provider_does() -> None:
     )
 
 
-def test_progress_says_who_has_answered_and_who_is_waited_for() -> None:
-    admitted = dict.fromkeys(ALL, 1.0)
-    assert mmc._describe_progress("of 4 answered · 1.0 s", {}, admitted) == (
-        "0 of 4 answered · 1.0 s · waiting for Ann, Bob, Cat, Dan"
+def test_progress_says_how_far_everybody_is_who_is_not_seen_yet() -> None:
+    assert mmc._describe_progress("of 2 answered · 1.0 s", {}, {"🔵 Ann": ""}) == (
+        "> ⏳ 0 of 2 answered · 1.0 s"
     )
-    there, since = {"Cat": 1.25, "Ann": 2.0}, {"Bob": 1.0, "Dan": None}
-    assert mmc._describe_progress("of 4 judged · 3.5 s", there, since) == (
-        "2 of 4 judged · 3.5 s · waiting for Bob, Dan (queued) · fastest Cat 1.2 s"
+    states = {"🔵 Ann": "queued", "🔴 Bob": "", "🟢 Cat": "writing, 140 words"}
+    there = {"Dan": 1.25, "Eve": 2.0}
+    assert mmc._describe_progress("of 5 answered · 3.5 s", there, states) == (
+        "> ⏳ 2 of 5 answered · 3.5 s · fastest Dan 1.2 s\n> 🔵 Ann · queued\n"
+        "> 🟢 Cat · writing, 140 words"
     )
+
+
+def test_a_section_says_how_far_it_is_until_it_is_seen() -> None:
+    run, _ = make_run(aliases=("Ann", "Bob"))
+    ann, bob = (
+        mmc.Section(run.screen, run.cast.participants[alias], mmc.Deadline(600.0))
+        for alias in ("Ann", "Bob")
+    )
+    assert (ann.describe(False), bob.describe(False)) == ("waiting", "waiting")
+    ann.begin_reply().apply(mmc.TextDelta("Oaks."))
+    reply = bob.begin_reply()
+    reply.apply(mmc.TextDelta("Hm.", "reasoning"))
+    assert (ann.describe(False), bob.describe(False)) == ("", "thinking")
+    reply.apply(mmc.TextDelta("Elms it is."))
+    assert bob.describe(False) == "writing, 3 words"
+    assert bob.describe(True) == "done, 3 words"
+    run.screen.transcript.close_section(ann.number)
+    assert bob.describe(False) == ""

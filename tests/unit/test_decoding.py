@@ -867,9 +867,9 @@ def test_the_guard_takes_nothing_away_and_adds_only_what_disarms(
     text = "".join(scraps)
     shown = iter(guard(text))
     assert all(any(char == ours for ours in shown) for char in text)
-    plain = str.maketrans("", "", "\\\u200b")
+    plain = str.maketrans("", "", "\\\u200b#\n")
     left = guard(text).translate(plain)
-    assert re.fullmatch(r"(?:\n? {0,3}(?:`+|~+))?", left[len(text.translate(plain)) :])
+    assert re.fullmatch(r"(?: {0,3}(?:`+|~+))?", left[len(text.translate(plain)) :])
     assert left.startswith(text.translate(plain))
 
 
@@ -878,10 +878,12 @@ def test_the_guard_takes_nothing_away_and_adds_only_what_disarms(
     [
         "",
         "Plain text.\n\n- a list\n- of things",
-        "# A heading\n\n### Of its own\n\n🔵 and\n\n---\n\n***\n",
+        "#### A heading\n\n###### Of its own\n\n🔵 and\n\n---\n\n***\n",
         "🔴 Bob said so, see #3 and C# 🔴 and #a 🔵.",
         "if a <d then b < c && d > &e -> &str; {{x}} <file> List<Video[]>",
-        "> quoted ⚠️\n\n> ### Heading\n",
+        "> quoted ⚠️\n\n> #### Heading\n",
+        "a\n- b\n-c\n--- | ---\n\nso # 3 or - 4 ---",
+        "    # code\n\nText\n    # and text\n\n#\u200b!/bin/sh\n#!/bin/sh",
         "| 🔴 | b |\n|---|---|\n| --- | --- |",
         "```\n    code < 3\n```\n\n#hashtag ####### seven",
     ],
@@ -906,6 +908,33 @@ def test_text_without_forgeries_is_left_as_it_is(text: str) -> None:
 )
 def test_our_own_markup_is_shown_as_the_text_it_is(text: str, shown: str) -> None:
     assert guard([text]) == guard(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("# A\n## B\n### C\n#### D", "#### A\n#### B\n#### C\n#### D"),
+        ("a\n   ##\tB ##\r\n#\rb", "a\n   ####\tB ##\r\n####\rb"),
+        ("> # A\n\n- ## B\n1. > ### C", "> #### A\n\n- #### B\n1. > #### C"),
+        ("Title\n=====\ntext", "Title\n\n=====\ntext"),
+        ("Title\r\n  ---  \r\ntext", "Title\r\n  \n---  \r\ntext"),
+        ("```sh\n# a\n```\n# b", "```sh\n# a\n```\n#### b"),
+        ("~~~\na\n---\n~~~\n\n# b", "~~~\na\n---\n~~~\n\n#### b"),
+        ("1. ```sh\n   # a\n   ```\nb\n# c", "1. ```sh\n   # a\n   ```\nb\n#### c"),
+        ("> ```\n> # a\n> ```\n# b", "> ```\n> # a\n> ```\n#### b"),
+    ],
+)
+def test_headings_of_a_text_rank_below_the_speakers(text: str, shown: str) -> None:
+    assert guard([text]) == guard(text) == shown
+
+
+@given(st.lists(MARKUP, max_size=12))
+def test_no_guarded_heading_outside_of_what_may_be_code_is_large(
+    scraps: list[str],
+) -> None:
+    text = "".join(scraps).replace("`", "").replace("~", "").replace("    ", " ")
+    tokens = COMMONMARK.parse(guard([text]))
+    assert not [t for t in tokens if t.type == "heading_open" and t.tag < "h4"]
 
 
 CODE = '# 🔴 stop\n<video src="x">\n> **⚠️ Mind**\n&lt;video&gt;\n'
@@ -970,8 +999,8 @@ def test_plain_text_is_not_held_back() -> None:
     assert guarding.feed(" grow #3 C# -") == " grow #3 C# -"
     assert guarding.feed("\n\n") == "\n\n"
     assert guarding.feed("##") == ""
-    assert guarding.feed("# Title") == ""
-    assert guarding.feed("\nText") == "### Title\nText"
+    assert guarding.feed("## Title") == ""
+    assert guarding.feed("\nText") == "#### Title\nText"
     assert guarding.feed(" a < b") == " a < b"
 
 

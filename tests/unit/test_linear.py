@@ -70,7 +70,7 @@ def growing_text(pieces: Sequence[str]) -> None:
     for number, piece in enumerate(pieces):
         block.text.append(piece)
         if number % 100 == 0:
-            mmc.plan_items(block)
+            mmc.plan_items(block, 0)
             block.mark_sent()
 
 

@@ -47,8 +47,8 @@ async def rest_of(frames: AsyncIterator[Json]) -> list[Json]:
 def emitter_of(
     interval: float = 60.0,
 ) -> tuple[mmc.Emitter, mmc.Transcript, HandTurnedClock]:
-    clock = HandTurnedClock()
-    return mmc.Emitter(mmc.plan_items, interval, clock), mmc.Transcript("t"), clock
+    transcript, clock = mmc.Transcript("t"), HandTurnedClock()
+    return mmc.Emitter(transcript, mmc.plan_items, interval, clock), transcript, clock
 
 
 def grow(emitter: mmc.Emitter, block: mmc.Block, piece: str) -> None:
@@ -241,7 +241,8 @@ async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece(
 ):
     transcript = mmc.Transcript("t")
     first, second = transcript.open_section(), transcript.open_section()
-    emitter = mmc.Emitter(mmc.plan_chunk, 60.0, HandTurnedClock(), transcript.is_next)
+    emitter = mmc.Emitter(transcript, mmc.plan_chunk, 60.0, HandTurnedClock())
+    emitter.in_order = True
     transcript.add("message", "Ann", first)
     held = transcript.add("message", "Bob", second)
     frame = asyncio.ensure_future(anext(emitter.frames()))
@@ -252,7 +253,7 @@ async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece(
     assert emitter.flushes == 1
     transcript.close_section(first)
     emitter.nudge()
-    assert await soon(frame) == {"content": "\n\naaaaa"}
+    assert await soon(frame) == {"content": "aaaaa"}
 
 
 # -- the pace of reading ---------------------------------------------------------------
@@ -325,9 +326,7 @@ async def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
 
 
 def section_of(run: mmc.Run, alias: str = "Ann") -> mmc.Section:
-    section = mmc.Section(
-        run.screen, run.cast.participants[alias], mmc.TurnClock(600.0)
-    )
+    section = mmc.Section(run.screen, run.cast.participants[alias], mmc.Deadline(600.0))
     section.show_heading()
     return section
 
@@ -942,7 +941,7 @@ async def test_without_streaming_the_whole_conversation_is_one_completion() -> N
 
 def test_settings_of_sampling_go_out_only_where_they_are_set() -> None:
     voice = mmc.Voice("oak-1", defaults={"max_tokens": 5, "temperature": 0.9})
-    call = mmc.ModelCall("Ann", voice, lambda _: [], mmc.TurnClock(600.0))
+    call = mmc.ModelCall("Ann", voice, lambda _: [], mmc.Deadline(600.0))
     plain = mmc.build_payload(mmc.Settings(), call, True)
     assert plain == {
         "model": "oak-1",

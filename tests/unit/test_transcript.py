@@ -26,9 +26,9 @@ class Client:
     def __init__(self) -> None:
         self.output: Output = []
 
-    def follow(self, block: mmc.Block) -> Json | None:
+    def follow(self, block: mmc.Block, place: int = 0) -> Json | None:
         """Plan for one block, remember it as sent, apply it; the event."""
-        event = mmc.plan_items(block)
+        event = mmc.plan_items(block, place)
         block.mark_sent()
         if event is not None:
             self.output = apply_response_event(self.output, event)
@@ -103,10 +103,10 @@ def test_a_page_that_applies_every_event_has_exactly_the_transcript(
     for verb, what, value in [*edits, ("flush", None, None)]:
         edit(transcript, verb, what, value)
         if verb == "flush":
-            for block in transcript.blocks:
-                known = block.index < len(client.output)
-                before = client.output[block.index] if known else None
-                event = client.follow(block)
+            for place, block in enumerate(transcript.blocks):
+                known = place < len(client.output)
+                before = client.output[place] if known else None
+                event = client.follow(block, place)
                 check_event(event, before, mmc.render_item(block))
             assert client.output == list(map(mmc.render_item, transcript.blocks))
 
@@ -206,8 +206,8 @@ def chunks_of(transcript: mmc.Transcript, steps: Iterator[None]) -> list[Json]:
     """What an API client gets, when each block is planned after every step."""
     chunks = []
     for _ in steps:
-        for block in transcript.blocks:
-            chunk = mmc.plan_chunk(block)
+        for place, block in enumerate(transcript.blocks):
+            chunk = mmc.plan_chunk(block, place)
             block.mark_sent()
             chunks += [chunk] if chunk else []
     return chunks
