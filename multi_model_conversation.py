@@ -57,7 +57,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
-from itertools import count, groupby
+from itertools import count, cycle, groupby
 from statistics import fmean, median, pvariance
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
@@ -1444,7 +1444,8 @@ def choose_seats(
     settings: Settings, cards: Mapping[str, ModelCard]
 ) -> tuple[list[Seat], list[str], bool]:
     """Who takes part: the team text, else the list, else up to three models; one
-    model alone in three roles.
+    model alone in three roles. A line of the team that names no model gets one of the
+    list, or of all, in turn.
 
     With a sentence for each seat that could not be taken, and if nobody was chosen.
     """
@@ -1457,9 +1458,13 @@ def choose_seats(
         (f"Participant {n}", [each]) for n, each in enumerate(settings.participants, 1)
     ]
     usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
+    listed = [model_id for model_id in settings.participants if model_id in cards]
+    stand_ins = cycle(listed or usual)
     seats: list[Seat] = []
     problems: list[str] = []
     for where, parts in wanted[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
+        if parts[1:] and not parts[1].strip():
+            parts[1] = next(stand_ins, "")
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:

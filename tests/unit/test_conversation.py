@@ -49,6 +49,21 @@ def test_a_team_seats_one_model_several_times_in_the_order_of_its_lines() -> Non
     )
 
 
+def test_a_line_without_a_model_gets_one_in_turn() -> None:
+    team = "Ann | | You hope.\nBob | fir-1\nCat |\nDan | |"
+    seats, problems, _ = mmc.choose_seats(settings(team=team), CARDS)
+    assert [seat.model_id for seat in seats] == ["oak-1", "fir-1", "elm-1", "fir-1"]
+    listed = settings(team=team, participants=["gone", "ash-1", "elm-1"])
+    seats, problems, _ = mmc.choose_seats(listed, CARDS)
+    assert [seat.model_id for seat in seats] == ["ash-1", "fir-1", "elm-1", "ash-1"]
+    assert problems == []
+    seats, problems, _ = mmc.choose_seats(settings(team="Ann | | You hope."), {})
+    assert seats == []
+    assert problems == [
+        "Team line 1: it names no model: write `Alias | model id | persona`."
+    ]
+
+
 def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
     seats, problems, _ = mmc.choose_seats(settings(team="oak-1\neLM\n| fir-1"), CARDS)
     assert [(seat.alias, seat.model_id) for seat in seats] == [
@@ -66,10 +81,6 @@ def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
             "Ann | oak-1\n\nBob | yew",
             'Team line 3: there is no model "yew" that you may use: '
             "choose another one, or ask an admin for access to it.",
-        ),
-        (
-            "Ann | oak-1\nBob |  | You doubt.",
-            "Team line 2: it names no model: write `Alias | model id | persona`.",
         ),
         (
             "Me | pipe.manager\nAnn | oak-1",
