@@ -57,14 +57,21 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
-from itertools import count, groupby
+from itertools import count, cycle, groupby
 from statistics import fmean, median, pvariance
 from string import ascii_letters
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -157,6 +164,17 @@ def _setting(default: Any, description: str, **schema: Any) -> Any:
     return Field(default=default, description=description, json_schema_extra=schema)
 
 
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+
+
+def _read_number(text: str) -> str:
+    """The digits of a number as people write it: "three", "0,7"."""
+    word, words = text.strip().casefold(), _NUMBERS.split()
+    if word in words:
+        return str(words.index(word))
+    return re.sub(r"\A(-?\d+),(\d\d?)\Z", r"\1.\2", word)
+
+
 class UserSettings(BaseModel, extra="allow"):
     """What everybody may set for themselves; what is not set is as the admin set it.
 
@@ -166,7 +184,8 @@ class UserSettings(BaseModel, extra="allow"):
 
     participants: list[str] = _setting(
         [],
-        "Who talks, in the order of ticking. None: up to three models you may use.",
+        "Who talks, in the order of ticking, which the box does not show. None: up to "
+        "three models you may use.",
         input={"type": "multiselect", "options": "model_options"},
     )
     team: str = _setting(
@@ -195,9 +214,15 @@ class UserSettings(BaseModel, extra="allow"):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_blanks(cls, values: Json) -> Json:
-        """The page stores null, "" or [] for a field that is put back to default."""
-        return {k: v for k, v in values.items() if v not in (None, "", [])}
+    def read_fields(cls, values: Json) -> Json:
+        """Numbers as people write them, and what is put back to default left out, for
+        which the page stores null, "" or []."""
+        read = {k: v for k, v in values.items() if v not in (None, "", [])}
+        for name, known in cls.model_fields.items():
+            value = read.get(name)
+            if isinstance(value, str) and not isinstance(known.default, str | list):
+                read[name] = _read_number(value)
+        return read
 
 
 class Settings(UserSettings):
@@ -267,6 +292,7 @@ class Settings(UserSettings):
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
     all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
+    _is_cut: bool = PrivateAttr(default=False)  # more rounds were asked for
 
 
 _V2_NAMES = {
@@ -279,6 +305,10 @@ _V2_NAMES = {
 }
 # what a workspace model's custom parameters, or an API client, may set
 _PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
+_SEAT_FORMS = {  # as they fit into the one line of a form
+    "participants": "`gpt-4.1, claude-sonnet`",
+    "team": "`Ann | gpt-4.1 | You hope.; Bob | gpt-4.1`, or lines, or a JSON list",
+}
 
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
@@ -294,6 +324,30 @@ def _read_v2(stored: Mapping[str, Any]) -> Json:
     most = stored.get("NUM_PARTICIPANTS")
     team = "\n".join(lines[:most] if isinstance(most, int) else lines)
     return found | ({"team": team} if team else {})
+
+
+def _read_preset(name: str, value: Any) -> Any:
+    """A preset in the shape of its field; seats may be a JSON list, or parted by line
+    breaks, `\\n` or `;`, and participants by commas. Raises `ConversationError`."""
+    if name not in _SEAT_FORMS:
+        return value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    elif isinstance(value, str):
+        apart = r"\\n|;"  # in a team, where a seat begins; a persona may have both
+        if name == "participants":
+            apart = r"\\n|[\n;,，]"
+        elif "|" in value:
+            apart = r"\n|(?:\\n|;)(?=[^|;\\\n]*\|)"
+        value = [seat.strip() for seat in re.split(apart, value.strip("; \n"))]
+    if not isinstance(value, list) or not all(isinstance(seat, str) for seat in value):
+        raise ConversationError(
+            f"The `{name}` of this model cannot be read: write {_SEAT_FORMS[name]}."
+        )
+    if name == "participants":
+        return list(filter(None, value))
+    return "\n".join("\\n".join(seat.splitlines()) for seat in value)
 
 
 def merge_settings(
@@ -312,7 +366,8 @@ def merge_settings(
     """
     own = user.model_dump(exclude_unset=True) if user else {}
     chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
-    preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    given = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    preset = {name: _read_preset(name, value) for name, value in given.items()}
     fields = _read_v2(own)
     for layer in (chosen, preset, dict(asked or {})):
         fields |= ({"team": ""} if "participants" in layer else {}) | layer
@@ -324,8 +379,10 @@ def merge_settings(
             f"The settings of this conversation cannot be read: {names}. Correct them "
             "in the valves, or in the custom parameters of this model."
         ) from error
-    merged.rounds = min(merged.rounds, merged.max_rounds)
-    return Settings.model_construct(set(fields), **merged.model_dump())
+    told = merged.model_dump() | {"rounds": min(merged.rounds, merged.max_rounds)}
+    settings = Settings.model_construct(set(fields), **told)
+    settings._is_cut = "rounds" in fields and settings.rounds < merged.rounds
+    return settings
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:
@@ -493,6 +550,7 @@ class Cast:
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
     chair: str = ""  # who of them is no member, and only concludes
+    told: str = ""  # what was understood, where it is not the usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,7 +626,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class AskManager:
-    """Step: ask the manager who is next. Answer: its text, or None if it failed."""
+    """Step: ask the manager who is next. Answer: its text, or its failure."""
 
     candidates: tuple[str, ...]
     last: str | None
@@ -1056,7 +1114,7 @@ def split_objects(text: str) -> list[str]:
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
 # checkbox. What begins so is read up to where `_REACH` ends, and then judged once.
 _MARKS = f"{MARKS}\ufffd"
-_SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
+_SIGNS = "⚠⏳⏱🏁💬\ufffd"  # with which our notices begin
 _HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
 _REACH = re.compile(
     r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
@@ -1227,6 +1285,7 @@ class ForgeryGuard:
 # ======================================================================================
 
 NOTICE, PROGRESS, FIGURES, OUTCOME = "> ⚠️ ", "> ⏳ ", "> ⏱️ ", "> 🏁 "
+UNDERSTOOD = "> 💬 "
 ROLE = " · "  # in a heading, between a name and what it speaks as; names have none
 CONCLUSION = "conclusion"
 _FOLD, _FOLD_END = '<details type="draft">\n', "\n\n</details>"
@@ -1235,7 +1294,14 @@ HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{MARKS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 # the host's own words, when it rebuilds the conversation
 TOOL_IMAGES = "Here are the images from the tool results above. Please analyze them."
-_NOTICE = re.compile(rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}).*\n?")
+_NOTICE = re.compile(
+    rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}|{UNDERSTOOD}).*\n?"
+)
+_TRIO = {  # who one model alone is seated as
+    "Optimist": "You look for what could work, and make it concrete.",
+    "Sceptic": "You look for what could go wrong, and are fair about it.",
+    "Engineer": "You count what it takes: time, money, what breaks first.",
+}
 _TEAM_READ = 20  # lines or list entries; eight may sit, the rest would only be named
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
 _OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
@@ -1246,9 +1312,9 @@ _MIDDLE = 5.0  # of 0 to 10: where a ballot has places only
 _MOST_MOVED = 0.8  # by one judge; less costs more right judges than wrong ones
 _LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 _LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
+_ANSWER_LETTER = re.compile(r"\b(?:[Aa]nswer|[Rr]esponse) ([A-H])\b")
 _UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
 _PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
-_CHAIN = re.compile(r"\b[A-H](?:\s?[>=,→]\s?[A-H])+\b")
 _COMMAND_READ = 300  # characters of names, behind `/with` and before a colon
 _COMMAND = re.compile(
     r"/(?:(?P<flag>vote|join)|rounds[^\S\n]++(?P<rounds>\d{1,3})"
@@ -1284,6 +1350,11 @@ def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
 # -- who sits at the table -------------------------------------------------------------
 
 
+def join_names(names: Sequence[str]) -> str:
+    """At least one name -> "Ann, Bob and Cat"."""
+    return ", ".join(names[:-1]) + (" and " if names[1:] else "") + names[-1]
+
+
 def clean_alias(alias: str) -> str:
     """A name fit for a heading and a label: one line, no markup, 40 characters."""
     return plain_line(re.sub(r'[#*_"|·\\]', "", alias), 40).strip()
@@ -1307,12 +1378,9 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     if card is None:
         able = [card for card in cards.values() if not card.is_self]
         known = {each.casefold(): c.id for c in able for each in (c.name, c.id)}
-        close = [known[each] for each in get_close_matches(name[:80], known, 1)]
-        hint = (
-            f'did you mean "{plain_line(close[0], 80)}"'
-            if close
-            else ("choose another one, or ask an admin for access to it")
-        )
+        hint = "choose another one, or ask an admin for access to it"
+        for close in get_close_matches(name[:80], known, 1):
+            hint = f'did you mean "{plain_line(known[close], 80)}"'
         raise ConversationError(
             f'there is no model "{plain_line(wanted, 80)}" that you may use: {hint}'
         )
@@ -1378,33 +1446,41 @@ def _read_seat(parts: Sequence[str], cards: Mapping[str, ModelCard]) -> Seat:
 def choose_seats(
     settings: Settings, cards: Mapping[str, ModelCard]
 ) -> tuple[list[Seat], list[str], bool]:
-    """Who takes part: the team text, else the list, else up to three models.
+    """Who takes part: the team text, else the list, else up to three models; one
+    model alone in three roles. A line of the team that names no model gets one of the
+    list, or of all, in turn.
 
     With a sentence for each seat that could not be taken, and if nobody was chosen.
     """
-    lines = enumerate(settings.team.split("\n"), 1)
-    team = [(number, line) for number, line in lines if line.strip()]
-    chosen = len(team) or len(settings.participants)
+    lines = enumerate(map(str.strip, settings.team.split("\n")), 1)
     wanted = [
         (f"Team line {number}", line.split("|", 2))
-        for number, line in team[:_TEAM_READ]
+        for number, line in lines
+        if line and line[0] != "#"
     ] or [
-        (f"Participant {number}", [model_id])
-        for number, model_id in enumerate(settings.participants[:_TEAM_READ], 1)
+        (f"Participant {n}", [each]) for n, each in enumerate(settings.participants, 1)
     ]
     usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
+    listed = [model_id for model_id in settings.participants if model_id in cards]
+    stand_ins = cycle(listed or usual)
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in wanted or [("", [model_id]) for model_id in usual[:3]]:
+    for where, parts in wanted[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
+        if parts[1:] and not parts[1].strip():
+            parts[1] = next(stand_ins, "")
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
-    seats, most = list(unique_aliases(seats)), settings.max_participants
+    most, many = settings.max_participants, len(wanted)
+    if len(seats) == 1 and not settings.team.strip():
+        trio = list(_TRIO.items())[:most]
+        seats = [replace(seats[0], alias=alias, persona=text) for alias, text in trio]
+    seats = list(unique_aliases(seats))
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if chosen > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
-    return seats[:most], problems, not chosen
+    if many > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {many} seats were read.")
+    return seats[:most], problems, not many
 
 
 def choose_chair(
@@ -1423,8 +1499,7 @@ def render_system(
     settings: Settings, seat: Seat, aliases: Sequence[str], voice: Voice, chat: str
 ) -> str:
     """A participant's system prompt: its model's, the chat's, rules, tools, persona."""
-    names = ", ".join(aliases[:-1]) + (" and " if aliases[1:] else "") + aliases[-1]
-    values = {"name": seat.alias, "participants": names}
+    values = {"name": seat.alias, "participants": join_names(aliases)}
     rules = fill_template(settings.rules_prompt, values)
     tools = "You have no tools in this conversation; do not pretend to use one."
     if voice.tools:
@@ -1539,7 +1614,9 @@ def managed(agenda: Agenda) -> Mode:
         step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
         last, reason = yield from _choose_speaker(step, aliases)
         if not last:
-            return f"The manager ended it: {reason or 'no reason given'}"
+            ended = f"The manager ended it: {reason or 'no reason given'}"
+            yield Publish("outcome", OUTCOME + ended)
+            return ended
         turns += yield Speak((last,), reason)
         if len(turns) % len(aliases) == 0:
             done = len(turns) // len(aliases)
@@ -1549,20 +1626,27 @@ def managed(agenda: Agenda) -> Mode:
 
 
 def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
-    """The manager's choice; it is asked twice, then the next in order speaks."""
+    """The manager's choice; it is asked twice, then the next in order speaks, and a
+    line says why."""
     first, *others = step.candidates
     # it may end it rather than let one alone go on, but not before anybody has spoken
     tries = 2 if others else int(step.last is not None)
+    problem = ""
     for _ in range(tries):
-        answer: str | None = yield step
-        if answer is None:
-            return first, "next in order, the manager failed"
+        answer: str | ModelFailure = yield step
+        if isinstance(answer, ModelFailure):
+            problem = f"failed: {plain_line(answer).rstrip('.')}"
+            break
         found = _read_choice(answer, step, everybody)
         if not isinstance(found, str):
             return found
         step = replace(step, problem=found, wrong_answer=answer)
-    named_nobody = "next in order, the manager named nobody"
-    return first, named_nobody if others else "the only one left"
+        problem = "named nobody who may speak now"
+    if not others:
+        return first, "the only one left"
+    text = f"{NOTICE}The manager {problem}. So the next in order speaks."
+    yield Publish(f"manager {problem}", text)
+    return first, "next in order"
 
 
 def _read_choice(
@@ -1570,8 +1654,7 @@ def _read_choice(
 ) -> _Choice | str:
     """The manager's answer, JSON or a bare name -> its choice, or what is wrong."""
     answer = answer[-_ANSWER_READ:]
-    keys = (*_NAMING_KEYS, *_ENDING_KEYS)
-    verdict = _find_object(answer, *keys) or _find_object(answer)
+    verdict = _find_object(answer, *_NAMING_KEYS, *_ENDING_KEYS) or _find_object(answer)
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
     if any(verdict.get(key) is True for key in _ENDING_KEYS):
         unspoken = "Nobody has spoken yet, so it cannot be done."
@@ -1646,37 +1729,42 @@ def _decide(
     members = [turn.alias for turn in present]
     if len(members) < 2:
         return (yield from _end_early(turns, members))
-    papers = tuple(ballot_papers(agenda, present, votes)) if wish != ENOUGH else ()
+    # of two there is nothing to rank
+    judges = present if wish != ENOUGH and len(members) > 2 else ()
+    papers = tuple(ballot_papers(agenda, judges, votes))
     step = Judge(papers, read_vote if votes else read_ranking)
     judged: list[Ballot | str] = (yield step) if papers else []
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(members, ballots)
+    if votes:
+        standings.sort(key=lambda s: (-len(s.first_for), members.index(s.alias)))
     none = "No ballots were asked for: you had heard enough."
-    table = render_standings(standings, votes) if papers else none
+    table = render_standings(standings, votes) if wish != ENOUGH else none
     parts = [table, describe_agreement(standings, ballots)]
     for model in dict.fromkeys(agenda.models.values()):
         kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
         if len(kin) > 1:
-            parts.append(f"{' and '.join(kin)} are one model, which may favour itself.")
+            parts.append(f"{join_names(kin)} are one model, which may favour itself.")
     for paper, lost in zip(papers, judged, strict=True):
         if isinstance(lost, str):
             reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
             parts.append(f"No ballot from {paper.voter}: {reason}.")
-    result = "\n\n".join(filter(None, parts))
-    title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
-    yield Publish("ranking", f"{RULE}{title}\n\n{result}")
-    remarks = [f"- {a}: {said}" for b in ballots for a, said in b.remarks.items()]
+    result, why = "\n\n".join(filter(None, parts)), render_reasons(ballots, votes)
+    if len(members) > 2:
+        title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
+        who = f"Who {'voted for' if votes else 'ranked'} whom, and why"
+        fold = f"\n\n{render_fold(who, why)}" if ballots else ""
+        yield Publish("ranking", f"{RULE}{title}\n\n{result}{fold}")
     names = letters_for("", members, agenda.seed)
     told = {
         "question": agenda.question,
         "answers": "" if votes else _render_letters(present, names),
-        "result": hide_names("\n".join([result, "", *remarks]).rstrip(), names),
+        "result": hide_names(f"{result}\n\n{why}".rstrip(), names),
     }
     brief = fill_template(agenda.settings.conclusion_prompt, told)
     concluding = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
-    marks = {
-        s.alias: f"rank {n}" if ballots else "" for n, s in enumerate(standings, 1)
-    }
+    rank = "rank {}" if ballots else ""
+    marks = {s.alias: rank.format(n) for n, s in enumerate(standings, 1)}
     return (yield from _conclude(agenda, turns, marks, concluding))
 
 
@@ -1694,8 +1782,10 @@ def _conclude(
     if chair and not (wanted or agenda.judge):
         notes.append("the chair that was chosen is not here")
     members = sorted(marks, key=lambda alias: alias not in wanted)
+    by_seat = len(marks) == 2 and not (agenda.judge or members[0] in wanted)
+    why = ["by seat: of two answers none is ranked"] if by_seat else []
     for alias in filter(None, (agenda.judge, *members)):
-        behind = f" ({', '.join(notes)})" if notes else ""
+        behind = f" ({', '.join(why + notes)})" if why + notes else ""
         yield _outcome(turns, f"chaired by {alias}{behind}")
         step = replace(step, aliases=(alias,), concludes=True, marks=marks)
         spoken: list[Turn] = yield step
@@ -1767,42 +1857,32 @@ def ballot_papers(
     """What each is asked about the others, in an order of its own: to vote for one by
     name, or to judge what stands under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
-    for voter in (turn.alias for turn in turns):
-        names = letters_for(voter, [turn.alias for turn in turns], agenda.seed)
+    settings, aliases = agenda.settings, [turn.alias for turn in turns]
+    for voter in aliases:
+        names = letters_for(voter, aliases, agenda.seed)
         others = list(names.values())
         told = {
             "question": agenda.question,
             "answers": _render_letters(turns, names),
             "candidates": json.dumps(others, ensure_ascii=False),
         }
-        template = (
-            agenda.settings.vote_prompt if votes else agenda.settings.review_prompt
-        )
+        template = settings.vote_prompt if votes else settings.review_prompt
         choices = dict(zip(others, others, strict=True)) if votes else names
         yield BallotPaper(voter, fill_template(template, told), choices)
 
 
-def read_ranking(
-    answer: str, paper: BallotPaper, lenient: bool = False
-) -> Ballot | str:
+def read_ranking(answer: str, paper: BallotPaper) -> Ballot | str:
     """A reviewer's answer -> its ballot, or what is wrong with it.
 
     A score for each or a place for each will do; of both, a place counts as much as a
-    point. Leniently, a chain of all letters in any text is a ranking, and whoever is
-    not named shares the last place.
+    point.
     """
-    answer, everybody = answer[-_ANSWER_READ:], dict.fromkeys(paper.choices.values())
-    verdict = _find_object(answer, "ranking", "scores")
-    scores = _read_numbers(verdict.get("scores"), paper)
-    ranking = verdict.get("ranking")
-    if lenient and not isinstance(ranking, (list, dict)):
-        chains = (c for c in _CHAIN.findall(answer) if set(c).issuperset(paper.choices))
-        ranking = re.split("[>,→]", next(chains, ""))
-    places = _read_places(ranking, paper)
-    if lenient and places:
-        places = dict.fromkeys(everybody, 99.0) | places
+    verdict = _find_object(answer[-_ANSWER_READ:], "ranking", "scores")
+    everybody = dict.fromkeys(paper.choices.values(), _MIDDLE)
+    scores = _read_letters(_part_of(verdict, "scores", dict), paper)
+    places = _read_letters(verdict.get("ranking"), paper)
     if scores.keys() != everybody.keys():
-        scores = dict.fromkeys(everybody, _MIDDLE)
+        scores = everybody
     elif places.keys() != everybody.keys():
         places = {alias: -score for alias, score in scores.items()}
     if places.keys() != everybody.keys():
@@ -1812,51 +1892,46 @@ def read_ranking(
     for alias, place in places.items():
         won = sum((place < other) - (place > other) for other in places.values())
         values[alias] = scores[alias] + won / 2
-    said = _part_of(verdict, "comments", dict)
-    remarks = {
-        alias: plain_line(said[letter], 200)
-        for letter, alias in paper.choices.items()
-        if letter in said
-    }
+    said, names = _part_of(verdict, "comments", dict), paper.choices
+    remarks = {names[c]: _read_remark(said[c], names) for c in names if c in said}
     return Ballot(paper.voter, values, remarks)
 
 
-def _read_numbers(given: Any, paper: BallotPaper) -> dict[str, float]:
-    """A number from 0 to 10 under each letter -> the same by alias."""
-    return {
-        paper.choices[letter.strip().upper()]: float(number)
-        for letter, number in (given.items() if isinstance(given, dict) else ())
-        if letter.strip().upper() in paper.choices
-        and isinstance(number, (int, float))
-        and 0 <= number <= 10
-    }
-
-
-def _read_places(ranking: Any, paper: BallotPaper) -> dict[str, float]:
-    """A list of places, or a rank per letter -> a place per alias, the best lowest.
-
-    A place is a letter, several ("A=B"), or a list of them.
+def _read_letters(given: Any, paper: BallotPaper) -> dict[str, float]:
+    """Foreign JSON -> a number by alias: of an object the number from 0 to 10 under a
+    letter, of a list the place of a letter, of several ("A=B"), or of a list of them.
     """
-    places = _read_numbers(ranking, paper)
-    for at, place in enumerate(ranking if isinstance(ranking, list) else []):
-        letters = "=".join(map(str, place)) if isinstance(place, list) else place
-        found = _PLACE.search(plain_line(letters).upper())
-        for letter in re.findall(r"\w", found[0]) if found else ():
+    places = enumerate(given if isinstance(given, list) else ())
+    pairs = given.items() if isinstance(given, dict) else [(p, n) for n, p in places]
+    found: dict[str, float] = {}
+    for place, number in pairs:
+        named = "=".join(map(str, place)) if isinstance(place, list) else place
+        letters = _PLACE.search(plain_line(named).upper())
+        good = isinstance(number, (int, float)) and 0 <= number <= 10
+        for letter in re.findall(r"\w", letters[0]) if letters and good else ():
             if letter in paper.choices:
-                places.setdefault(paper.choices[letter], at)
-    return places
+                found.setdefault(paper.choices[letter], float(number))
+    return found
 
 
-def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot | str:
+def _read_remark(said: object, names: Mapping[str, str]) -> str:
+    """What a judge wrote on an answer, as one harmless line, with names for letters."""
+    text = _ANSWER_LETTER.sub(r"[\1]", str(said))
+    line = plain_line(NameFilter(names).feed(text, final=True), 200)
+    guard = ForgeryGuard()
+    return guard.feed(line) + guard.close()
+
+
+def read_vote(answer: str, paper: BallotPaper) -> Ballot | str:
     """A voter's answer -> its ballot, or what is wrong with it."""
-    answer = answer[-_ANSWER_READ:]
-    named = plain_line(_find_object(answer, "vote").get("vote") or "")
-    found = _find_names(named or (answer if lenient else ""), paper.choices)
+    verdict = _find_object(answer[-_ANSWER_READ:], "vote")
+    found = _find_names(plain_line(verdict.get("vote") or ""), paper.choices)
     if len(found) != 1:
         listed = json.dumps(list(paper.choices), ensure_ascii=False)
         return f"Your vote must name exactly one of {listed}, as a JSON object."
     values = {a: float(choice == found[0]) for choice, a in paper.choices.items()}
-    return Ballot(paper.voter, values)
+    reason = _read_remark(verdict.get("reason") or "", {})
+    return Ballot(paper.voter, values, {found[0]: reason})
 
 
 def tally(
@@ -1913,16 +1988,38 @@ def describe_agreement(standings: Sequence[Standing], ballots: Sequence[Ballot])
 
 
 def render_standings(standings: Sequence[Standing], votes: bool) -> str:
-    """The table of a council's ranking or a debate's votes."""
+    """The table of a council's ranking or a debate's votes, and what broke a tie."""
     if all(s.score is None for s in standings):
         return "No valid ballots: the members stay in their order."
     columns = "Votes | From" if votes else "Score | First place from"
     lines = [f"| Member | {columns} |", "|---|---|---|"]
+    got = {}
     for s in standings:
         within = min(max(s.score or 0.0, 0.0), 10.0)  # places may lead beyond
         score = "–" if s.score is None else f"{within:.1f}"
-        got, voters = len(s.first_for) if votes else score, ", ".join(s.first_for)
-        lines.append(f"| {s.alias} | {got} | {voters or '–'} |")
+        got[s.alias] = str(len(s.first_for)) if votes else score
+        voters = ", ".join(s.first_for) or "–"
+        lines.append(f"| {s.alias} | {got[s.alias]} | {voters} |")
+    best, second, *_ = standings
+    level = [alias for alias in got if got[alias] == got[best.alias]]
+    if len(level) > 1:
+        equal = votes or best.score == second.score
+        what = "the order of the seats" if equal else "less than a tenth"
+        lines += ["", f"{join_names(level)} are level: {what} puts {best.alias} first."]
+    return "\n".join(lines)
+
+
+def render_reasons(ballots: Iterable[Ballot], votes: bool) -> str:
+    """Whom each put where, or voted for, with the sentence it wrote on it."""
+    lines = []
+    for ballot in ballots:
+        given = ballot.values
+        for alias in sorted(given, key=given.__getitem__, reverse=True):
+            place = 1 + sum(value > given[alias] for value in given.values())
+            rank, said = "for" if votes else f"{place}.", ballot.remarks.get(alias)
+            if place == 1 or not votes:
+                why = f": {said}" if said else ""
+                lines.append(f"- **{ballot.voter}** · {rank} {alias}{why}")
     return "\n".join(lines)
 
 
@@ -2055,12 +2152,13 @@ def render_fold(title: str, text: str) -> str:
 
 
 def unfold(text: str) -> str:
-    """A reply with its drafts as they were; no model can write this element."""
+    """A reply with its drafts as they were, and no figures; no model writes these."""
     before, *folds = text.split(_FOLD)
     for fold in folds:
         inside, _, after = fold.partition(_FOLD_END)
         summary, found, inside = inside.partition("</summary>\n\n")
         inside = inside if found else summary
+        inside = "" if summary.startswith(f"<summary>{FIGURES[2:]}") else inside
         before += inside.replace("&lt;/details", "</details").replace("&amp;", "&")
         before += after
     return before
@@ -2433,6 +2531,36 @@ def _cut_command(
     return (text, {}) if text[end:].strip() else (text[: max(at - 1, 0)], fields)
 
 
+def choose_addressed(names: Sequence[str], aliases: Sequence[str]) -> tuple[str, ...]:
+    """Those who are addressed, where every one of the names is one of theirs."""
+    known = {_plain_name(alias) or alias: alias for alias in aliases}
+    found = [known.get(_plain_name(name) or name, "") for name in names]
+    return tuple(dict.fromkeys(found)) if all(found) else ()
+
+
+def describe_table(
+    mode_id: str, agenda: Agenda, commands: Commands, cards: Mapping[str, ModelCard]
+) -> str:
+    """One line on what was understood of a question and of who sits at the table."""
+    settings, asked = agenda.settings, commands.rounds is not None
+    seats, models = list(agenda.models), list(set(agenda.models.values()))
+    told = []
+    if len(seats) == 1 and not settings.join:
+        told.append(f"{seats[0]} is alone: a conversation needs at least two seats")
+    elif len(models) == 1 < len(seats) and not settings.team.strip():
+        told.append(f"{join_names(seats)} are all {plain_line(cards[models[0]].name)}")
+    elif commands.seats:
+        told.append(f"In this chat: {join_names(seats)}")
+    if len(agenda.aliases) < len(seats):
+        told.append(f"Only {join_names(agenda.aliases)} may answer")
+    if mode_id == "council":
+        told += ["A council has no rounds"] * asked
+    elif len(agenda.aliases) > 1 and (asked or settings._is_cut):
+        most = ", the most that the administrator allows" * settings._is_cut
+        told.append(f"Rounds: {settings.rounds}{most}")
+    return " · ".join(told)
+
+
 def _is_quoted(before: str) -> bool:
     """Whether what follows stands in a code block or in a quote."""
     line = before.rpartition("\n")[2].expandtabs(4)
@@ -2658,7 +2786,7 @@ def fold_drafts(
     titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
     spoken = {n: title for n, title in titles.items() if title and title[1] in COLOURS}
     conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
-    for number in (outcome, conclusion, ranking):
+    for number in dict.fromkeys((outcome, conclusion, ranking)):
         for block in sections[number]:
             fields = dict(block.fields)
             if "call_id" in fields:  # by which the page knows an item
@@ -3768,14 +3896,16 @@ class Screen:
 
     def show_progress(self, text: str = "") -> None:
         """The last line, which is replaced in place; without a text it goes away."""
-        if self.progress:
+        if self.progress and str(self.progress.text) != text:
             self.emitter.emit_replace(self.progress, text)
-        elif text and self.can_replace:
+        elif text and self.can_replace and not self.progress:
             self.progress = self.add_line("", text, LAST, passing=True)
 
     def fold(self) -> None:
         """The conclusion first; the drafts below it become one line each."""
-        ours = self.ours["outcome"].section, self.ours["ranking"].section
+        outcome = self.ours["outcome"]
+        ranking = self.ours.get("ranking", outcome)  # two answers have none
+        ours = outcome.section, ranking.section
         for block in fold_drafts(self.transcript, *ours, self.marks):
             self.emitter.emit_replace(block, block.text)
 
@@ -4032,6 +4162,7 @@ class ConnectionGate:
 # -- one model call --------------------------------------------------------------------
 
 
+MOST_SAID = 500_000  # characters of one reply; no model says as much at a time
 Prompt = Callable[[int], list[Json]]  # messages in about so many tokens
 _ANY_LENGTH = 10**9  # tokens
 _PROMPT_SHARE = 0.75  # of a model's context; its answer has to fit in, too
@@ -4050,6 +4181,7 @@ class ModelCall:
     specs: Sequence[Json] = ()
     parameters: Json = field(default_factory=dict)
     said: Sequence[Json] = ()  # behind the prompt: what came of it so far
+    enough: int = MOST_SAID  # characters of its text, after which no more is read
 
 
 def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
@@ -4065,9 +4197,6 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     return payload | {"stream": streams} | tools
 
 
-MOST_SAID = 500_000  # characters of one reply; no model says as much at a time
-
-
 class Reply:
     """What one model call says: `take` takes its events, and `end` is called once,
     also where it broke off. `spoke`: it must not be asked for again."""
@@ -4079,6 +4208,7 @@ class Reply:
         self.usage: Json = {}  # the last report of the call counts
         self.spoke = False
         self.size = 0  # characters, of reasoning and arguments too
+        self.said = 0  # of text alone
         self._parts: list[str] = []
 
     def take(self, event: ReplyEvent) -> None:
@@ -4101,6 +4231,7 @@ class Reply:
         match event:
             case TextDelta(text, "message"):
                 self.spoke = True
+                self.said += len(text)
                 self._parts.append(text)
             case TextDelta() | ToolCallDelta():
                 self.spoke = True
@@ -4150,7 +4281,8 @@ class ModelCalls:
     host: Host
     settings: Settings
     ledger: Ledger
-    emitter: Emitter | None = None
+    emitter: Emitter
+    busy: dict[str, str] = field(default_factory=dict)  # who is waited for, and why
     # when a speaker's first call in a stage got its slot; until then it is queued
     admitted: dict[tuple[int, str], float] = field(default_factory=dict)
     # stages in which some have answered and several have not -> whether to go on
@@ -4230,7 +4362,10 @@ class ModelCalls:
                 asked_twice = True
             elif failure.is_busy and not failure.midway and patient:
                 waited += pause
+                why = plain_line(f"busy, asking again: {failure}", 150)
+                self.busy[call.speaker] = why
                 await asyncio.sleep(pause)
+                del self.busy[call.speaker]
             elif not asked_twice and (empty or streams and failure.may_work_whole):
                 asked_twice, streams = True, streams and empty
             else:
@@ -4253,13 +4388,14 @@ class ModelCalls:
             self.limits(call.speaker, deadline, call.stage),
             self.host.completion(payload) as items,
         ):
-            pace = Pace(self.emitter) if self.emitter else None
+            pace = Pace(self.emitter)
             async for item in items:
                 for event in decoder.feed(item):
                     reply.take(event)
                     deadline.heard()
-                if pace:
-                    await pace.keep()
+                if reply.said > call.enough:
+                    break
+                await pace.keep()
             for event in decoder.close():
                 reply.take(event)
         await self.host.show_sources(reply.sources)
@@ -4559,12 +4695,14 @@ class ShownReply(Reply):
 
 # -- the run of a mode -----------------------------------------------------------------
 
+_MANAGER_READ = 4_000  # characters; it is asked for one line of JSON
 _TOOLS_AT_ONCE = 4  # of one reply; more would only queue at what they call
-_FIGURES = {  # how each is shown, where it is known
-    "first_token_seconds": "first token {first_token_seconds:.1f} s",
-    "tokens_per_second": "{tokens_per_second:.0f} tokens/s",
-    "input_tokens": "{input_tokens:,} in, {output_tokens:,} out",
-    "cost": "cost {cost:.4f}",
+_FIGURES = {  # a column for each, where it is known of anybody
+    "first_token_seconds": ("First token", "{:.1f} s"),
+    "tokens_per_second": ("Tokens/s", "{:.0f}"),
+    "input_tokens": ("In", "{:,}"),
+    "output_tokens": ("Out", "{:,}"),
+    "cost": ("Cost", "{:.4f}"),
 }
 
 
@@ -4633,6 +4771,9 @@ class Run:
         """From the first to the last word; gives why it ended."""
         saving = asyncio.create_task(self.saver.keep())
         try:
+            if self.cast.told and not self.screen.continued:
+                line = f"{UNDERSTOOD}{self.cast.told}"
+                self.screen.publish("understood", line, notice=True)
             for problem in self.cast.problems:
                 self.screen.notice(problem)
             if self.cast.by_default:
@@ -4725,18 +4866,22 @@ class Run:
         return " · ".join(parts)
 
     def _describe_figures(self) -> str:
-        lines = []
-        calls, everybody = self.ledger.calls, self.ledger.figures
-        for speaker in dict.fromkeys((*self.cast.participants, *everybody)):
-            report = everybody.get(speaker, Figures()).report()
-            words = [text for name, text in _FIGURES.items() if name in report]
-            if words:
-                lines.append(f"{speaker}: {' · '.join(words).format(**report)}")
-        whole = f"{calls} model call{'' if calls == 1 else 's'}"
-        if "cost" in self.ledger.usage:
-            whole += f" · cost {self.ledger.usage['cost']:.4f} in all"
-        lines.append(whole)
-        return FIGURES + " | ".join(lines)
+        """A line with the sums, and folded under it everybody's figures."""
+        ledger, usage = self.ledger, self.ledger.usage
+        line = f"{FIGURES}{ledger.calls} model call{'s' * (ledger.calls != 1)}"
+        line += f" · {ledger.tokens():,} tokens" if usage else ""
+        line += f" · cost {usage['cost']:.4f}" if "cost" in usage else ""
+        everybody = dict.fromkeys((*self.cast.participants, *ledger.figures))
+        reports = {a: ledger.figures.get(a, Figures()).report() for a in everybody}
+        known = [k for k in _FIGURES if any(k in each for each in reports.values())]
+        titles = " | ".join(_FIGURES[k][0] for k in known)
+        lines = [f"| | {titles} |", "|---" * len(known) + "|---|"]
+        for alias, each in reports.items():
+            cells = (
+                _FIGURES[k][1].format(each[k]) if k in each else "–" for k in known
+            )
+            lines.append(f"| {alias} | {' | '.join(cells)} |")
+        return render_fold(line[2:], "\n".join(lines)) if known else line
 
     # -- the steps of a mode -----------------------------------------------------------
 
@@ -4784,17 +4929,17 @@ class Run:
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
     ) -> Ballot | str:
-        """A voter's ballot: asked, asked again with what was wrong, read leniently."""
+        """A voter's ballot: asked, and asked again with what was wrong."""
         voter = self.cast.participants[paper.voter]
         clock = Deadline(self.settings.turn_timeout)
         prompt = self._prompt(voter, paper.brief, {})
         call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
-        for lenient in (False, True):
+        for _ in range(2):
             try:
                 text = await self.models.text(call)
             except ModelFailure as failure:
                 return str(failure)
-            ballot = read(text, paper, lenient)
+            ballot = read(text, paper)
             if isinstance(ballot, Ballot):
                 return ballot
             answer = {"role": "assistant", "content": text}
@@ -4802,8 +4947,8 @@ class Run:
             call = replace(call, said=[answer, problem])
         return "it could not be read"
 
-    async def _ask_manager(self, step: AskManager, stage: int) -> str | None:
-        """The manager's answer, or None where there is none."""
+    async def _ask_manager(self, step: AskManager, stage: int) -> str | ModelFailure:
+        """The manager's answer, cut where it is plainly no JSON, or its failure."""
         settings, aliases = self.settings, tuple(self.cast.participants)
 
         def prompt(limit: int) -> list[Json]:
@@ -4814,10 +4959,9 @@ class Run:
         clock = Deadline(settings.turn_timeout)
         try:
             call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
-            return await self.models.text(call)
+            return await self.models.text(replace(call, enough=_MANAGER_READ))
         except ModelFailure as failure:
-            log.debug("the manager failed: %s", failure)
-            return None
+            return failure
 
     async def _ask_person(self) -> str:
         """What the person wants; words of its own are shown, and read by all."""
@@ -4883,11 +5027,14 @@ class Run:
                 self.models.enough.setdefault(stage, False)
             else:
                 self.models.enough.pop(stage, None)
+            busy = [f"{who} · {why}" for who, why in self.models.busy.items()]
+            text = f"{PROGRESS}{' · '.join(busy)}" if busy else ""
             if len(tasks) > 1:
                 what = "answered" if sections else "judged"
                 of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
                 states = self._states(tasks, sections, since)
-                self.screen.show_progress(_describe_progress(of_all, there, states))
+                text = _describe_progress(of_all, there, states)
+            self.screen.show_progress(text)
         self.screen.show_progress()
         return done
 
@@ -4906,6 +5053,7 @@ class Run:
                 state = sections[who].describe(who not in since)
             if state == "waiting" and since[who] is None:
                 state = "queued"
+            state = self.models.busy.get(who, state)
             states[f"{self.cast.participants[who].colour} {who}"] = state
         return states
 
@@ -5100,21 +5248,27 @@ def _refuse(
     return StreamingResponse(text, status_code=400, media_type="application/json")
 
 
-async def _prepare(
-    host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
-) -> tuple[Run, Mode]:
-    """A run that is ready to go, with its mode; raises `ConversationError`."""
-    own_id, _, mode_id = body["model"].partition(".")
+def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
+    """The id of the mode that was picked, or a `ConversationError`."""
+    mode_id: str = body["model"].partition(".")[2]
     if not mode_id:  # then as the switch of v2 was set
         is_managed = getattr(user_settings, "UseGroupChatManager", False)
-        mode_id = "manager" if is_managed else "round_robin"
+        return "manager" if is_managed else "round_robin"
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
         raise ConversationError(f'There is no mode "{mode_id}": choose {names}')
+    return mode_id
+
+
+async def _prepare(
+    host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
+) -> tuple[Run, Mode]:
+    """A run that is ready to go, with its mode; raises `ConversationError`."""
+    mode_id = _choose_mode(body, user_settings)
     row = MODES[mode_id]
     try:
-        cards = await host.model_cards(own_id)
+        cards = await host.model_cards(body["model"].split(".")[0])
         replied = any(m.get("role") == "assistant" for m in body["messages"])
         stored = await host.stored_replies() if replied and host.in_chat else []
         own = {card.id for card in cards.values() if card.is_self}
@@ -5127,13 +5281,18 @@ async def _prepare(
         raise ConversationError(
             f"Open WebUI could not prepare this conversation: {failure}. Try again."
         ) from failure
-    if commands.problem:
-        cast = replace(cast, problems=(*cast.problems, commands.problem))
-    asked = commands.rounds
-    if asked not in (None, settings.rounds):
-        line = f"You asked for {asked} rounds and get {settings.rounds}"
-        line += f": the administrator allows 1 to {settings.max_rounds}."
-        cast = replace(cast, problems=(*cast.problems, line))
+    seated = cast.participants
+    models = {a: seated[a].voice.model_id for a in seated if a != cast.chair}
+    aliases = choose_addressed(commands.only, tuple(models)) or tuple(models)
+    if len(aliases) == 1 and not commands.vote:
+        if row.drafts or len(models) > 1:
+            settings.rounds = 1
+        row = MODES["round_robin"]
+    question, judge = last_question(entries), cast.chair
+    agenda = Agenda(aliases, question, settings, models=models, judge=judge)
+    problems = (*cast.problems, *filter(None, [commands.problem]))
+    told = describe_table(mode_id, agenda, commands, cards)
+    cast = replace(cast, problems=problems, told=told)
     if row.drafts and not (settings.remember_drafts or commands.vote):
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
@@ -5141,22 +5300,19 @@ async def _prepare(
     run = _make_run(host, settings, cast, entries, drafts)
     if run.screen.continued and stored:
         run.go_on_after(stored[-1].get("output"))
-    return run, _begin(run, row, commands.vote)
+    return run, _begin(run, row, agenda, commands.vote)
 
 
-def _begin(run: Run, row: ModeRow, votes: bool) -> Mode:
+def _begin(run: Run, row: ModeRow, agenda: Agenda, votes: bool) -> Mode:
     """The mode of a run, or a vote on what was said before."""
-    cast, entries = run.cast, run.entries
-    aliases = tuple(alias for alias in cast.participants if alias != cast.chair)
-    question = last_question(entries)
+    entries, tokens_used = run.entries, run.ledger.tokens
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    models = {alias: cast.participants[alias].voice.model_id for alias in aliases}
-    agenda = Agenda(aliases, question, run.settings, last, seed, models, cast.chair)
+    agenda = replace(agenda, last=last, seed=seed, tokens_used=tokens_used)
     if votes:
         said = [e for e in entries if isinstance(e, Turn) and not e.concludes]
         return put_to_vote(agenda, [turn for turn in said if turn.text])
-    return row.begin(replace(agenda, tokens_used=run.ledger.tokens))
+    return row.begin(agenda)
 
 
 def _make_run(
@@ -5191,7 +5347,8 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         sampling = {name: body[name] for name in SAMPLING if name in body}
         call = ModelCall("task", voice, lambda _: body["messages"], clock)
         call = replace(call, parameters=sampling)
-        models = ModelCalls(host, settings, Ledger(host.add_usage))
+        emitter = Emitter(Transcript(""), plan_chunk, 0)  # nothing is shown
+        models = ModelCalls(host, settings, Ledger(host.add_usage), emitter)
         answer = await models.text(call, streams=False)
         return add_follow_ups(answer, host.followed) if host.followed else answer
     except (HostFailure, ModelFailure) as failure:
