@@ -4565,8 +4565,8 @@ class Section:
         for call_id in list(self._unanswered):
             self.show_result(call_id, ToolResult(f"Error: {reason}", True))
         if self.number or self.role != CONCLUSION:
-            self.show_heading()  # also of one that is quiet: the host stores no reply
-            turn = self.turn()  # that is empty
+            self.show_heading()  # Stop is quiet, but the host stores no empty reply
+            turn = self.turn()
             what = "broke off" if turn.text else "could not answer"
             if not quiet:
                 self.notice(f"{NOTICE}**{turn.alias}** {what}: {plain_line(reason)}")
