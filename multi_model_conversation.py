@@ -697,8 +697,6 @@ class ThinkSplitter:
     """
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
-        first = "".join(start[0] for start, _ in tags)
-        self._first = re.compile(rf"[\0\ud800-\udfff{re.escape(first)}]")
         self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
         self._ends = [_find_tags([end]) for _, end in tags]
         self._tag = self._start  # what is looked for
@@ -707,9 +705,6 @@ class ThinkSplitter:
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
-        idle = self._tag is self._start and not (self._held or self._trim)
-        if idle and not self._first.search(text):
-            return [TextDelta(text)]
         text, at = self._held + text, 0
         events: list[ReplyEvent] = []
         while (found := self._tag.search(text, at)) and found.lastindex:
@@ -744,7 +739,7 @@ def _find_tags(tags: Iterable[str], attributes: str = "") -> re.Pattern[str]:
         name += attributes if tag[0] + tag[-1] == "<>" else ""
         whole.append(f"{name}{last}()")  # behind it: only what begins plainly is fast
         begun += [name, *(re.escape(tag[:length]) for length in range(1, len(tag) - 1))]
-    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]))
+    return re.compile("|".join([*whole, *(rf"{start}\Z" for start in begun)]) or "(?!)")
 
 
 def text_of(content: Any) -> str:
@@ -874,14 +869,14 @@ class ReplyDecoder:
             yield from self._think.feed(text)
 
     def _read_chunk(self, chunk: Json) -> Iterator[ReplyEvent]:
-        yield from _read_usage(chunk)
+        if usage := _read_usage(chunk):
+            yield UsageReport(usage)
         if chunk.get("error"):
             raise ModelFailure(error_text(chunk["error"]))
         choice = (chunk.get("choices") or [{}])[0]
-        if choice.get("delta"):
-            for event in self._read_message(choice["delta"]):
-                self._has_deltas = True
-                yield event
+        if delta := choice.get("delta"):
+            self._has_deltas |= any(delta[key] for key in delta if key != "role")
+            yield from self._read_message(delta)
         else:
             message = choice.get("message") or chunk.get("message") or chunk
             yield from self._read_message(message, copy=self._has_deltas)
@@ -961,13 +956,12 @@ def _read_annotations(message: Json) -> Iterator[ReplyEvent]:
             yield SourceFound(shown | {"metadata": [{"source": url, "name": title}]})
 
 
-def _read_usage(chunk: Json) -> Iterator[ReplyEvent]:
-    """What can be counted in a chunk, as one report."""
+def _read_usage(chunk: Json) -> Json:
+    """What can be counted in a chunk."""
     # Ollama counts beside the message
     ollama = {name: chunk.get(name) for name in ("prompt_eval_count", "eval_count")}
-    reports = map(_counts_of, (chunk.get("usage"), chunk.get("timings"), ollama))
-    if usage := dict(item for report in reports for item in report.items()):
-        yield UsageReport(usage)
+    usage, timings = _counts_of(chunk.get("usage")), _counts_of(chunk.get("timings"))
+    return {**usage, **timings, **_counts_of(ollama)}
 
 
 def _counts_of(report: Any) -> Json:
@@ -3247,29 +3241,26 @@ def _meta_of(model: Json) -> Json:
     return (model.get("info") or {}).get("meta") or {}
 
 
-def _with_bases(models: Mapping[str, Json], model_id: str) -> list[str]:
-    """A model, what it is based on, and so on: their ids."""
-    chain: list[str] = []
-    while model_id and model_id not in chain:
-        chain.append(model_id)
-        info = (models.get(model_id) or {}).get("info") or {}
-        model_id = info.get("base_model_id") or ""
-    return chain
-
-
 def _cards_of(some: Iterable[Json], models: Json, own_id: str) -> dict[str, ModelCard]:
     """A card of each of these models, by id; `own_id` is that of this function."""
     cards = {}
     for model in some:
-        model_id = model["id"]
-        bases = _with_bases(models, model_id)
+        chain: list[str] = []  # the model, what it is based on, and so on
+        base, served = model["id"], model
+        while base and base not in chain:
+            chain.append(base)
+            served = models.get(base) or {}
+            base = (served.get("info") or {}).get("base_model_id")
+        kind, number = served.get("owned_by"), served.get("urlIdx")
+        if kind == OLLAMA:
+            number = ((served.get("ollama") or {}).get("urls") or [0])[0]
         unusual = model.get("arena") or _meta_of(model).get("hidden")
-        cards[model_id] = ModelCard(
-            model_id,
-            model.get("name") or model_id,
-            is_self=any(base.partition(".")[0] == own_id for base in bases),
-            by_default=not (unusual or _NO_CHAT_MODEL.search(model_id)),
-            connection=_connection_of(models.get(bases[-1]) or {}),
+        cards[model["id"]] = ModelCard(
+            model["id"],
+            model.get("name") or model["id"],
+            is_self=any(each.partition(".")[0] == own_id for each in chain),
+            by_default=not (unusual or _NO_CHAT_MODEL.search(model["id"])),
+            connection=f"{kind} {number}",
             entry=model,
         )
     return cards
@@ -3284,14 +3275,6 @@ def _may_read(model: Json, me: set[tuple[str, Any]]) -> bool:
         if grant.get("permission") == "read"
     }
     return not me.isdisjoint({("user", info.get("user_id")), *granted})
-
-
-def _connection_of(model: Json) -> str:
-    """Which connection serves a model: its kind and number."""
-    kind, number = model.get("owned_by"), model.get("urlIdx")
-    if kind == OLLAMA:
-        number = ((model.get("ollama") or {}).get("urls") or [0])[0]
-    return f"{kind} {number}"
 
 
 def _knowledge_prompt(meta: Json) -> str:
@@ -3346,10 +3329,9 @@ async def reply_items(response: Any) -> AsyncGenerator[Any, None]:
     if not isinstance(response, StreamingResponse):
         yield _read_whole(response)
         return
-    task = asyncio.current_task()  # `was_cancelled` would look it up for each item
     with foreign_errors(ModelFailure):
         async for item in response.body_iterator:
-            if task and task.cancelling():
+            if was_cancelled():
                 raise asyncio.CancelledError
             yield item
 
