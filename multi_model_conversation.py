@@ -2440,13 +2440,12 @@ _DELTA_TYPES: dict[BlockKind, str] = {
 class GrowingText:
     """A text that grows by pieces, and what of it was sent; `append` is O(1)."""
 
-    __slots__ = ("_parts", "_sent", "_sent_parts", "length")
+    __slots__ = ("_parts", "_sent", "length")
 
     def __init__(self) -> None:
         self.length = 0
         self._parts: list[str] = []
-        self._sent_parts = self._parts  # others, once the text was replaced
-        self._sent = 0  # so many of these
+        self._sent: int | None = 0  # so many of these; None: another text
 
     def append(self, piece: str) -> None:
         """Add a piece at the end."""
@@ -2459,20 +2458,17 @@ class GrowingText:
         if text.startswith(now):
             self.append(text[len(now) :])
         else:
-            self._parts, self.length = [text], len(text)
+            self._parts, self._sent, self.length = [text], None, len(text)
 
     def unsent(self) -> str | None:
         """What was not sent; None if what was sent is no longer a beginning."""
-        if self._sent_parts is self._parts:
-            return "".join(self._parts[self._sent :])
-        sent, now = "".join(self._sent_parts[: self._sent]), str(self)
-        return now[len(sent) :] if now.startswith(sent) else None
+        return None if self._sent is None else "".join(self._parts[self._sent :])
 
     def mark_sent(self) -> None:
         """All was sent; the pieces that are new become one: thousands cost memory."""
-        known = self._sent if self._sent_parts is self._parts else 0
+        known = self._sent or 0
         self._parts[known:] = ["".join(self._parts[known:])]
-        self._sent_parts, self._sent = self._parts, len(self._parts)
+        self._sent = len(self._parts)
 
     def __str__(self) -> str:
         return "".join(self._parts)
@@ -2566,9 +2562,8 @@ def fold_drafts(
 ) -> Iterator[Block]:
     """Put the outcome, the conclusion and the ranking in front, and fold each draft in
     a line with its mark; gives the blocks that now read otherwise."""
-    sections: dict[int, list[Block]] = {}
-    for block in transcript.blocks:
-        sections.setdefault(block.section, []).append(block)
+    numbered = groupby(transcript.blocks, lambda block: block.section)
+    sections = {number: list(blocks) for number, blocks in numbered}
     titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
     spoken = {n: title for n, title in titles.items() if title and n != ranking}
     conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
@@ -4277,6 +4272,7 @@ class Section:
     role: str = ""
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
     number: int = 0  # its place, from when it has one
+    task: asyncio.Task[Any] = field(init=False)
     _reply: ShownReply | None = None  # until it is recorded
     _messages: list[Json] = field(default_factory=list)
     _failure: str | None = None
@@ -4370,15 +4366,18 @@ class Section:
             self.screen.transcript.close_section(self.number)
             self.screen.emitter.nudge()
 
-    def describe(self, is_done: bool) -> str:
-        """How far it is, where nothing of it is seen yet; else nothing."""
+    def describe(self, asked: float | None) -> str:
+        """A line on how far it is, where nothing of it is seen yet; else nothing."""
         said = self.screen.transcript.of(self.number)[1:]  # below the heading
-        if said and self.screen.emitter.may_send(said[0]):
+        is_done = self.task.done()
+        if self.screen.emitter.may_send(said[0]) if said else is_done:
             return ""
         words = count_words(said)
-        if is_done:
-            return f"done, {words}" if words else "no answer"
-        return f"writing, {words}" if words else "thinking" if said else "waiting"
+        state = "done" if is_done else "writing" if words else "thinking"
+        if not said:
+            state = "queued" if asked is None else "waiting"
+        who = f"{self.participant.colour} {self.participant.alias}"
+        return f"{who} · {state}" + (f", {words}" if words else "")
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
@@ -4500,18 +4499,6 @@ def _describe_place(error: BaseException) -> str:
     frames = "".join(traceback.format_tb(error.__traceback__))
     inner = "\n".join(map(_describe_place, getattr(error, "exceptions", ())))
     return f"{type(error).__name__}\n{frames}{inner}"
-
-
-def _describe_progress(
-    of_all: str, there: Mapping[str, float], states: Mapping[str, str]
-) -> str:
-    """How many are there, who was fastest, and a line for each who is not seen yet."""
-    first = f"{PROGRESS}{len(there)} {of_all}"
-    if there:
-        fastest, after = next(iter(there.items()))
-        first += f" · fastest {fastest} {after:.1f} s"
-    lines = (f"{who} · {state}" for who, state in states.items() if state)
-    return "\n> ".join([first, *lines])
 
 
 @dataclass(frozen=True, slots=True)
@@ -4675,7 +4662,7 @@ class Run:
         if len(step.aliases) > 1:
             self.screen.show_progress(f"{PROGRESS}waiting for {who}")
         announced = len(step.aliases) == 1 or self.settings.all_at_once
-        sections, tasks = {}, {}
+        sections = {}
         for alias in step.aliases:
             clock = TurnClock(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
@@ -4683,8 +4670,9 @@ class Run:
             if announced and not step.concludes:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
-            sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
-        done = await self._wait_in_view(tasks, stage, sections, step.quorum)
+            section.task = self.tasks.create_task(turn)
+            sections[alias] = section
+        done = await self._wait_in_view(sections, "answered", stage, step.quorum)
         late = [section for alias, section in sections.items() if alias not in done]
         self.late.extend(late)
         for section in late:
@@ -4699,13 +4687,15 @@ class Run:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.show_progress(f"{PROGRESS}the members judge each other")
-        tasks = {}
+        voters = {}
         for paper in step.papers:
+            speaker, clock = self.cast.participants[paper.voter], TurnClock(0)
+            voter = voters[paper.voter] = Section(self.screen, speaker, clock)
             ballot = self._cast_ballot(paper, step.read, stage)
-            tasks[paper.voter] = self.tasks.create_task(ballot)
-        done = await self._wait_in_view(tasks, stage, {})
-        await end_tasks(*tasks.values())
-        return [done.get(who, "it was late") for who in tasks]
+            voter.task = self.tasks.create_task(ballot)
+        done = await self._wait_in_view(voters, "judged", stage)
+        await end_tasks(*(voter.task for voter in voters.values()))
+        return [done.get(who, "it was late") for who in voters]
 
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
@@ -4765,11 +4755,7 @@ class Run:
         return prompt
 
     async def _wait_in_view(
-        self,
-        tasks: Mapping[str, asyncio.Task[Any]],
-        stage: int,
-        sections: Mapping[str, Section],
-        quorum: int = 0,
+        self, sections: Mapping[str, Section], what: str, stage: int, quorum: int = 0
     ) -> Json:
         """What is there by name once the quorum is, or everybody is done or has had its
         time since its call was let in; shows each second who of several is missing.
@@ -4778,16 +4764,17 @@ class Run:
         begun = clock()
         done: Json = {}
         there: dict[str, float] = {}  # who did not fail, and after how long
-        while pending := [task for task in tasks.values() if not task.done()]:
+        while pending := [s.task for s in sections.values() if not s.task.done()]:
             one = asyncio.FIRST_COMPLETED
             await asyncio.wait(pending, timeout=1, return_when=one)
             now = clock()
-            done = {who: task.result() for who, task in tasks.items() if task.done()}
+            ended = {who: s.task for who, s in sections.items() if s.task.done()}
+            done = {who: task.result() for who, task in ended.items()}
             for who, result in done.items():
                 match result:
                     case Turn(failure=None) | Ballot():
                         there.setdefault(who, now - begun)
-            silent = [who for who in tasks if who not in done]
+            silent = [who for who in sections if who not in done]
             since = {who: self.models.admitted.get((stage, who)) for who in silent}
             late = all(at is not None and now - at > limit for at in since.values())
             late = late or self.models.enough.get(stage, False)
@@ -4797,31 +4784,15 @@ class Run:
                 self.models.enough.setdefault(stage, False)
             else:
                 self.models.enough.pop(stage, None)
-            if len(tasks) > 1:
-                what = "answered" if sections else "judged"
-                of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
-                states = self._states(tasks, sections, since)
-                self.screen.show_progress(_describe_progress(of_all, there, states))
+            if len(sections) > 1:
+                line = f"{PROGRESS}{len(there)} of {len(sections)} {what}"
+                line += f" · {now - begun:.1f} s"
+                for who, after in list(there.items())[:1]:
+                    line += f" · fastest {who} {after:.1f} s"
+                each = (s.describe(since.get(who)) for who, s in sections.items())
+                self.screen.show_progress("\n> ".join(filter(None, [line, *each])))
         self.screen.show_progress()
         return done
-
-    def _states(
-        self,
-        everybody: Iterable[str],
-        sections: Mapping[str, Section],
-        since: Mapping[str, float | None],
-    ) -> dict[str, str]:
-        """How far each is, "" where that is seen; `since` when those were asked who
-        are not done."""
-        states = {}
-        for who in everybody:
-            state = "waiting" if who in since else ""
-            if sections:
-                state = sections[who].describe(who not in since)
-            if state == "waiting" and since[who] is None:
-                state = "queued"
-            states[f"{self.cast.participants[who].colour} {who}"] = state
-        return states
 
     # -- a turn ------------------------------------------------------------------------
 
