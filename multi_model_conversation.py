@@ -1188,9 +1188,9 @@ class ForgeryGuard:
     def _is_first(self, end: str) -> bool:
         """Whether the line, which ends so here, may become a heading by its last
         character, or make one of the paragraph above."""
-        if self._lines.may_be_code or self._lines.closing or len(self._line) > 40:
-            return False
-        if end[-1] not in ("#-=" if self._lines.in_paragraph else "#"):
+        is_code = self._lines.may_be_code or self._lines.closing
+        signs = "" if is_code else "#-=" if self._lines.in_paragraph else "#"
+        if end[-1] not in signs or len(self._line) > 40:
             return False
         line = "".join([*self._line, end])
         return len(line) <= 40 and bool(_FIRST.fullmatch(line))
@@ -3653,8 +3653,7 @@ class Screen:
         fields["status"] = "completed"
         block = self.transcript.add("message", speaker, section, **fields)
         # the host joins the first block of a continued reply to the text before it
-        first = block is self.transcript.blocks[0]
-        gap = "\n\n" if self.continued and first else ""
+        gap = "\n\n" * (self.continued and block is self.transcript.blocks[0])
         self.emitter.emit_replace(block, gap + line)
         return block
 
@@ -4424,7 +4423,6 @@ class ShownReply(Reply):
     def end(self) -> None:
         """Nothing more comes: its text, and its tool calls with ids of our own."""
         self._pause()
-        self._close_open()
         # joined as the host joins the blocks of a message
         self.text = "\n".join(str(block.text) for block in self._texts).strip()
         for open_call, argument_texts in self._pieces.close():
@@ -4436,7 +4434,7 @@ class ShownReply(Reply):
                 self.calls.append(ToolCall(call_id, open_call.name, arguments))
 
     def _add_text(self, kind: BlockKind, text: str) -> None:
-        if kind != self._kind:
+        if text and kind != self._kind:
             self._pause()
             self._kind = kind
         self._show(self._guard.feed(self._names.feed(text)))
@@ -4444,27 +4442,23 @@ class ShownReply(Reply):
     def _show(self, text: str) -> None:
         if self._kind == "message" and not self._texts:
             text = text.lstrip()
-        if text:
-            self._grow(self._kind, text)
+        if not text:
+            return
+        self.spoke = True
+        if self._open is None:
+            self._open, self._opened_at = (
+                self._section.add(self._kind),
+                time.monotonic(),
+            )
+            if self._kind == "message":
+                self._texts.append(self._open)
+        self._open.text.append(text)
+        self._emit(self._open, self._open.text)
 
     def _pause(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
         self._show(self._guard.feed(self._names.close()) + self._guard.close())
         self._guard = ForgeryGuard()
-
-    def _grow(self, kind: BlockKind, text: str) -> None:
-        self.spoke = True
-        block = self._open
-        if block is None or block.kind != kind:
-            self._close_open()
-            block = self._section.add(kind)
-            self._open, self._opened_at = block, time.monotonic()
-            if kind == "message":
-                self._texts.append(block)
-        block.text.append(text)
-        self._emit(block, block.text)
-
-    def _close_open(self) -> None:
         block, self._open = self._open, None
         if block is not None and block.kind == "reasoning":
             seconds = time.monotonic() - self._opened_at
@@ -4476,7 +4470,6 @@ class ShownReply(Reply):
         call = self._pieces.feed(delta)
         card = self._cards.get(call)
         if card is None:
-            self._close_open()
             card = self._cards[call] = self._section.add_card()
         card.fields["name"] = call.name
         card.text.append(delta.arguments)

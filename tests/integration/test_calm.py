@@ -82,8 +82,7 @@ async def test_stop_shows_and_stores_all_that_was_said_behind_the_first(
         hold.release()
     assert sorted(headings(reply)[:2]) == ["🔴 Ben", "🟢 Cy"]
     assert section(reply, "🟢 Cy").startswith("The fir")
-    assert section(reply, "🔵 Ann").startswith("> ⚠️ **Ann** could not answer")
-    assert "writing" not in reply.text
+    assert "Ann" not in reply.text and "writing" not in reply.text
 
 
 async def test_what_a_late_member_still_says_moves_nothing_before_the_end(
