@@ -47,7 +47,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import (
-    AsyncExitStack,
+    ExitStack,
     aclosing,
     asynccontextmanager,
     contextmanager,
@@ -63,7 +63,14 @@ from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -156,6 +163,17 @@ def _setting(default: Any, description: str, **schema: Any) -> Any:
     return Field(default=default, description=description, json_schema_extra=schema)
 
 
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+
+
+def _read_number(text: str) -> str:
+    """The digits of a number as people write it: "three", "0,7"."""
+    word, words = text.strip().casefold(), _NUMBERS.split()
+    if word in words:
+        return str(words.index(word))
+    return re.sub(r"\A(-?\d+),(\d\d?)\Z", r"\1.\2", word)
+
+
 class UserSettings(BaseModel, extra="allow"):
     """What everybody may set for themselves; what is not set is as the admin set it.
 
@@ -165,7 +183,8 @@ class UserSettings(BaseModel, extra="allow"):
 
     participants: list[str] = _setting(
         [],
-        "Who talks, in the order of ticking. None: up to three models you may use.",
+        "Who talks, in the order of ticking, which the box does not show. None: up to "
+        "three models you may use.",
         input={"type": "multiselect", "options": "model_options"},
     )
     team: str = _setting(
@@ -181,6 +200,9 @@ class UserSettings(BaseModel, extra="allow"):
         input={"type": "select", "options": "model_options"},
     )
     instructions: str = _setting("", "Added to the system prompt of every participant.")
+    join: bool = _setting(
+        False, "Whether you are asked after each round if you have anything to add."
+    )
     # with a type of its own: the page draws a text box only for a plain one
     temperature: float | None = _setting(
         None, "Sampling temperature of all. Unset: each model's own.", type="number"
@@ -191,9 +213,15 @@ class UserSettings(BaseModel, extra="allow"):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_blanks(cls, values: Json) -> Json:
-        """The page stores null, "" or [] for a field that is put back to default."""
-        return {k: v for k, v in values.items() if v not in (None, "", [])}
+    def read_fields(cls, values: Json) -> Json:
+        """Numbers as people write them, and what is put back to default left out, for
+        which the page stores null, "" or []."""
+        read = {k: v for k, v in values.items() if v not in (None, "", [])}
+        for name, known in cls.model_fields.items():
+            value = read.get(name)
+            if isinstance(value, str) and not isinstance(known.default, str | list):
+                read[name] = _read_number(value)
+        return read
 
 
 class Settings(UserSettings):
@@ -263,6 +291,7 @@ class Settings(UserSettings):
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
     all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
+    _is_cut: bool = PrivateAttr(default=False)  # more rounds were asked for
 
 
 _V2_NAMES = {
@@ -275,6 +304,10 @@ _V2_NAMES = {
 }
 # what a workspace model's custom parameters, or an API client, may set
 _PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
+_SEAT_FORMS = {  # as they fit into the one line of a form
+    "participants": "`gpt-4.1, claude-sonnet`",
+    "team": "`Ann | gpt-4.1 | You hope.; Bob | gpt-4.1`, or lines, or a JSON list",
+}
 
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
@@ -290,6 +323,30 @@ def _read_v2(stored: Mapping[str, Any]) -> Json:
     most = stored.get("NUM_PARTICIPANTS")
     team = "\n".join(lines[:most] if isinstance(most, int) else lines)
     return found | ({"team": team} if team else {})
+
+
+def _read_preset(name: str, value: Any) -> Any:
+    """A preset in the shape of its field; seats may be a JSON list, or parted by line
+    breaks, `\\n` or `;`, and participants by commas. Raises `ConversationError`."""
+    if name not in _SEAT_FORMS:
+        return value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    elif isinstance(value, str):
+        apart = r"\\n|;"  # in a team, where a seat begins; a persona may have both
+        if name == "participants":
+            apart = r"\\n|[\n;,，]"
+        elif "|" in value:
+            apart = r"\n|(?:\\n|;)(?=[^|;\\\n]*\|)"
+        value = [seat.strip() for seat in re.split(apart, value.strip("; \n"))]
+    if not isinstance(value, list) or not all(isinstance(seat, str) for seat in value):
+        raise ConversationError(
+            f"The `{name}` of this model cannot be read: write {_SEAT_FORMS[name]}."
+        )
+    if name == "participants":
+        return list(filter(None, value))
+    return "\n".join("\\n".join(seat.splitlines()) for seat in value)
 
 
 def merge_settings(
@@ -308,7 +365,8 @@ def merge_settings(
     """
     own = user.model_dump(exclude_unset=True) if user else {}
     chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
-    preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    given = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    preset = {name: _read_preset(name, value) for name, value in given.items()}
     fields = _read_v2(own)
     for layer in (chosen, preset, dict(asked or {})):
         fields |= ({"team": ""} if "participants" in layer else {}) | layer
@@ -320,8 +378,10 @@ def merge_settings(
             f"The settings of this conversation cannot be read: {names}. Correct them "
             "in the valves, or in the custom parameters of this model."
         ) from error
-    merged.rounds = min(merged.rounds, merged.max_rounds)
-    return Settings.model_construct(set(fields), **merged.model_dump())
+    told = merged.model_dump() | {"rounds": min(merged.rounds, merged.max_rounds)}
+    settings = Settings.model_construct(set(fields), **told)
+    settings._is_cut = "rounds" in fields and settings.rounds < merged.rounds
+    return settings
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:
@@ -341,6 +401,8 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
 # one code point each: a heading is "### 🔵 Alias"; the last two only in old replies
 COLOURS = "🔵🔴🟢🟠🟣🟡🟤🔷🔶⚫⚪"
 SYSTEM_MARK = "🏆"  # in place of a colour: a section of ours, in which nobody speaks
+PERSON_MARK = "👤"  # the same for what the person said between two rounds
+MARKS = COLOURS + SYSTEM_MARK + PERSON_MARK
 
 
 class ModelFailure(Exception):
@@ -487,6 +549,7 @@ class Cast:
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
     chair: str = ""  # who of them is no member, and only concludes
+    told: str = ""  # what was understood, where it is not the usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -500,7 +563,7 @@ class Question:
 class Turn:
     """What one participant said: `text` for the others, `messages` for itself."""
 
-    alias: str
+    alias: str  # "": the person, between two rounds
     text: str
     messages: tuple[Json, ...] = ()  # of Chat Completions: assistant, tool
     failure: str | None = None  # why it ended early or empty
@@ -522,6 +585,8 @@ class Speak:
     # letters that stand for the members: it reads no other names, and none of these
     # letters is shown
     names: Mapping[str, str] = field(default_factory=dict)
+    # with a conclusion drafts may fold; what is then said of each: alias -> "rank 2"
+    marks: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,13 +624,6 @@ class Publish:
 
 
 @dataclass(frozen=True, slots=True)
-class Fold:
-    """Step: there is a conclusion, and the drafts may fold."""
-
-    marks: Mapping[str, str]  # what is said of each: alias -> "rank 2"
-
-
-@dataclass(frozen=True, slots=True)
 class AskManager:
     """Step: ask the manager who is next. Answer: its text, or None if it failed."""
 
@@ -575,9 +633,24 @@ class AskManager:
     wrong_answer: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class AskPerson:
+    """Step: does the person have anything to add? Answer: one of `WISHES`, words of its
+    own, which are part of the conversation by then, or "" where nobody answers."""
+
+
+# what a person may want after a round, and what that does
+WISHES = {
+    "Go on": "The conversation goes on as planned",
+    "Put it to the vote": "Members judge what was said, and a chair concludes",
+    "Enough, conclude": "A chair concludes at once",
+}
+GO_ON, VOTE, ENOUGH = WISHES
+
+
 ReplyEvent = TextDelta | ToolCallDelta | UsageReport | SourceFound
 Entry = Question | Turn
-Step = Speak | AskManager | Judge | Publish | Fold
+Step = Speak | AskManager | AskPerson | Judge | Publish
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
 Mode = Steps[str]  # gives why the conversation ended
 
@@ -691,10 +764,7 @@ class SSEDecoder:
 
 
 class ThinkSplitter:
-    """Splits text, cut anywhere, into answer and reasoning at think tags.
-
-    Holds back only what could still become a tag.
-    """
+    """Splits text, cut anywhere, at think tags; holds back only what may become one."""
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
         self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
@@ -847,12 +917,11 @@ class ReplyDecoder:
         yield from self._think.close()
 
     def _read(self, value: Any) -> Iterator[ReplyEvent]:
-        if text := _plain_delta(value):
-            self._has_text = self._has_deltas = True
-            yield from self._think.feed(text)
-            return
         try:
-            if not isinstance(value, dict):
+            if text := _plain_delta(value):
+                self._has_text = self._has_deltas = True
+                yield from self._think.feed(text)
+            elif not isinstance(value, dict):
                 yield from self._read_text(getattr(value, "content", value))
             elif value.get("object") == "error":  # older vLLM
                 raise ModelFailure(error_text(value))
@@ -1043,8 +1112,8 @@ def split_objects(text: str) -> list[str]:
 # What could pass for ours, as the page's parser reads it (marked 9 with Open WebUI's
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
 # checkbox. What begins so is read up to where `_REACH` ends, and then judged once.
-_MARKS = f"{COLOURS}{SYSTEM_MARK}\ufffd"
-_SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
+_MARKS = f"{MARKS}\ufffd"
+_SIGNS = "⚠⏳⏱🏁💬\ufffd"  # with which our notices begin
 _HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
 _REACH = re.compile(
     r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
@@ -1215,15 +1284,23 @@ class ForgeryGuard:
 # ======================================================================================
 
 NOTICE, PROGRESS, FIGURES, OUTCOME = "> ⚠️ ", "> ⏳ ", "> ⏱️ ", "> 🏁 "
+UNDERSTOOD = "> 💬 "
 ROLE = " · "  # in a heading, between a name and what it speaks as; names have none
 CONCLUSION = "conclusion"
 _FOLD, _FOLD_END = '<details type="draft">\n', "\n\n</details>"
 RULE = "\n---\n\n"  # above a heading: on the page nothing else sets it off
-HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{COLOURS}{SYSTEM_MARK}]) (.+)$")
+HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{MARKS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 # the host's own words, when it rebuilds the conversation
 TOOL_IMAGES = "Here are the images from the tool results above. Please analyze them."
-_NOTICE = re.compile(rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}).*\n?")
+_NOTICE = re.compile(
+    rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}|{UNDERSTOOD}).*\n?"
+)
+_TRIO = {  # who one model alone is seated as
+    "Optimist": "You look for what could work, and make it concrete.",
+    "Sceptic": "You look for what could go wrong, and are fair about it.",
+    "Engineer": "You count what it takes: time, money, what breaks first.",
+}
 _TEAM_READ = 20  # lines or list entries; eight may sit, the rest would only be named
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
 _OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
@@ -1250,11 +1327,11 @@ _LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is le
 _LEAST_TOKENS = 100  # to which the middle of a text may be cut
 _TOO_LONG = re.compile(  # what providers say of a prompt
     r"(?i)context[ _](?:length|window|size|limit)|maximum (?:prompt|model|input) length"
-    r"|(?:prompt|input|request|message)\w* (?:\w+ ){0,3}too (?:long|large)"
-    r"|too many tokens|tokens exceed|exceeds? the (?:\w+ ){1,5}tokens"
+    r"|(?:prompt|input|request|message)s? (?:\w{1,20} ){0,3}too (?:long|large)"
+    r"|too many tokens|tokens exceed|exceeds? the (?:\w{1,20} ){1,5}tokens"
     r"|tokens must be ="
 )
-_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,}(?![\w-]|\.\d)")
+_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
 _HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 _JSON_TYPES: dict[str, Any] = dict(
     string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
@@ -1268,6 +1345,11 @@ def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
 
 
 # -- who sits at the table -------------------------------------------------------------
+
+
+def join_names(names: Sequence[str]) -> str:
+    """At least one name -> "Ann, Bob and Cat"."""
+    return ", ".join(names[:-1]) + (" and " if names[1:] else "") + names[-1]
 
 
 def clean_alias(alias: str) -> str:
@@ -1293,12 +1375,9 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     if card is None:
         able = [card for card in cards.values() if not card.is_self]
         known = {each.casefold(): c.id for c in able for each in (c.name, c.id)}
-        close = [known[each] for each in get_close_matches(name[:80], known, 1)]
-        hint = (
-            f'did you mean "{plain_line(close[0], 80)}"'
-            if close
-            else ("choose another one, or ask an admin for access to it")
-        )
+        hint = "choose another one, or ask an admin for access to it"
+        for close in get_close_matches(name[:80], known, 1):
+            hint = f'did you mean "{plain_line(known[close], 80)}"'
         raise ConversationError(
             f'there is no model "{plain_line(wanted, 80)}" that you may use: {hint}'
         )
@@ -1364,33 +1443,36 @@ def _read_seat(parts: Sequence[str], cards: Mapping[str, ModelCard]) -> Seat:
 def choose_seats(
     settings: Settings, cards: Mapping[str, ModelCard]
 ) -> tuple[list[Seat], list[str], bool]:
-    """Who takes part: the team text, else the list, else up to three models.
+    """Who takes part: the team text, else the list, else up to three models; one
+    model alone in three roles.
 
     With a sentence for each seat that could not be taken, and if nobody was chosen.
     """
-    lines = enumerate(settings.team.split("\n"), 1)
-    team = [(number, line) for number, line in lines if line.strip()]
-    chosen = len(team) or len(settings.participants)
+    lines = enumerate(map(str.strip, settings.team.split("\n")), 1)
     wanted = [
         (f"Team line {number}", line.split("|", 2))
-        for number, line in team[:_TEAM_READ]
+        for number, line in lines
+        if line and line[0] != "#"
     ] or [
-        (f"Participant {number}", [model_id])
-        for number, model_id in enumerate(settings.participants[:_TEAM_READ], 1)
+        (f"Participant {n}", [each]) for n, each in enumerate(settings.participants, 1)
     ]
     usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in wanted or [("", [model_id]) for model_id in usual[:3]]:
+    for where, parts in wanted[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
-    seats, most = list(unique_aliases(seats)), settings.max_participants
+    most, many = settings.max_participants, len(wanted)
+    if len(seats) == 1 and not settings.team.strip():
+        trio = list(_TRIO.items())[:most]
+        seats = [replace(seats[0], alias=alias, persona=text) for alias, text in trio]
+    seats = list(unique_aliases(seats))
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if chosen > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
-    return seats[:most], problems, not chosen
+    if many > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {many} seats were read.")
+    return seats[:most], problems, not many
 
 
 def choose_chair(
@@ -1409,8 +1491,7 @@ def render_system(
     settings: Settings, seat: Seat, aliases: Sequence[str], voice: Voice, chat: str
 ) -> str:
     """A participant's system prompt: its model's, the chat's, rules, tools, persona."""
-    names = ", ".join(aliases[:-1]) + (" and " if aliases[1:] else "") + aliases[-1]
-    values = {"name": seat.alias, "participants": names}
+    values = {"name": seat.alias, "participants": join_names(aliases)}
     rules = fill_template(settings.rules_prompt, values)
     tools = "You have no tools in this conversation; do not pretend to use one."
     if voice.tools:
@@ -1457,8 +1538,10 @@ def _still_able(
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
-    """Why a conversation ended that nobody ended."""
+def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str, finished: str) -> Mode:
+    """Why a conversation ended that no manager ended; first, what the person wants."""
+    if wish in (VOTE, ENOUGH):
+        return (yield from put_to_vote(agenda, turns, wish))
     if not any(turn.text for turn in turns):
         return "Nobody could answer"
     if 0 < agenda.settings.max_tokens <= agenda.tokens_used():
@@ -1470,33 +1553,53 @@ def _describe_end(agenda: Agenda, turns: Sequence[Turn], finished: str) -> str:
 
 def _take_rounds(
     agenda: Agenda, brief: str = "", blind: bool = False
-) -> Steps[list[Turn]]:
+) -> Steps[tuple[list[Turn], str]]:
     """Everybody speaks once per round, in order, and in a blind first round at the same
-    time; gives all turns."""
+    time; gives all turns, and what the person wants in the end."""
     rounds, turns = agenda.settings.rounds, list[Turn]()
-    if blind:
-        role = "opening" if rounds > 1 else ""
-        turns += yield Speak(agenda.aliases, "opening", brief, role)
-    for number in range(1 + blind, rounds + 1):
+    number, wish = 0, GO_ON
+    while number < rounds:
+        number += 1
         role = f"round {number} of {rounds}" if rounds > 1 else ""
-        for alias in _still_able(agenda, turns, agenda.last):
-            turns += yield Speak((alias,), brief=brief, role=role)
-            role = ""
-    return turns
+        if blind and number == 1:
+            role = "opening" if rounds > 1 else ""
+            turns += yield Speak(agenda.aliases, "opening", brief, role)
+        else:
+            for alias in _still_able(agenda, turns, agenda.last):
+                turns += yield Speak((alias,), brief=brief, role=role)
+                role = ""
+        wish, rounds = yield from _hear(agenda, turns, wish, number, rounds)
+    return turns, wish
+
+
+def _hear(
+    agenda: Agenda, turns: Sequence[Turn], wish: str, done: int, rounds: int
+) -> Steps[tuple[str, int]]:
+    """What the person who has a seat wants after a round, and how many rounds there are
+    then: what it says is answered. Who gave no answer is not asked again."""
+    settings = agenda.settings
+    if not (settings.join and wish and _still_able(agenda, turns)):
+        return wish, rounds
+    wish = yield AskPerson()
+    if wish in (VOTE, ENOUGH):
+        return wish, done
+    more = done + (wish not in ("", GO_ON))
+    return wish, max(rounds, min(more, settings.max_rounds))
 
 
 def round_robin(agenda: Agenda) -> Mode:
     """Everybody once per round, in order."""
-    rounds = agenda.settings.rounds
-    turns = yield from _take_rounds(agenda)
+    turns, wish = yield from _take_rounds(agenda)
+    rounds = max(agenda.settings.rounds, len(turns) // len(agenda.aliases))
     finished = f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
-    return _describe_end(agenda, turns, finished)
+    return (yield from _finish(agenda, turns, wish, finished))
 
 
 def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
     aliases, last, turns = agenda.aliases, agenda.last, list[Turn]()
-    for _ in range(agenda.settings.rounds * len(aliases)):
+    rounds, wish = agenda.settings.rounds, GO_ON
+    while len(turns) < rounds * len(aliases):
         able = _still_able(agenda, turns, last)
         if not able:
             break
@@ -1505,7 +1608,11 @@ def managed(agenda: Agenda) -> Mode:
         if not last:
             return f"The manager ended it: {reason or 'no reason given'}"
         turns += yield Speak((last,), reason)
-    return _describe_end(agenda, turns, "Finished: all turns were taken")
+        if len(turns) % len(aliases) == 0:
+            done = len(turns) // len(aliases)
+            wish, rounds = yield from _hear(agenda, turns, wish, done, rounds)
+    finished = "Finished: all turns were taken"
+    return (yield from _finish(agenda, turns, wish, finished))
 
 
 def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
@@ -1573,41 +1680,55 @@ def council(agenda: Agenda) -> Mode:
     step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
     answers: list[Turn] = yield step
     present = [turn for turn in answers if turn.failure is None]
-    return (yield from _decide(agenda, answers, present, votes=False))
+    wish, _ = yield from _hear(agenda, answers, GO_ON, 1, 1)
+    return (yield from _decide(agenda, answers, present, False, wish))
 
 
 def debate(agenda: Agenda) -> Mode:
     """Positions taken blind, rounds of answers to each other, a vote, a conclusion."""
     values = {"question": agenda.question}
     brief = fill_template(agenda.settings.debate_prompt, values)
-    said = yield from _take_rounds(agenda, brief, blind=True)
-    said.sort(key=lambda turn: turn.text > "")  # silence replaces nothing
+    said, wish = yield from _take_rounds(agenda, brief, blind=True)
+    return (yield from put_to_vote(agenda, said, wish))
+
+
+def put_to_vote(agenda: Agenda, said: Iterable[Turn], wish: str = VOTE) -> Mode:
+    """What each said last is judged, and a chair concludes."""
+    said = sorted(said, key=lambda turn: turn.text > "")  # silence replaces nothing
     latest = {turn.alias: turn for turn in said}
-    turns = [latest[alias] for alias in agenda.aliases]
+    turns = [latest[alias] for alias in agenda.aliases if alias in latest]
     present = [turn for turn in turns if turn.text]
-    return (yield from _decide(agenda, turns, present, votes=True))
+    return (yield from _decide(agenda, turns, present, True, wish))
 
 
 def _decide(
-    agenda: Agenda, turns: Sequence[Turn], present: Sequence[Turn], votes: bool
+    agenda: Agenda,
+    turns: Sequence[Turn],
+    present: Sequence[Turn],
+    votes: bool,
+    wish: str,
 ) -> Mode:
-    """Those who are present judge each other, and a chair concludes."""
+    """Those who are present judge each other, unless the person has had enough, and a
+    chair concludes."""
     members = [turn.alias for turn in present]
     if len(members) < 2:
         return (yield from _end_early(turns, members))
-    papers = tuple(ballot_papers(agenda, present, votes))
-    judged = yield Judge(papers, read_vote if votes else read_ranking)
+    papers = tuple(ballot_papers(agenda, present, votes)) if wish != ENOUGH else ()
+    step = Judge(papers, read_vote if votes else read_ranking)
+    judged: list[Ballot | str] = (yield step) if papers else []
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(members, ballots)
-    parts = [render_standings(standings, votes), describe_agreement(standings, ballots)]
+    none = "No ballots were asked for: you had heard enough."
+    table = render_standings(standings, votes) if papers else none
+    parts = [table, describe_agreement(standings, ballots)]
     for model in dict.fromkeys(agenda.models.values()):
         kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
         if len(kin) > 1:
-            parts.append(f"{' and '.join(kin)} are one model, which may favour itself.")
-    for voter, lost in zip(members, judged, strict=True):
+            parts.append(f"{join_names(kin)} are one model, which may favour itself.")
+    for paper, lost in zip(papers, judged, strict=True):
         if isinstance(lost, str):
             reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
-            parts.append(f"No ballot from {voter}: {reason}.")
+            parts.append(f"No ballot from {paper.voter}: {reason}.")
     result = "\n\n".join(filter(None, parts))
     title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
     yield Publish("ranking", f"{RULE}{title}\n\n{result}")
@@ -1619,11 +1740,11 @@ def _decide(
         "result": hide_names("\n".join([result, "", *remarks]).rstrip(), names),
     }
     brief = fill_template(agenda.settings.conclusion_prompt, told)
-    step = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
+    concluding = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
     marks = {
         s.alias: f"rank {n}" if ballots else "" for n, s in enumerate(standings, 1)
     }
-    return (yield from _conclude(agenda, turns, marks, step))
+    return (yield from _conclude(agenda, turns, marks, concluding))
 
 
 def _conclude(
@@ -1643,9 +1764,9 @@ def _conclude(
     for alias in filter(None, (agenda.judge, *members)):
         behind = f" ({', '.join(notes)})" if notes else ""
         yield _outcome(turns, f"chaired by {alias}{behind}")
-        spoken: list[Turn] = yield replace(step, aliases=(alias,), concludes=True)
+        step = replace(step, aliases=(alias,), concludes=True, marks=marks)
+        spoken: list[Turn] = yield step
         if spoken[0].text:
-            yield Fold(marks)
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
     yield _outcome(turns, "nobody could write a conclusion")
@@ -1657,7 +1778,7 @@ def _end_early(turns: Sequence[Turn], members: Sequence[str]) -> Mode:
     if members:
         yield _outcome(turns, f"no conclusion, this is {members[0]}'s answer alone")
         return f"Only {members[0]} answered"
-    reasons = _describe_failures(turns)
+    reasons = _describe_failures(turns) or "nothing was said yet"
     yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
     return "Nobody could answer"
 
@@ -1986,8 +2107,9 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
             text = "\n\n".join(filter(None, texts))
             name, _, role = title.partition(ROLE)
+            name = "" if colour == PERSON_MARK else name or "Assistant"
             concludes = role == CONCLUSION
-            yield Turn(name or "Assistant", text, tuple(own), concludes=concludes)
+            yield Turn(name, text, tuple(own), concludes=concludes)
 
 
 def render_fold(title: str, text: str) -> str:
@@ -2090,7 +2212,12 @@ def hide_speakers(entries: Iterable[Entry], names: Mapping[str, str]) -> list[En
 
 
 def render_turn(turn: Turn) -> str:
-    """A turn as the others read it, labelled; its text cannot end or fake a label."""
+    """A turn as the others read it, labelled; its text cannot end or fake a label.
+
+    What the person said stands as it is, like a question.
+    """
+    if not turn.alias:
+        return turn.text
     text = escape_labels(turn.text) or "(could not answer)"
     return f'<message from="{turn.alias}">\n{text}\n</message>'
 
@@ -2160,9 +2287,9 @@ def _size(entry: Entry) -> int:
 def _kept_whole(entries: Sequence[Entry], aliases: Sequence[str]) -> set[int]:
     """The places of the last round, of everybody's last turn, and of the question, of
     which the last part may have been found on the web."""
-    last = {e.alias if isinstance(e, Turn) else "": at for at, e in enumerate(entries)}
-    asked, end = last.get("", 0), len(entries)
-    own = (last[alias] for alias in aliases if alias in last)
+    last = {getattr(e, "alias", None): at for at, e in enumerate(entries)}
+    asked, end = last.get(None, 0), len(entries)
+    own = (last[alias] for alias in ("", *aliases) if alias in last)
     return {asked - 1, asked, *own, *range(end - len(aliases), end)}
 
 
@@ -2282,6 +2409,7 @@ class Commands:
     def settings(self) -> Json:
         """What they set in the place of the valves."""
         asked = {"rounds": self.rounds, "participants": list(self.seats)}
+        asked |= {"join": True} if self.join else {}
         return {name: value for name, value in asked.items() if value not in (None, [])}
 
 
@@ -2365,12 +2493,60 @@ def _cut_command(
     return (text, {}) if text[end:].strip() else (text[: max(at - 1, 0)], fields)
 
 
+def choose_addressed(names: Sequence[str], aliases: Sequence[str]) -> tuple[str, ...]:
+    """Those who are addressed, where every one of the names is one of theirs."""
+    known = {_plain_name(alias) or alias: alias for alias in aliases}
+    found = [known.get(_plain_name(name) or name, "") for name in names]
+    return tuple(dict.fromkeys(found)) if all(found) else ()
+
+
+def describe_table(
+    mode_id: str, agenda: Agenda, commands: Commands, cards: Mapping[str, ModelCard]
+) -> str:
+    """One line on what was understood of a question and of who sits at the table."""
+    settings, asked = agenda.settings, commands.rounds is not None
+    seats, models = list(agenda.models), list(set(agenda.models.values()))
+    told = []
+    if len(seats) == 1:
+        told.append(f"{seats[0]} is alone: a conversation needs at least two seats")
+    elif len(models) == 1 and not settings.team.strip():
+        told.append(f"{join_names(seats)} are all {plain_line(cards[models[0]].name)}")
+    elif commands.seats:
+        told.append(f"In this chat: {join_names(seats)}")
+    if len(agenda.aliases) < len(seats):
+        told.append(f"Only {join_names(agenda.aliases)} may answer")
+    if mode_id == "council":
+        told += ["A council has no rounds"] * asked
+    elif len(agenda.aliases) > 1 and (asked or settings._is_cut):
+        most = ", the most that the administrator allows" * settings._is_cut
+        told.append(f"Rounds: {settings.rounds}{most}")
+    return " · ".join(told)
+
+
 def _is_quoted(before: str) -> bool:
     """Whether what follows stands in a code block or in a quote."""
     line = before.rpartition("\n")[2].expandtabs(4)
     fences = len(re.findall(r"(?m)^[^\S\n]*+(?:```|~~~)", before))
     in_code = fences % 2 or (line.isspace() and len(line) >= 4)
     return bool(in_code) or line.lstrip().startswith(">")
+
+
+def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
+    """A model's answer to the host's question what may be asked after a reply of these
+    items, with up to three questions of ours behind its own; the host takes five."""
+    texts = (text_of(i.get("content")) for i in output if i.get("type") == "message")
+    reply = {"role": "assistant", "content": "\n\n".join(texts)}
+    turns = [turn for turn in _read_reply([reply], None) if turn.alias]
+    said = list(dict.fromkeys(t.alias for t in turns if t.text and not t.concludes))
+    silent = dict.fromkeys(t.alias for t in turns if t.alias not in said)
+    ours = [f"{', '.join(silent)}: please answer, too."] if silent else []
+    if said[1:]:
+        ours.append(f"{said[0]}: answer what {said[-1]} said.")
+        if not any(turn.concludes for turn in turns):
+            ours += ["/vote Who is right?", "/rounds 1 Take up what was said."]
+    listed = _part_of(_find_object(answer, "follow_ups"), "follow_ups", list)
+    whole = {"follow_ups": [*listed[: 5 - len(ours[:3])], *ours[:3]]}
+    return json.dumps(whole, ensure_ascii=False)
 
 
 # -- tool arguments --------------------------------------------------------------------
@@ -2565,7 +2741,7 @@ def fold_drafts(
     numbered = groupby(transcript.blocks, lambda block: block.section)
     sections = {number: list(blocks) for number, blocks in numbered}
     titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
-    spoken = {n: title for n, title in titles.items() if title and n != ranking}
+    spoken = {n: title for n, title in titles.items() if title and title[1] in COLOURS}
     conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
     for number in (outcome, conclusion, ranking):
         for block in sections[number]:
@@ -2796,9 +2972,22 @@ class Host:
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
 
     @property
+    def user_name(self) -> str:
+        """What the person is called in a heading."""
+        return clean_alias(str(getattr(self.user, "name", ""))) or "You"
+
+    @property
     def can_replace(self) -> bool:
         """Whether an item can be put between others, or anew: in chats, from 0.11.1."""
         return self.in_chat and VERSION != "0.11.0"
+
+    @property
+    def followed(self) -> list[Json]:
+        """The items of the reply after which this task asks for follow-ups, if so."""
+        asked = self.metadata.get("task_body") or {}
+        last = (asked.get("messages") or [{}])[-1]
+        is_asked = "follow_up" in str(self.metadata.get("task"))
+        return (last.get("output") or []) if is_asked else []
 
     @property
     def can_ask(self) -> bool:
@@ -2946,10 +3135,7 @@ class Host:
         return tools, problems
 
     async def stored_replies(self) -> list[Json]:
-        """The stored messages that led to this question, the first one first.
-
-        None for a chat that is not saved; then only our headings tell who spoke.
-        """
+        """The stored messages that led to this question; none if none can be had."""
         names = ("regeneration_message_id", "assistant_message_id", "user_message_id")
         ids = [self.metadata.get(name) for name in names]
         with suppress(HostFailure), foreign_errors(HostFailure):
@@ -2971,10 +3157,7 @@ class Host:
 
     @asynccontextmanager
     async def completion(self, payload: Json) -> AsyncIterator[AsyncIterator[Any]]:
-        """Call a model; gives the items of its reply, and frees it when left.
-
-        Raises `ModelFailure` with the reason where the host or the provider refused.
-        """
+        """Call a model; gives the items of its reply, or raises a `ModelFailure`."""
         # nothing that lets an inner pipe write into our message
         names = ["user_id", "chat_id", "variables", "chat_variables", "features"]
         names += ["task", "task_body"] if self.metadata.get("task") else []
@@ -3040,10 +3223,9 @@ class Host:
     async def may_save(self) -> bool:
         """Whether this is a saved chat of this user's."""
         chat_id = self.metadata.get("chat_id")
-        if not (self.in_chat and is_saved_chat_id(chat_id)):
-            return False
         with suppress(HostFailure), foreign_errors(HostFailure):
-            return bool(await Chats.is_chat_owner(chat_id, self.user.id))
+            is_saved = self.in_chat and is_saved_chat_id(chat_id)
+            return is_saved and bool(await Chats.is_chat_owner(chat_id, self.user.id))
         return False
 
     async def save_output(self, items: list[Json], usage: Json) -> bool:
@@ -3070,8 +3252,11 @@ class Host:
         """What the person at the page chose of these options (label -> what it does),
         or said in words of their own where they are `free` to; "" is no answer.
 
-        Where there is no card a dialog asks whether it shall be the second option.
+        Where there is no card a dialog asks whether it shall be the second option; for
+        other words there is none.
         """
+        if free and not self.has_card:
+            return ""
         if not self.has_card:
             asked: Json = {"title": title, "message": question}
             agreed = await self._call("confirmation", asked) is True
@@ -3127,10 +3312,7 @@ class Host:
     async def run_tool(
         self, tool: Json, call: ToolCall, arguments: Json, messages: list[Json]
     ) -> Any:
-        """Run a tool where it lives (here, a server, the user's page).
-
-        Raises `ToolFailure` with what it said.
-        """
+        """Run a tool: here, on a server, in the page; raises a `ToolFailure`."""
         if tool.get("type") != "mcp":  # MCP servers check their arguments themselves
             spec = (tool.get("spec") or {}).get("parameters") or {}
             known = spec.get("properties") or {}
@@ -3797,7 +3979,7 @@ class Ledger:
         """How many model calls there were."""
         return sum(figures.calls for figures in self.figures.values())
 
-    def count_call(self, speaker: str, usage: Json, deadline: ReplyDeadline) -> None:
+    def count_call(self, speaker: str, usage: Json, deadline: Deadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
         counted = self.add_usage({}, usage) if usage else {}
@@ -3822,12 +4004,22 @@ def _move(timeout: asyncio.Timeout, when: float | None) -> None:
         timeout.reschedule(when)
 
 
-class _Deadline:
-    """A limit in time that moves; who runs into it gets a `ModelFailure`."""
+class Deadline:
+    """A limit in time; who runs into it gets a `ModelFailure`.
 
-    def __init__(self, seconds: float, reason: str) -> None:
+    A turn has so many seconds, without those in which it has to wait. A reply, which
+    may be silent for a while, has them for its first word.
+    """
+
+    def __init__(self, seconds: float, silence: float = 0) -> None:
         self.seconds = seconds
-        self._reason = reason
+        self.now = time.monotonic  # as the loop's clock
+        self.begun = self.heard_at = self.now()
+        self.first_at: float | None = None
+        self.dialog: asyncio.Timeout | None = None  # ends when it says something
+        what = "it said nothing for" if silence else "it took longer than"
+        self._reason = f"{what} {seconds:g} s"
+        self._silence, self._left, self._pauses = silence, seconds, 0
         self._timeout = asyncio.Timeout(None)
 
     @asynccontextmanager
@@ -3839,21 +4031,11 @@ class _Deadline:
         except TimeoutError as error:
             raise ModelFailure(self._reason, 408) from error  # Request Timeout
 
-
-class TurnClock(_Deadline):
-    """How many seconds a turn may take, without those in which it has to wait."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(seconds, f"it took longer than {seconds:g} s")
-        self._left = seconds
-        self._pauses = 0
-
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The clock stands still meanwhile; several may want that at a time."""
-        now = asyncio.get_running_loop().time
         if (when := self._timeout.when()) is not None:
-            self._left = when - now()
+            self._left = when - self.now()
             _move(self._timeout, None)
         self._pauses += 1
         try:
@@ -3861,19 +4043,7 @@ class TurnClock(_Deadline):
         finally:
             self._pauses -= 1
             if not self._pauses:
-                _move(self._timeout, now() + self._left)
-
-
-class ReplyDeadline(_Deadline):
-    """How many seconds a model may be silent: before its first word, and after any."""
-
-    def __init__(self, first: float, silence: float) -> None:
-        super().__init__(first, f"it said nothing for {first:g} s")
-        self.now = asyncio.get_running_loop().time
-        self.begun = self.heard_at = self.now()
-        self.first_at: float | None = None
-        self.dialog: asyncio.Timeout | None = None  # ends when it says something
-        self._silence = silence
+                _move(self._timeout, self.now() + self._left)
 
     def heard(self) -> None:
         """The model said something; the deadline moves at most four times a second."""
@@ -3905,42 +4075,42 @@ class ConnectionGate:
 
     def __init__(self, places: int) -> None:
         self._free = places
-        self._queue: list[tuple[int, str, asyncio.Future[None]]] = []
+        self._queue: list[tuple[int, str, object]] = []
+        self._changed = asyncio.Event()
         self._model = ""
         self._stage = 0  # for which the last place is kept
 
     async def enter(self, stage: int, model_id: str) -> None:
         """Wait for a place."""
         self._stage = max(self._stage, stage)
-        admission = asyncio.get_running_loop().create_future()
-        self._queue.append((stage, model_id, admission))
-        self._admit()
+        me = (stage, model_id, object())
+        self._queue.append(me)
         try:
-            await admission
-        except asyncio.CancelledError:
-            if not admission.cancelled():  # let in at the very moment
-                self.leave()
-            raise
+            while self._next() is not me:
+                await self._changed.wait()
+            self._free, self._model = self._free - 1, model_id
+        finally:
+            self._queue.remove(me)
+            self._tell()
 
     def leave(self) -> None:
         """Give the place to who is next."""
         self._free += 1
-        self._admit()
+        self._tell()
 
     def open_to_all(self) -> None:
         """No stage comes any more: who is late may have every place."""
         self._stage = 0
-        self._admit()
+        self._tell()
 
-    def _admit(self) -> None:
-        self._queue = [each for each in self._queue if not each[2].done()]
-        spare = self._free > 1
-        may = [each for each in self._queue if spare or each[0] >= self._stage]
-        if self._free and may:  # there is never room for two who wait
-            best = max(may, key=lambda each: (each[0], each[1] == self._model))
-            self._free -= 1
-            self._model = best[1]
-            best[2].set_result(None)
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _next(self) -> tuple[int, str, object] | None:
+        # of the last stage any place is enough, of others the last one is none
+        may = (each for each in self._queue if self._free > (each[0] < self._stage))
+        return max(may, key=lambda e: (e[0], e[1] == self._model), default=None)
 
 
 # -- one model call --------------------------------------------------------------------
@@ -3959,7 +4129,7 @@ class ModelCall:
     speaker: str
     voice: Voice
     prompt: Prompt
-    clock: TurnClock
+    clock: Deadline
     stage: int = 0
     specs: Sequence[Json] = ()
     parameters: Json = field(default_factory=dict)
@@ -4032,7 +4202,7 @@ _SKIP, _GO_ON = "Skip it", "Go on with what is there"  # answers of the person
 MOST_FAILURES = 2  # in a row, after which a model is not asked again
 MOST_IN_ALL = 5_000_000  # characters of all replies
 # Of this process, for all runs: places at a connection, and who has runs going.
-_CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], asyncio.Semaphore]
+_CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], ConnectionGate]
 _CALLS_IN_ALL = WeakValueDictionary()
 _RUNS: Counter[str] = Counter()
 
@@ -4040,16 +4210,16 @@ _RUNS: Counter[str] = Counter()
 @contextmanager
 def counted_run(user_id: str, settings: Settings) -> Iterator[None]:
     """One more run, unless there are as many as may be; raises `ConversationError`."""
-    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
-        raise ConversationError(
-            "You have as many conversations going as you may have at a time. Wait "
-            "until one ends, or stop one, and ask again."
-        )
+    busy = ""
     if 0 < settings.max_runs <= _RUNS.total():
-        raise ConversationError(
-            "As many conversations are going as there may be at a time. Wait a little, "
-            "and ask again."
+        busy = (
+            "As many conversations are going as there may be at a time. Wait a little"
         )
+    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
+        busy = "You have as many conversations going as you may have at a time. Wait "
+        busy += "until one ends, or stop one"
+    if busy:
+        raise ConversationError(f"{busy}, and ask again.")
     _RUNS[user_id] += 1
     try:
         yield
@@ -4181,7 +4351,7 @@ class ModelCalls:
     @asynccontextmanager
     async def _place(
         self, call: ModelCall, reply: Reply, streams: bool
-    ) -> AsyncIterator[ReplyDeadline]:
+    ) -> AsyncIterator[Deadline]:
         """A place at the model's connection; with it begins the time of the reply, and
         when it is given up the reply has ended and is counted."""
         settings, voice = self.settings, call.voice
@@ -4189,17 +4359,15 @@ class ModelCalls:
         most = settings.calls_per_ollama if of_ollama else settings.calls_per_connection
         gate = self._gates.setdefault(voice.connection, ConnectionGate(most))
         places = settings.calls_in_all or 1_000_000
-        in_all = _CALLS_IN_ALL.setdefault(
-            (voice.connection, places), asyncio.Semaphore(places)
-        )
-        async with AsyncExitStack() as held:
+        of_all = (voice.connection, places)
+        in_all = _CALLS_IN_ALL.setdefault(of_all, ConnectionGate(places))
+        with ExitStack() as held:
             with call.clock.paused():
-                await gate.enter(call.stage, voice.model_id)
-                held.callback(gate.leave)
-                await in_all.acquire()
-                held.callback(in_all.release)
+                for each, stage in ((gate, call.stage), (in_all, 0)):
+                    await each.enter(stage, voice.model_id)
+                    held.callback(each.leave)
             first = settings.first_token_timeout if streams else call.clock.seconds
-            deadline = ReplyDeadline(first, settings.silence_timeout)
+            deadline = Deadline(first, settings.silence_timeout)
             self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
             try:
                 yield deadline
@@ -4210,26 +4378,21 @@ class ModelCalls:
 
     @asynccontextmanager
     async def limits(
-        self, name: str, deadline: ReplyDeadline, stage: int = 0
+        self, name: str, deadline: Deadline, stage: int = 0
     ) -> AsyncIterator[None]:
         """The limits of one wait: its deadline, and the offer to skip it."""
-        watch = []
-        if self.settings.skip_after > 0 and self.host.can_ask:
-            offer = self._offer_to_skip(name, deadline, stage)
-            watch.append(asyncio.create_task(offer))
+        offer = asyncio.create_task(self._offer_to_skip(name, deadline, stage))
         try:
             async with deadline.running():
                 yield
         finally:
-            await end_tasks(*watch)
+            await end_tasks(offer)
 
-    async def _offer_to_skip(
-        self, name: str, deadline: ReplyDeadline, stage: int
-    ) -> None:
+    async def _offer_to_skip(self, name: str, deadline: Deadline, stage: int) -> None:
         """Ask the person at the page whenever there is silence for long. Who waits is
         asked again after as long a silence."""
         limit, asked_at = self.settings.skip_after, 0.0
-        while True:
+        while limit > 0 and self.host.can_ask:
             silence = deadline.now() - max(deadline.heard_at, asked_at)
             await asyncio.sleep(max(limit - silence, 0.05))
             async with self._dialog:  # one at a time
@@ -4243,7 +4406,7 @@ class ModelCalls:
                     return
                 asked_at = deadline.now()
 
-    async def _ask_to_skip(self, name: str, deadline: ReplyDeadline, stage: int) -> str:
+    async def _ask_to_skip(self, name: str, deadline: Deadline, stage: int) -> str:
         """One question, which goes away by itself when the model speaks."""
         silence = deadline.now() - deadline.heard_at
         question = f"{name} has said nothing for {silence:.0f} s. "
@@ -4267,7 +4430,7 @@ class Section:
 
     screen: Screen
     participant: Participant
-    clock: TurnClock
+    clock: Deadline
     role: str = ""
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
     number: int = 0  # its place, from when it has one
@@ -4540,6 +4703,9 @@ class Run:
         """From the first to the last word; gives why it ended."""
         saving = asyncio.create_task(self.saver.keep())
         try:
+            if self.cast.told and not self.screen.continued:
+                line = f"{UNDERSTOOD}{self.cast.told}"
+                self.screen.publish("understood", line, notice=True)
             for problem in self.cast.problems:
                 self.screen.notice(problem)
             if self.cast.by_default:
@@ -4569,7 +4735,7 @@ class Run:
     async def _search_once(self) -> None:
         """Where the chat searches the web: once, shared with everybody."""
         limit = self.settings.tool_timeout
-        deadline = ReplyDeadline(limit, limit)
+        deadline = Deadline(limit, limit)
         model_id, question = self.cast.manager.model_id, last_question(self.entries)
         try:
             async with self.models.limits("the web search", deadline):
@@ -4596,14 +4762,14 @@ class Run:
                     result = await self._speak(step, stage)
                 case AskManager():
                     result = await self._ask_manager(step, stage)
+                case AskPerson():
+                    result = await self._ask_person()
                 case Judge():
                     result = await self._judge(step, stage)
                 case Publish(key, text):
                     self.screen.publish(key, text)
                     self.saver.due.set()
                     result = None
-                case Fold(marks):
-                    self.screen.marks |= marks
         return f"Ended after {limit:,.0f} s, the time of a conversation"
 
     def _show_end(self, reason: str) -> None:
@@ -4657,7 +4823,7 @@ class Run:
         announced = len(step.aliases) == 1 or self.settings.all_at_once
         sections = {}
         for alias in step.aliases:
-            clock = TurnClock(self.settings.turn_timeout)
+            clock = Deadline(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role, step.names)
             if announced and not step.concludes:
@@ -4672,6 +4838,7 @@ class Run:
             section.be_late()
         absent = partial(Turn, text="", failure="it was late", late=True)
         turns = [done.get(alias) or absent(alias) for alias in step.aliases]
+        self.screen.marks |= step.marks if turns[0].text else {}
         if step.joins:
             self.entries.extend(turns)
         return turns
@@ -4682,7 +4849,7 @@ class Run:
         self.screen.show_progress(f"{PROGRESS}the members judge each other")
         voters = {}
         for paper in step.papers:
-            speaker, clock = self.cast.participants[paper.voter], TurnClock(0)
+            speaker, clock = self.cast.participants[paper.voter], Deadline(0)
             voter = voters[paper.voter] = Section(self.screen, speaker, clock)
             ballot = self._cast_ballot(paper, step.read, stage)
             voter.task = self.tasks.create_task(ballot)
@@ -4695,7 +4862,7 @@ class Run:
     ) -> Ballot | str:
         """A voter's ballot: asked, asked again with what was wrong, read leniently."""
         voter = self.cast.participants[paper.voter]
-        clock = TurnClock(self.settings.turn_timeout)
+        clock = Deadline(self.settings.turn_timeout)
         prompt = self._prompt(voter, paper.brief, {})
         call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
         for lenient in (False, True):
@@ -4720,13 +4887,25 @@ class Run:
             heard = shorten(self.entries, room, aliases)
             return messages_for_manager(settings, heard, step)
 
-        clock = TurnClock(settings.turn_timeout)
+        clock = Deadline(settings.turn_timeout)
         try:
             call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
             return await self.models.text(call)
         except ModelFailure as failure:
             log.debug("the manager failed: %s", failure)
             return None
+
+    async def _ask_person(self) -> str:
+        """What the person wants; words of its own are shown, and read by all."""
+        question = "Anything to add? Your own words are read by all."
+        said = await self.host.ask("Your turn", question, WISHES, free=True)
+        if said and said not in WISHES:
+            guard, said = ForgeryGuard(), storable(said)
+            text = f"{RULE}### {PERSON_MARK} {self.host.user_name}\n\n"
+            text += guard.feed(said) + guard.close()
+            self.screen.publish(f"said {len(self.entries)}", text)
+            self.entries.append(Turn("", said))
+        return said
 
     def _prompt(
         self, participant: Participant, brief: str, names: Mapping[str, str]
@@ -4978,21 +5157,27 @@ def _refuse(
     return StreamingResponse(text, status_code=400, media_type="application/json")
 
 
-async def _prepare(
-    host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
-) -> tuple[Run, Mode]:
-    """A run that is ready to go, with its mode; raises `ConversationError`."""
-    own_id, _, mode_id = body["model"].partition(".")
+def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
+    """The id of the mode that was picked, or a `ConversationError`."""
+    mode_id: str = body["model"].partition(".")[2]
     if not mode_id:  # then as the switch of v2 was set
         is_managed = getattr(user_settings, "UseGroupChatManager", False)
-        mode_id = "manager" if is_managed else "round_robin"
+        return "manager" if is_managed else "round_robin"
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
         raise ConversationError(f'There is no mode "{mode_id}": choose {names}')
+    return mode_id
+
+
+async def _prepare(
+    host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
+) -> tuple[Run, Mode]:
+    """A run that is ready to go, with its mode; raises `ConversationError`."""
+    mode_id = _choose_mode(body, user_settings)
     row = MODES[mode_id]
     try:
-        cards = await host.model_cards(own_id)
+        cards = await host.model_cards(body["model"].split(".")[0])
         replied = any(m.get("role") == "assistant" for m in body["messages"])
         stored = await host.stored_replies() if replied and host.in_chat else []
         own = {card.id for card in cards.values() if card.is_self}
@@ -5005,26 +5190,42 @@ async def _prepare(
         raise ConversationError(
             f"Open WebUI could not prepare this conversation: {failure}. Try again."
         ) from failure
-    if commands.problem:
-        cast = replace(cast, problems=(*cast.problems, commands.problem))
-    asked = commands.rounds
-    if asked not in (None, settings.rounds):
-        line = f"You asked for {asked} rounds and get {settings.rounds}"
-        line += f": the administrator allows 1 to {settings.max_rounds}."
-        cast = replace(cast, problems=(*cast.problems, line))
-    if row.drafts and not settings.remember_drafts:
+    models = {
+        alias: seat.voice.model_id
+        for alias, seat in cast.participants.items()
+        if alias != cast.chair
+    }
+    aliases = choose_addressed(commands.only, tuple(models)) or tuple(models)
+    if len(aliases) == 1 and not commands.vote:
+        if row.drafts or len(models) > 1:
+            settings.rounds = 1
+        row = MODES["round_robin"]
+    agenda = Agenda(
+        aliases, last_question(entries), settings, models=models, judge=cast.chair
+    )
+    problems = (*cast.problems, *filter(None, [commands.problem]))
+    told = describe_table(mode_id, agenda, commands, cards)
+    cast = replace(cast, problems=problems, told=told)
+    if row.drafts and not (settings.remember_drafts or commands.vote):
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
-    run = _make_run(host, settings, cast, entries, row.drafts)
+    drafts = row.drafts and not commands.vote
+    run = _make_run(host, settings, cast, entries, drafts)
     if run.screen.continued and stored:
         run.go_on_after(stored[-1].get("output"))
-    aliases = tuple(alias for alias in cast.participants if alias != cast.chair)
-    question = last_question(entries)
+    return run, _begin(run, row, agenda, commands.vote)
+
+
+def _begin(run: Run, row: ModeRow, agenda: Agenda, votes: bool) -> Mode:
+    """The mode of a run, or a vote on what was said before."""
+    entries, tokens_used = run.entries, run.ledger.tokens
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    models = {alias: cast.participants[alias].voice.model_id for alias in aliases}
-    agenda = Agenda(aliases, question, settings, last, seed, models, cast.chair)
-    return run, row.begin(replace(agenda, tokens_used=run.ledger.tokens))
+    agenda = replace(agenda, last=last, seed=seed, tokens_used=tokens_used)
+    if votes:
+        said = [e for e in entries if isinstance(e, Turn) and not e.concludes]
+        return put_to_vote(agenda, [turn for turn in said if turn.text])
+    return row.begin(agenda)
 
 
 def _make_run(
@@ -5055,12 +5256,13 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         card = cards[seats[0].model_id]
         tags = host.think_tags()
         voice = Voice(card.id, connection=card.connection, think_tags=tags)
-        clock = TurnClock(settings.first_token_timeout)
+        clock = Deadline(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
         call = ModelCall("task", voice, lambda _: body["messages"], clock)
         call = replace(call, parameters=sampling)
         models = ModelCalls(host, settings, Ledger(host.add_usage))
-        return await models.text(call, streams=False)
+        answer = await models.text(call, streams=False)
+        return add_follow_ups(answer, host.followed) if host.followed else answer
     except (HostFailure, ModelFailure) as failure:
         raise ConversationError(str(failure)) from failure
 

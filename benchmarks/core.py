@@ -56,7 +56,7 @@ def make_section(tools: int = 0) -> mmc.Section:
     """A participant's section on a run of its own, with so many tools in the table."""
     table = {f"tool_{at}": make_tool(print, place="string") for at in range(tools)}
     run, _ = make_run(tools=table)
-    clock = mmc.TurnClock(600.0)
+    clock = mmc.Deadline(600.0)
     return mmc.Section(run.screen, next(iter(run.cast.participants.values())), clock)
 
 

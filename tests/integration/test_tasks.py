@@ -24,7 +24,7 @@ async def test_title_tags_and_follow_ups_come_back_right(talk: Talk) -> None:
     assert reply.chat.title == "Plant Oaks Birches" == chat["title"]
     assert {tag["name"] for tag in tags} == {"Plant", "Oaks", "Birches"}
     follow_ups = reply.message["followUps"]
-    assert len(follow_ups) == 3 and "plant oaks birches" in follow_ups[0]
+    assert len(follow_ups) == 5 and "plant oaks birches" in follow_ups[0]
     assert stored["followUps"] == follow_ups
     assert headings(reply) == ["🔵 Ann", "🔴 Ben", "🟢 Cy"]
 

@@ -21,7 +21,7 @@ def counting(**fields: Any) -> mmc.Settings:
 def ask(run: mmc.Run, alias: str = "Ann") -> mmc.ModelCall:
     """A call of a participant's model."""
     voice = run.cast.participants[alias].voice
-    return mmc.ModelCall(alias, voice, lambda _: [], mmc.TurnClock(5.0))
+    return mmc.ModelCall(alias, voice, lambda _: [], mmc.Deadline(5.0))
 
 
 async def converse(run: mmc.Run, rounds: int = 1) -> str:

@@ -131,7 +131,7 @@ BALLOTS = {
 def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     room = Room(ranks=BALLOTS)
     assert room.play(mmc.council(agenda())) == "Chaired by Cat"
-    answers, rank, ranking, outcome, conclusion, fold = room.steps
+    answers, rank, ranking, outcome, conclusion = room.steps
     assert answers == mmc.Speak(ALL, "answering", joins=False)
     assert isinstance(rank, mmc.Judge) and rank.read is mmc.read_ranking
     assert [paper.voter for paper in rank.papers] == list(ALL)
@@ -140,9 +140,8 @@ def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     assert isinstance(conclusion, mmc.Speak)
     assert conclusion.aliases == ("Cat",)
     assert conclusion.concludes and not conclusion.joins
-    assert fold == mmc.Fold(
-        {"Cat": "rank 1", "Bob": "rank 2", "Ann": "rank 3", "Dan": "rank 4"}
-    )
+    ranks = {"Cat": "rank 1", "Bob": "rank 2", "Ann": "rank 3", "Dan": "rank 4"}
+    assert conclusion.marks == ranks
 
 
 def test_the_quorum_of_the_valves_is_asked_for() -> None:
@@ -1655,7 +1654,7 @@ async def test_the_last_line_says_how_far_everybody_is_who_is_not_seen_yet() -> 
         return mmc.Turn(alias, "Oaks.")
 
     for alias, speaker in run.cast.participants.items():
-        section = mmc.Section(run.screen, speaker, mmc.TurnClock(600.0))
+        section = mmc.Section(run.screen, speaker, mmc.Deadline(600.0))
         section.task = asyncio.create_task(turn(alias))
         sections[alias] = section
     ann, bob, cat, dan = sections.values()

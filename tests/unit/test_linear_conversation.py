@@ -68,6 +68,8 @@ READERS: dict[str, Reader] = {
     "a team": team,
     "a list": ticked,
     "a line": mmc.plain_line,
+    "a refusal": mmc.read_limit,
+    "a prompt": lambda text: mmc.squeeze([{"role": "user", "content": text}], 1000),
     "a label": mmc.escape_labels,
     "a fold": lambda text: mmc.unfold(mmc.render_fold("🔵 Ann", text) + text),
     "letters": lambda text: mmc.NameFilter({"A": "Ann"}).feed(text),
@@ -89,6 +91,8 @@ SCRAPS = [
 ]  # fmt: skip
 TEXTS = {
     **{repr(scrap): again(scrap) for scrap in SCRAPS},
+    "a prompt that is never too long": again("prompt is exceeds the a "),
+    "a number without an end": again("1,", "prompt too long: "),
     "a letter and a chain of links": again("\n\n-", "A", "x"),
     "a letter and blanks": again(" ", "A", "x"),
     "a link and blank lines": again("\n", "A >", "x"),

@@ -153,12 +153,12 @@ async def test_a_place_is_not_given_to_who_was_cancelled_just_before() -> None:
 
 async def test_a_turn_may_not_take_longer_than_its_time() -> None:
     with pytest.raises(mmc.ModelFailure, match="it took longer than 0.01 s"):
-        async with mmc.TurnClock(0.01).running():
+        async with mmc.Deadline(0.01).running():
             await asyncio.Event().wait()
 
 
 async def test_the_clock_stands_still_until_the_last_of_several_goes_on() -> None:
-    clock = mmc.TurnClock(0.02)
+    clock = mmc.Deadline(0.02)
     first, second = clock.paused(), clock.paused()
     with pytest.raises(mmc.ModelFailure):
         async with clock.running():
@@ -173,7 +173,7 @@ async def test_the_clock_stands_still_until_the_last_of_several_goes_on() -> Non
 
 
 async def test_a_pause_that_ends_after_the_time_was_over_moves_nothing() -> None:
-    clock = mmc.TurnClock(0.01)
+    clock = mmc.Deadline(0.01)
     with pytest.raises(mmc.ModelFailure):
         async with clock.running():
             try:
@@ -195,7 +195,7 @@ class Door:
 
     def call(self, speaker: str = "Ann") -> mmc.ModelCall:
         voice = self.run.cast.participants["Ann"].voice
-        return mmc.ModelCall(speaker, voice, lambda _: [], mmc.TurnClock(5.0))
+        return mmc.ModelCall(speaker, voice, lambda _: [], mmc.Deadline(5.0))
 
     async def text(self) -> str:
         text: str = await self.models.text(self.call())
@@ -332,7 +332,7 @@ async def complete(door: Door, section: mmc.Section) -> mmc.ModelFailure:
 
 
 def section_of(run: mmc.Run) -> mmc.Section:
-    return mmc.Section(run.screen, run.cast.participants["Ann"], mmc.TurnClock(5.0))
+    return mmc.Section(run.screen, run.cast.participants["Ann"], mmc.Deadline(5.0))
 
 
 async def test_a_plain_reply_that_breaks_off_has_its_text() -> None:
@@ -506,7 +506,7 @@ async def test_a_member_that_is_queued_is_not_late() -> None:
 
     sections = {}
     for name in done:
-        section = mmc.Section(run.screen, run.cast.participants[name], mmc.TurnClock(9))
+        section = mmc.Section(run.screen, run.cast.participants[name], mmc.Deadline(9))
         section.task = asyncio.create_task(turn(name))
         sections[name] = section
     waiting = asyncio.create_task(run._wait_in_view(sections, "answered", 1))

@@ -326,9 +326,7 @@ async def test_nobody_waits_for_a_flush_that_is_overdue() -> None:
 
 
 def section_of(run: mmc.Run, alias: str = "Ann") -> mmc.Section:
-    section = mmc.Section(
-        run.screen, run.cast.participants[alias], mmc.TurnClock(600.0)
-    )
+    section = mmc.Section(run.screen, run.cast.participants[alias], mmc.Deadline(600.0))
     section.show_heading()
     return section
 
@@ -943,7 +941,7 @@ async def test_without_streaming_the_whole_conversation_is_one_completion() -> N
 
 def test_settings_of_sampling_go_out_only_where_they_are_set() -> None:
     voice = mmc.Voice("oak-1", defaults={"max_tokens": 5, "temperature": 0.9})
-    call = mmc.ModelCall("Ann", voice, lambda _: [], mmc.TurnClock(600.0))
+    call = mmc.ModelCall("Ann", voice, lambda _: [], mmc.Deadline(600.0))
     plain = mmc.build_payload(mmc.Settings(), call, True)
     assert plain == {
         "model": "oak-1",
