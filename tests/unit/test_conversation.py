@@ -49,6 +49,21 @@ def test_a_team_seats_one_model_several_times_in_the_order_of_its_lines() -> Non
     )
 
 
+def test_a_line_without_a_model_gets_one_in_turn() -> None:
+    team = "Ann | | You hope.\nBob | fir-1\nCat |\nDan | |"
+    seats, problems, _ = mmc.choose_seats(settings(team=team), CARDS)
+    assert [seat.model_id for seat in seats] == ["oak-1", "fir-1", "elm-1", "fir-1"]
+    listed = settings(team=team, participants=["gone", "ash-1", "elm-1"])
+    seats, problems, _ = mmc.choose_seats(listed, CARDS)
+    assert [seat.model_id for seat in seats] == ["ash-1", "fir-1", "elm-1", "ash-1"]
+    assert problems == []
+    seats, problems, _ = mmc.choose_seats(settings(team="Ann | | You hope."), {})
+    assert seats == []
+    assert problems == [
+        "Team line 1: it names no model: write `Alias | model id | persona`."
+    ]
+
+
 def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
     seats, problems, _ = mmc.choose_seats(settings(team="oak-1\neLM\n| fir-1"), CARDS)
     assert [(seat.alias, seat.model_id) for seat in seats] == [
@@ -66,10 +81,6 @@ def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
             "Ann | oak-1\n\nBob | yew",
             'Team line 3: there is no model "yew" that you may use: '
             "choose another one, or ask an admin for access to it.",
-        ),
-        (
-            "Ann | oak-1\nBob |  | You doubt.",
-            "Team line 2: it names no model: write `Alias | model id | persona`.",
         ),
         (
             "Me | pipe.manager\nAnn | oak-1",
@@ -290,13 +301,15 @@ def asked(steps: Iterable[mmc.Step]) -> list[mmc.AskManager]:
     return [step for step in steps if isinstance(step, mmc.AskManager)]
 
 
-def with_answers(*answers: str | None) -> Callable[[mmc.Step], Any]:
+def with_answers(*answers: str | mmc.ModelFailure) -> Callable[[mmc.Step], Any]:
     """Everybody speaks; the manager gives these answers, one after another."""
     left = list(answers)
 
     def respond(step: mmc.Step) -> Any:
         if isinstance(step, mmc.AskManager):
             return left.pop(0)
+        if isinstance(step, mmc.Publish):
+            return None
         assert isinstance(step, mmc.Speak)
         return said(step.aliases[0])
 
@@ -309,6 +322,8 @@ def with_failing(*broken: str) -> Callable[[mmc.Step], Any]:
     def respond(step: mmc.Step) -> Any:
         if isinstance(step, mmc.AskManager):
             return step.candidates[0]
+        if isinstance(step, mmc.Publish):
+            return None
         assert isinstance(step, mmc.Speak)
         alias = step.aliases[0]
         return failed(alias) if alias in broken else said(alias)
@@ -401,9 +416,11 @@ def test_nobody_is_asked_to_speak_twice_in_a_row_unless_alone(
         if isinstance(step, mmc.Speak):
             fails = data.draw(st.booleans())
             return failed(step.aliases[0]) if fails else said(step.aliases[0])
+        if isinstance(step, mmc.Publish):
+            return None
         assert isinstance(step, mmc.AskManager)
         assert step.last not in step.candidates or step.candidates == (step.last,)
-        return data.draw(st.sampled_from([*aliases, "nobody", None]))
+        return data.draw(st.sampled_from([*aliases, "nobody", GONE]))
 
     steps, why = play(managed(aliases, rounds, None), respond, most=300)
     order = speakers(steps).split()
@@ -434,15 +451,24 @@ def test_after_two_wrong_answers_the_next_in_order_speaks() -> None:
         with_answers("?", '{"next": "Zoe"}', "Cat", "Bob"),
     )
     assert speakers(steps) == "Bob Cat Bob"
+    (told,) = [step.text for step in steps if isinstance(step, mmc.Publish)]
+    assert "manager named nobody who may speak now" in told
+
+
+GONE = mmc.ModelFailure("HTTP 500.")
 
 
 def test_when_the_manager_fails_the_next_in_order_speaks() -> None:
     steps, _ = play(
-        managed(["Ann", "Bob", "Cat"], 1, "Bob"), with_answers(None, None, None)
+        managed(["Ann", "Bob", "Cat"], 1, "Bob"), with_answers(GONE, GONE, "Bob")
     )
     assert speakers(steps) == "Cat Ann Bob"
     notes = [step.note for step in steps if isinstance(step, mmc.Speak)]
-    assert all("the manager failed" in note for note in notes)
+    assert notes == ["next in order", "next in order", ""]
+    shown = [step for step in steps if isinstance(step, mmc.Publish)]
+    line = "> ⚠️ The manager failed: HTTP 500. So the next in order speaks."
+    assert [step.text for step in shown] == [line, line]
+    assert len({step.key for step in shown}) == 1  # the second takes its place
 
 
 def test_with_one_candidate_left_the_manager_is_asked_whether_to_end_it() -> None:
@@ -455,11 +481,12 @@ def test_with_one_candidate_left_the_manager_is_asked_whether_to_end_it() -> Non
         ("Ann",)
     ]
     assert why == "The manager ended it: All is said"
+    assert steps[-1] == mmc.Publish("outcome", f"> 🏁 {why}")
 
 
 def test_with_one_candidate_left_a_wrong_answer_is_not_sent_back() -> None:
     steps, why = play(
-        managed(["Ann", "Bob"], 2, None), with_answers("Bob", "?", "Ann", None)
+        managed(["Ann", "Bob"], 2, None), with_answers("Bob", "?", "Ann", GONE)
     )
     assert speakers(steps) == "Bob Ann Bob Ann"
     assert len(asked(steps)) == 4
