@@ -59,6 +59,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import count, cycle, groupby
 from statistics import fmean, median, pvariance
+from string import ascii_letters
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -1323,6 +1324,7 @@ _LAST_SLASH = re.compile(r"(?m)(?<!\S)(?=/rounds|/with)|^[^\S\n]*+(?=/vote|/join
 _REST_OF_LINE = re.compile(r"\A[^\S\n]*+\n?")
 _BEFORE_COLON = re.compile(rf"\s*+([^\s:：][^\n]{{0,{_COMMAND_READ}}}?)(?::(?=\s)|：)")
 _IMAGE_TOKENS = 1600  # what the costliest provider counts for a large one
+_LETTERS_AND_BLANKS = f"{ascii_letters} ".encode()
 _LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is left out
 _LEAST_TOKENS = 100  # to which the middle of a text may be cut
 _TOO_LONG = re.compile(  # what providers say of a prompt
@@ -1331,6 +1333,7 @@ _TOO_LONG = re.compile(  # what providers say of a prompt
     r"|too many tokens|tokens exceed|exceeds? the (?:\w{1,20} ){1,5}tokens"
     r"|tokens must be ="
 )
+_BESIDE_LABELS = re.compile(r"\n\n(?=<message from=)|(?<=</message>)\n\n")
 _LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
 _HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 _JSON_TYPES: dict[str, Any] = dict(
@@ -2258,11 +2261,12 @@ def escape_labels(text: str) -> str:
 def tokens_of(value: Any) -> int:
     """About how many tokens a text or JSON has, rather too many than too few.
 
-    Five ASCII characters count as two; a Cyrillic one counts 0.9, a Chinese one 1.4.
+    Three ASCII letters or blanks count as one, and so do two bytes of anything else.
     """
     if isinstance(value, str):
-        beyond_ascii = len(value.encode("utf-8", "replace")) - len(value)
-        return 4 + len(value) * 2 // 5 + beyond_ascii // 2
+        data = value.encode("utf-8", "replace")
+        others = data.translate(None, _LETTERS_AND_BLANKS)
+        return 4 + len(data) // 3 + len(others) // 6
     if isinstance(value, Mapping):
         if "image" in str(value.get("type")):
             return _IMAGE_TOKENS
@@ -2337,11 +2341,17 @@ def _without_middle(value: Any, most: int) -> Any:
     if isinstance(value, dict) and value.get("role") != "system":
         inner = {key: value[key] for key in ("content", "text") if key in value}
         return value | {k: _without_middle(each, most) for k, each in inner.items()}
-    if not isinstance(value, str) or (size := tokens_of(value)) <= most:
+    if not isinstance(value, str):
         return value
-    half = len(value) * most // size // 2
-    line = f"({len(value) - 2 * half:,} characters were left out here)"
-    return f"{value[:half]}\n{line}\n{value[-half:]}"
+    return "\n\n".join(_cut_middle(text, most) for text in _BESIDE_LABELS.split(value))
+
+
+def _cut_middle(text: str, most: int) -> str:
+    if (size := tokens_of(text)) <= most:
+        return text
+    half = len(text) * most // size // 2
+    line = f"({len(text) - 2 * half:,} characters were left out here)"
+    return f"{text[:half]}\n{line}\n{text[-half:]}"
 
 
 def messages_for(
@@ -2535,9 +2545,9 @@ def describe_table(
     settings, asked = agenda.settings, commands.rounds is not None
     seats, models = list(agenda.models), list(set(agenda.models.values()))
     told = []
-    if len(seats) == 1:
+    if len(seats) == 1 and not settings.join:
         told.append(f"{seats[0]} is alone: a conversation needs at least two seats")
-    elif len(models) == 1 and not settings.team.strip():
+    elif len(models) == 1 < len(seats) and not settings.team.strip():
         told.append(f"{join_names(seats)} are all {plain_line(cards[models[0]].name)}")
     elif commands.seats:
         told.append(f"In this chat: {join_names(seats)}")
@@ -5249,19 +5259,15 @@ async def _prepare(
         raise ConversationError(
             f"Open WebUI could not prepare this conversation: {failure}. Try again."
         ) from failure
-    models = {
-        alias: seat.voice.model_id
-        for alias, seat in cast.participants.items()
-        if alias != cast.chair
-    }
+    seated = cast.participants
+    models = {a: seated[a].voice.model_id for a in seated if a != cast.chair}
     aliases = choose_addressed(commands.only, tuple(models)) or tuple(models)
     if len(aliases) == 1 and not commands.vote:
         if row.drafts or len(models) > 1:
             settings.rounds = 1
         row = MODES["round_robin"]
-    agenda = Agenda(
-        aliases, last_question(entries), settings, models=models, judge=cast.chair
-    )
+    question, judge = last_question(entries), cast.chair
+    agenda = Agenda(aliases, question, settings, models=models, judge=judge)
     problems = (*cast.problems, *filter(None, [commands.problem]))
     told = describe_table(mode_id, agenda, commands, cards)
     cast = replace(cast, problems=problems, told=told)

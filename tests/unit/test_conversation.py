@@ -138,6 +138,13 @@ def test_one_model_alone_is_seated_in_three_roles(chosen: dict[str, Any]) -> Non
     assert (problems, by_default) == ([], not chosen)
 
 
+def test_fewer_roles_than_seats_that_are_allowed_are_no_problem() -> None:
+    chosen = settings(participants=["elm-1"], max_participants=2)
+    seats, problems, _ = mmc.choose_seats(chosen, CARDS)
+    assert [seat.alias for seat in seats] == ["Optimist", "Sceptic"]
+    assert problems == []
+
+
 def test_a_team_of_one_is_what_was_asked_for() -> None:
     seats, _, _ = mmc.choose_seats(settings(team="elm-1"), CARDS)
     assert [seat.alias for seat in seats] == ["Elm"]
