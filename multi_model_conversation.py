@@ -583,8 +583,8 @@ class AskPerson:
 
 # what a person may want after a round, and what that does
 WISHES = {
-    "Go on": "The conversation goes on as planned",
-    "Put it to the vote": "Members judge what was said, and a chair concludes",
+    "Go on": "As planned",
+    "Put it to the vote": "All vote, a chair concludes",
     "Enough, conclude": "A chair concludes at once",
 }
 GO_ON, VOTE, ENOUGH = WISHES
@@ -2436,17 +2436,18 @@ def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
     items, with up to three questions of ours behind its own; the host takes five."""
     texts = (text_of(i.get("content")) for i in output if i.get("type") == "message")
     reply = {"role": "assistant", "content": "\n\n".join(texts)}
-    turns = [turn for turn in _read_reply([reply], None) if turn.alias]
-    said = list(dict.fromkeys(t.alias for t in turns if t.text and not t.concludes))
-    silent = dict.fromkeys(t.alias for t in turns if t.alias not in said)
+    turns = list(_read_reply([reply], None))
+    of_members = [turn for turn in turns if turn.alias and not turn.concludes]
+    said = list(dict.fromkeys(turn.alias for turn in of_members if turn.text))
+    silent = dict.fromkeys(t.alias for t in of_members if t.alias not in said)
     ours = [f"{', '.join(silent)}: please answer, too."] if silent else []
     if said[1:]:
         ours.append(f"{said[0]}: answer what {said[-1]} said.")
         if not any(turn.concludes for turn in turns):
             ours += ["/vote Who is right?", "/rounds 1 Take up what was said."]
     listed = _part_of(_find_object(answer, "follow_ups"), "follow_ups", list)
-    whole = {"follow_ups": [*listed[: 5 - len(ours[:3])], *ours[:3]]}
-    return json.dumps(whole, ensure_ascii=False)
+    theirs = [each for each in listed if isinstance(each, str)][: max(5 - len(ours), 2)]
+    return json.dumps({"follow_ups": [*theirs, *ours[:3]]}, ensure_ascii=False)
 
 
 # -- tool arguments --------------------------------------------------------------------
@@ -2875,11 +2876,6 @@ class Host:
     def in_chat(self) -> bool:
         """Whether the reply is a message of a chat, as the host itself decides it."""
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
-
-    @property
-    def user_name(self) -> str:
-        """What the person is called in a heading."""
-        return clean_alias(str(getattr(self.user, "name", ""))) or "You"
 
     @property
     def can_replace(self) -> bool:
@@ -4815,9 +4811,9 @@ class Run:
         said = await self.host.ask("Your turn", question, WISHES, free=True)
         if said and said not in WISHES:
             guard, said = ForgeryGuard(), storable(said)
-            text = f"{RULE}### {PERSON_MARK} {self.host.user_name}\n\n"
-            text += guard.feed(said) + guard.close()
-            self.screen.publish(f"said {len(self.entries)}", text)
+            name = clean_alias(str(getattr(self.host.user, "name", ""))) or "You"
+            text = f"{RULE}### {PERSON_MARK} {name}\n\n{guard.feed(said)}"
+            self.screen.publish(f"said {len(self.entries)}", text + guard.close())
             self.entries.append(Turn("", said))
         return said
 
