@@ -4139,8 +4139,8 @@ class ModelCalls:
     emitter: Emitter | None = None
     # when a speaker's first call in a stage got its slot; until then it is queued
     admitted: dict[tuple[int, str], float] = field(default_factory=dict)
-    # stages in which some have answered and several have not -> whether to go on
-    enough: dict[int, bool] = field(default_factory=dict)
+    # stages in which some have answered and several have not -> `_GO_ON`, once said
+    enough: dict[int, str] = field(default_factory=dict)
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
@@ -4300,9 +4300,10 @@ class ModelCalls:
             async with self._dialog:  # one at a time
                 if deadline.now() - max(deadline.heard_at, asked_at) < limit:
                     continue
-                answer = await self._ask_to_skip(name, deadline, stage)
+                enough = self.enough.get(stage)
+                answer = enough or await self._ask_to_skip(name, deadline, stage)
                 if answer == _GO_ON:
-                    self.enough[stage] = True
+                    self.enough[stage] = _GO_ON
                 if answer in (_SKIP, _GO_ON):
                     deadline.skip()
                     return
@@ -4315,7 +4316,7 @@ class ModelCalls:
         question += "Skip it and go on without it?"
         options = {"Wait": "You are asked again later", _SKIP: f"Go on without {name}"}
         if stage in self.enough:
-            options[_GO_ON] = "Go on without all who have not answered yet"
+            options[_GO_ON] = "Skip all who are silent for so long"
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as deadline.dialog:
                 return await self.host.ask(f"Skip {name}?", question, options)
@@ -4862,13 +4863,10 @@ class Run:
             silent = [who for who in tasks if who not in done]
             since = {who: self.models.admitted.get((stage, who)) for who in silent}
             late = all(at is not None and now - at > limit for at in since.values())
-            late = late or self.models.enough.get(stage, False)
             if (quorum and len(there) >= quorum) or (late and there):
                 break
             if there and silent[1:]:
-                self.models.enough.setdefault(stage, False)
-            else:
-                self.models.enough.pop(stage, None)
+                self.models.enough.setdefault(stage, "")
             if len(tasks) > 1:
                 what = "answered" if sections else "judged"
                 of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
