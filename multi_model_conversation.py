@@ -57,13 +57,20 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from hashlib import sha256
-from itertools import count, groupby
+from itertools import count, cycle, groupby
 from statistics import fmean, median, pvariance
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -156,6 +163,17 @@ def _setting(default: Any, description: str, **schema: Any) -> Any:
     return Field(default=default, description=description, json_schema_extra=schema)
 
 
+_NUMBERS = "zero one two three four five six seven eight nine ten"
+
+
+def _read_number(text: str) -> str:
+    """The digits of a number as people write it: "three", "0,7"."""
+    word, words = text.strip().casefold(), _NUMBERS.split()
+    if word in words:
+        return str(words.index(word))
+    return re.sub(r"\A(-?\d+),(\d\d?)\Z", r"\1.\2", word)
+
+
 class UserSettings(BaseModel, extra="allow"):
     """What everybody may set for themselves; what is not set is as the admin set it.
 
@@ -165,7 +183,8 @@ class UserSettings(BaseModel, extra="allow"):
 
     participants: list[str] = _setting(
         [],
-        "Who talks, in the order of ticking. None: up to three models you may use.",
+        "Who talks, in the order of ticking, which the box does not show. None: up to "
+        "three models you may use.",
         input={"type": "multiselect", "options": "model_options"},
     )
     team: str = _setting(
@@ -194,9 +213,15 @@ class UserSettings(BaseModel, extra="allow"):
 
     @model_validator(mode="before")
     @classmethod
-    def drop_blanks(cls, values: Json) -> Json:
-        """The page stores null, "" or [] for a field that is put back to default."""
-        return {k: v for k, v in values.items() if v not in (None, "", [])}
+    def read_fields(cls, values: Json) -> Json:
+        """Numbers as people write them, and what is put back to default left out, for
+        which the page stores null, "" or []."""
+        read = {k: v for k, v in values.items() if v not in (None, "", [])}
+        for name, known in cls.model_fields.items():
+            value = read.get(name)
+            if isinstance(value, str) and not isinstance(known.default, str | list):
+                read[name] = _read_number(value)
+        return read
 
 
 class Settings(UserSettings):
@@ -266,6 +291,7 @@ class Settings(UserSettings):
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
     all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
+    _is_cut: bool = PrivateAttr(default=False)  # more rounds were asked for
 
 
 _V2_NAMES = {
@@ -278,6 +304,10 @@ _V2_NAMES = {
 }
 # what a workspace model's custom parameters, or an API client, may set
 _PRESETS = ("participants", "team", "rounds", "manager_model", "instructions", "chair")
+_SEAT_FORMS = {  # as they fit into the one line of a form
+    "participants": "`gpt-4.1, claude-sonnet`",
+    "team": "`Ann | gpt-4.1 | You hope.; Bob | gpt-4.1`, or lines, or a JSON list",
+}
 
 
 def _read_v2(stored: Mapping[str, Any]) -> Json:
@@ -293,6 +323,30 @@ def _read_v2(stored: Mapping[str, Any]) -> Json:
     most = stored.get("NUM_PARTICIPANTS")
     team = "\n".join(lines[:most] if isinstance(most, int) else lines)
     return found | ({"team": team} if team else {})
+
+
+def _read_preset(name: str, value: Any) -> Any:
+    """A preset in the shape of its field; seats may be a JSON list, or parted by line
+    breaks, `\\n` or `;`, and participants by commas. Raises `ConversationError`."""
+    if name not in _SEAT_FORMS:
+        return value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    elif isinstance(value, str):
+        apart = r"\\n|;"  # in a team, where a seat begins; a persona may have both
+        if name == "participants":
+            apart = r"\\n|[\n;,，]"
+        elif "|" in value:
+            apart = r"\n|(?:\\n|;)(?=[^|;\\\n]*\|)"
+        value = [seat.strip() for seat in re.split(apart, value.strip("; \n"))]
+    if not isinstance(value, list) or not all(isinstance(seat, str) for seat in value):
+        raise ConversationError(
+            f"The `{name}` of this model cannot be read: write {_SEAT_FORMS[name]}."
+        )
+    if name == "participants":
+        return list(filter(None, value))
+    return "\n".join("\\n".join(seat.splitlines()) for seat in value)
 
 
 def merge_settings(
@@ -311,7 +365,8 @@ def merge_settings(
     """
     own = user.model_dump(exclude_unset=True) if user else {}
     chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
-    preset = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    given = {name: request[name] for name in _PRESETS if request and request.get(name)}
+    preset = {name: _read_preset(name, value) for name, value in given.items()}
     fields = _read_v2(own)
     for layer in (chosen, preset, dict(asked or {})):
         fields |= ({"team": ""} if "participants" in layer else {}) | layer
@@ -323,8 +378,10 @@ def merge_settings(
             f"The settings of this conversation cannot be read: {names}. Correct them "
             "in the valves, or in the custom parameters of this model."
         ) from error
-    merged.rounds = min(merged.rounds, merged.max_rounds)
-    return Settings.model_construct(set(fields), **merged.model_dump())
+    told = merged.model_dump() | {"rounds": min(merged.rounds, merged.max_rounds)}
+    settings = Settings.model_construct(set(fields), **told)
+    settings._is_cut = "rounds" in fields and settings.rounds < merged.rounds
+    return settings
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:
@@ -492,6 +549,7 @@ class Cast:
     by_default: bool = False
     parameters: Json = field(default_factory=dict)  # the chat's controls, for all
     chair: str = ""  # who of them is no member, and only concludes
+    told: str = ""  # what was understood, where it is not the usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -1055,7 +1113,7 @@ def split_objects(text: str) -> list[str]:
 # extensions). There a block may begin in mid-line too: behind a formula, a tag, a
 # checkbox. What begins so is read up to where `_REACH` ends, and then judged once.
 _MARKS = f"{MARKS}\ufffd"
-_SIGNS = "⚠⏳⏱🏁\ufffd"  # with which our notices begin
+_SIGNS = "⚠⏳⏱🏁💬\ufffd"  # with which our notices begin
 _HOT = re.compile(r"[\r\n#>:<&{=-]")  # where a line ends, or any of these may begin
 _REACH = re.compile(
     r"(?<![^\s\]}$>\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff])"  # a block may begin here
@@ -1226,6 +1284,7 @@ class ForgeryGuard:
 # ======================================================================================
 
 NOTICE, PROGRESS, FIGURES, OUTCOME = "> ⚠️ ", "> ⏳ ", "> ⏱️ ", "> 🏁 "
+UNDERSTOOD = "> 💬 "
 ROLE = " · "  # in a heading, between a name and what it speaks as; names have none
 CONCLUSION = "conclusion"
 _FOLD, _FOLD_END = '<details type="draft">\n', "\n\n</details>"
@@ -1234,7 +1293,14 @@ HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{MARKS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 # the host's own words, when it rebuilds the conversation
 TOOL_IMAGES = "Here are the images from the tool results above. Please analyze them."
-_NOTICE = re.compile(rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}).*\n?")
+_NOTICE = re.compile(
+    rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}|{UNDERSTOOD}).*\n?"
+)
+_TRIO = {  # who one model alone is seated as
+    "Optimist": "You look for what could work, and make it concrete.",
+    "Sceptic": "You look for what could go wrong, and are fair about it.",
+    "Engineer": "You count what it takes: time, money, what breaks first.",
+}
 _TEAM_READ = 20  # lines or list entries; eight may sit, the rest would only be named
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
 _OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
@@ -1281,6 +1347,11 @@ def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
 # -- who sits at the table -------------------------------------------------------------
 
 
+def join_names(names: Sequence[str]) -> str:
+    """At least one name -> "Ann, Bob and Cat"."""
+    return ", ".join(names[:-1]) + (" and " if names[1:] else "") + names[-1]
+
+
 def clean_alias(alias: str) -> str:
     """A name fit for a heading and a label: one line, no markup, 40 characters."""
     return plain_line(re.sub(r'[#*_"|·\\]', "", alias), 40).strip()
@@ -1304,12 +1375,9 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     if card is None:
         able = [card for card in cards.values() if not card.is_self]
         known = {each.casefold(): c.id for c in able for each in (c.name, c.id)}
-        close = [known[each] for each in get_close_matches(name[:80], known, 1)]
-        hint = (
-            f'did you mean "{plain_line(close[0], 80)}"'
-            if close
-            else ("choose another one, or ask an admin for access to it")
-        )
+        hint = "choose another one, or ask an admin for access to it"
+        for close in get_close_matches(name[:80], known, 1):
+            hint = f'did you mean "{plain_line(known[close], 80)}"'
         raise ConversationError(
             f'there is no model "{plain_line(wanted, 80)}" that you may use: {hint}'
         )
@@ -1375,33 +1443,41 @@ def _read_seat(parts: Sequence[str], cards: Mapping[str, ModelCard]) -> Seat:
 def choose_seats(
     settings: Settings, cards: Mapping[str, ModelCard]
 ) -> tuple[list[Seat], list[str], bool]:
-    """Who takes part: the team text, else the list, else up to three models.
+    """Who takes part: the team text, else the list, else up to three models; one
+    model alone in three roles. A line of the team that names no model gets one of the
+    list, or of all, in turn.
 
     With a sentence for each seat that could not be taken, and if nobody was chosen.
     """
-    lines = enumerate(settings.team.split("\n"), 1)
-    team = [(number, line) for number, line in lines if line.strip()]
-    chosen = len(team) or len(settings.participants)
+    lines = enumerate(map(str.strip, settings.team.split("\n")), 1)
     wanted = [
         (f"Team line {number}", line.split("|", 2))
-        for number, line in team[:_TEAM_READ]
+        for number, line in lines
+        if line and line[0] != "#"
     ] or [
-        (f"Participant {number}", [model_id])
-        for number, model_id in enumerate(settings.participants[:_TEAM_READ], 1)
+        (f"Participant {n}", [each]) for n, each in enumerate(settings.participants, 1)
     ]
     usual = [card.id for card in cards.values() if card.by_default and not card.is_self]
+    listed = [model_id for model_id in settings.participants if model_id in cards]
+    stand_ins = cycle(listed or usual)
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in wanted or [("", [model_id]) for model_id in usual[:3]]:
+    for where, parts in wanted[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
+        if parts[1:] and not parts[1].strip():
+            parts[1] = next(stand_ins, "")
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
-    seats, most = list(unique_aliases(seats)), settings.max_participants
+    most, many = settings.max_participants, len(wanted)
+    if len(seats) == 1 and not settings.team.strip():
+        trio = list(_TRIO.items())[:most]
+        seats = [replace(seats[0], alias=alias, persona=text) for alias, text in trio]
+    seats = list(unique_aliases(seats))
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if chosen > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {chosen} seats were read.")
-    return seats[:most], problems, not chosen
+    if many > _TEAM_READ:
+        problems.append(f"Only the first {_TEAM_READ} of {many} seats were read.")
+    return seats[:most], problems, not many
 
 
 def choose_chair(
@@ -1420,8 +1496,7 @@ def render_system(
     settings: Settings, seat: Seat, aliases: Sequence[str], voice: Voice, chat: str
 ) -> str:
     """A participant's system prompt: its model's, the chat's, rules, tools, persona."""
-    names = ", ".join(aliases[:-1]) + (" and " if aliases[1:] else "") + aliases[-1]
-    values = {"name": seat.alias, "participants": names}
+    values = {"name": seat.alias, "participants": join_names(aliases)}
     rules = fill_template(settings.rules_prompt, values)
     tools = "You have no tools in this conversation; do not pretend to use one."
     if voice.tools:
@@ -1654,7 +1729,7 @@ def _decide(
     for model in dict.fromkeys(agenda.models.values()):
         kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
         if len(kin) > 1:
-            parts.append(f"{' and '.join(kin)} are one model, which may favour itself.")
+            parts.append(f"{join_names(kin)} are one model, which may favour itself.")
     for paper, lost in zip(papers, judged, strict=True):
         if isinstance(lost, str):
             reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
@@ -2421,6 +2496,36 @@ def _cut_command(
     if not at_end:
         return text[:at] + _REST_OF_LINE.sub("", text[end:], 1), fields
     return (text, {}) if text[end:].strip() else (text[: max(at - 1, 0)], fields)
+
+
+def choose_addressed(names: Sequence[str], aliases: Sequence[str]) -> tuple[str, ...]:
+    """Those who are addressed, where every one of the names is one of theirs."""
+    known = {_plain_name(alias) or alias: alias for alias in aliases}
+    found = [known.get(_plain_name(name) or name, "") for name in names]
+    return tuple(dict.fromkeys(found)) if all(found) else ()
+
+
+def describe_table(
+    mode_id: str, agenda: Agenda, commands: Commands, cards: Mapping[str, ModelCard]
+) -> str:
+    """One line on what was understood of a question and of who sits at the table."""
+    settings, asked = agenda.settings, commands.rounds is not None
+    seats, models = list(agenda.models), list(set(agenda.models.values()))
+    told = []
+    if len(seats) == 1:
+        told.append(f"{seats[0]} is alone: a conversation needs at least two seats")
+    elif len(models) == 1 and not settings.team.strip():
+        told.append(f"{join_names(seats)} are all {plain_line(cards[models[0]].name)}")
+    elif commands.seats:
+        told.append(f"In this chat: {join_names(seats)}")
+    if len(agenda.aliases) < len(seats):
+        told.append(f"Only {join_names(agenda.aliases)} may answer")
+    if mode_id == "council":
+        told += ["A council has no rounds"] * asked
+    elif len(agenda.aliases) > 1 and (asked or settings._is_cut):
+        most = ", the most that the administrator allows" * settings._is_cut
+        told.append(f"Rounds: {settings.rounds}{most}")
+    return " · ".join(told)
 
 
 def _is_quoted(before: str) -> bool:
@@ -4620,6 +4725,9 @@ class Run:
         """From the first to the last word; gives why it ended."""
         saving = asyncio.create_task(self.saver.keep())
         try:
+            if self.cast.told and not self.screen.continued:
+                line = f"{UNDERSTOOD}{self.cast.told}"
+                self.screen.publish("understood", line, notice=True)
             for problem in self.cast.problems:
                 self.screen.notice(problem)
             if self.cast.by_default:
@@ -5084,21 +5192,27 @@ def _refuse(
     return StreamingResponse(text, status_code=400, media_type="application/json")
 
 
-async def _prepare(
-    host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
-) -> tuple[Run, Mode]:
-    """A run that is ready to go, with its mode; raises `ConversationError`."""
-    own_id, _, mode_id = body["model"].partition(".")
+def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
+    """The id of the mode that was picked, or a `ConversationError`."""
+    mode_id: str = body["model"].partition(".")[2]
     if not mode_id:  # then as the switch of v2 was set
         is_managed = getattr(user_settings, "UseGroupChatManager", False)
-        mode_id = "manager" if is_managed else "round_robin"
+        return "manager" if is_managed else "round_robin"
     if mode_id not in MODES:
         names = " or ".join(row.name for row in MODES.values())
         mode_id = plain_line(mode_id)
         raise ConversationError(f'There is no mode "{mode_id}": choose {names}')
+    return mode_id
+
+
+async def _prepare(
+    host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
+) -> tuple[Run, Mode]:
+    """A run that is ready to go, with its mode; raises `ConversationError`."""
+    mode_id = _choose_mode(body, user_settings)
     row = MODES[mode_id]
     try:
-        cards = await host.model_cards(own_id)
+        cards = await host.model_cards(body["model"].split(".")[0])
         replied = any(m.get("role") == "assistant" for m in body["messages"])
         stored = await host.stored_replies() if replied and host.in_chat else []
         own = {card.id for card in cards.values() if card.is_self}
@@ -5111,13 +5225,22 @@ async def _prepare(
         raise ConversationError(
             f"Open WebUI could not prepare this conversation: {failure}. Try again."
         ) from failure
-    if commands.problem:
-        cast = replace(cast, problems=(*cast.problems, commands.problem))
-    asked = commands.rounds
-    if asked not in (None, settings.rounds):
-        line = f"You asked for {asked} rounds and get {settings.rounds}"
-        line += f": the administrator allows 1 to {settings.max_rounds}."
-        cast = replace(cast, problems=(*cast.problems, line))
+    models = {
+        alias: seat.voice.model_id
+        for alias, seat in cast.participants.items()
+        if alias != cast.chair
+    }
+    aliases = choose_addressed(commands.only, tuple(models)) or tuple(models)
+    if len(aliases) == 1 and not commands.vote:
+        if row.drafts or len(models) > 1:
+            settings.rounds = 1
+        row = MODES["round_robin"]
+    agenda = Agenda(
+        aliases, last_question(entries), settings, models=models, judge=cast.chair
+    )
+    problems = (*cast.problems, *filter(None, [commands.problem]))
+    told = describe_table(mode_id, agenda, commands, cards)
+    cast = replace(cast, problems=problems, told=told)
     if row.drafts and not (settings.remember_drafts or commands.vote):
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
@@ -5125,22 +5248,19 @@ async def _prepare(
     run = _make_run(host, settings, cast, entries, drafts)
     if run.screen.continued and stored:
         run.go_on_after(stored[-1].get("output"))
-    return run, _begin(run, row, commands.vote)
+    return run, _begin(run, row, agenda, commands.vote)
 
 
-def _begin(run: Run, row: ModeRow, votes: bool) -> Mode:
+def _begin(run: Run, row: ModeRow, agenda: Agenda, votes: bool) -> Mode:
     """The mode of a run, or a vote on what was said before."""
-    cast, entries = run.cast, run.entries
-    aliases = tuple(alias for alias in cast.participants if alias != cast.chair)
-    question = last_question(entries)
+    entries, tokens_used = run.entries, run.ledger.tokens
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
     seed = run.screen.transcript.prefix
-    models = {alias: cast.participants[alias].voice.model_id for alias in aliases}
-    agenda = Agenda(aliases, question, run.settings, last, seed, models, cast.chair)
+    agenda = replace(agenda, last=last, seed=seed, tokens_used=tokens_used)
     if votes:
         said = [e for e in entries if isinstance(e, Turn) and not e.concludes]
         return put_to_vote(agenda, [turn for turn in said if turn.text])
-    return row.begin(replace(agenda, tokens_used=run.ledger.tokens))
+    return row.begin(agenda)
 
 
 def _make_run(

@@ -70,6 +70,8 @@ def by_every_way(word: str) -> list[Attempt]:
         ),
         Attempt("preset chair", body={**both, "chair": word}, mode="council"),
         Attempt("chat's parameters", body={"params": {"custom_params": teams(word)}}),
+        Attempt("question", both, question=f"/with alice, {word} Which tree?"),
+        Attempt("address", both, question=f"{word}, Ann: which tree?"),
     ]
 
 
@@ -250,10 +252,10 @@ async def test_a_forbidden_model_reads_as_one_that_is_not_there(
 @pytest.mark.parametrize("odd", ODD)
 async def test_no_odd_id_reaches_it(talk: Talk, desk: Page, odd: str) -> None:
     got = await attempt(
-        talk, desk, Attempt(odd, body={"participants": ["alice", ODD[odd]]})
+        talk, desk, Attempt(odd, body={"participants": ["alice", "bob", ODD[odd]]})
     )
     assert not any(map(is_hidden, talk.models.requests))
-    assert talk.order() == ["alice"]
+    assert talk.order() == ["alice", "bob"]
     assert "Alice here." in got.said and MARK not in got.everything
     if HIDDEN not in ODD[odd]:
         assert HIDDEN not in got.everything

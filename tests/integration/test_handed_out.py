@@ -1,11 +1,14 @@
 """What `make dist` and `docs/teams` hand out, imported as people import it."""
 
 import httpx
+import pytest
 
 from release.dist import LANGUAGES, function
-from tests.integration.talk import Talk
+from tests.integration.talk import Talk, headings
 from tests.stack.demo import presets
 from tests.stack.host import Json
+
+TEAMS = [model for model in presets() if model["base_model_id"]]
 
 
 def test_the_functions_json_is_imported_with_its_translations(talk: Talk) -> None:
@@ -40,6 +43,24 @@ def test_the_four_models_get_a_description_and_an_icon(talk: Talk) -> None:
         for mode in modes:
             talk.host.delete_model(mode["id"])
             talk.host.grant_read(mode["id"], "public")
+
+
+@pytest.mark.parametrize("team", TEAMS, ids=[team["id"] for team in TEAMS])
+async def test_a_team_talks_with_whatever_models_there_are(
+    talk: Talk, team: Json
+) -> None:
+    talk.host.import_models([team])
+    try:
+        talk.host.grant_read(team["id"], "public")
+        assert_icon(talk, team["id"])
+        reply = await talk.ask("Shall we keep bees?", team["id"])
+        seats = team["params"]["custom_params"]["team"].split("; ")
+        names = [seat.split(" | ")[0] for seat in seats]
+        spoke = [name for name in names if any(name in h for h in headings(reply))]
+        assert spoke == names
+        assert "cannot" not in reply.text and "Team line" not in reply.text
+    finally:
+        talk.host.delete_model(team["id"])
 
 
 def assert_icon(talk: Talk, model_id: str) -> None:

@@ -10,9 +10,11 @@ from tests.integration.talk import (
     MANAGER,
     ROUND_ROBIN,
     Talk,
+    ask,
     headings,
     in_rounds,
     last_status,
+    question_of,
     shown_error,
     system_of,
 )
@@ -112,10 +114,12 @@ async def test_an_admin_may_use_what_nobody_else_may(
     talk.seat(participants=["dave"])
     host.set_readers("dave")
     try:
-        await talk.ask(QUESTION)
+        reply = await talk.ask(QUESTION)
     finally:
         host.grant_read("dave", "public")
-    assert talk.order() == ["dave"]
+    assert talk.order() == ["dave"] * 3
+    assert headings(reply) == ["🔵 Optimist", "🔴 Sceptic", "🟢 Engineer"]
+    assert "> 💬 Optimist, Sceptic and Engineer are all dave" in reply.text
 
 
 async def test_the_pipe_itself_is_refused_also_through_workspace_models(
@@ -209,9 +213,9 @@ async def test_the_admins_valves_are_defaults_for_everybody(talk: Talk) -> None:
 
 async def test_a_users_list_wins_over_the_admins_team(talk: Talk) -> None:
     talk.admin_sets(team="Ann | alice\nBen | bob")
-    talk.seat(participants=["carol"])
+    talk.seat(participants=["carol", "dave"])
     await talk.ask(QUESTION)
-    assert talk.order() == ["carol"]
+    assert talk.order() == ["carol", "dave"]
 
 
 async def test_the_admins_ceilings_hold_for_what_a_user_sets(talk: Talk) -> None:
@@ -327,13 +331,42 @@ async def test_a_model_without_tools_or_knowledge_is_told_it_has_none(
 
 async def test_a_workspace_model_brings_a_team_of_its_own(talk: Talk) -> None:
     talk.seat("Dan | dave", rounds=2)
-    team = {"team": "Ann | alice | You doubt.\nBen | bob", "rounds": "1"}
+    team = {"team": "Ann | alice | You doubt.; Ben | bob", "rounds": "one"}
     preset = talk.workspace_model("board", ROUND_ROBIN, params={"custom_params": team})
     with preset as model:
         reply = await talk.ask("Should we plant oaks?", model)
     assert headings(reply) == ["🔵 Ann", "🔴 Ben"]
     assert talk.order() == ["alice", "bob"]
     assert "You doubt." in str(talk.sent("alice")[0]["content"])
+
+
+async def test_a_team_that_cannot_be_read_is_answered_with_the_form(talk: Talk) -> None:
+    preset = {"custom_params": {"team": '["Ann | alice", "Ben | bob"'}}
+    with talk.workspace_model("board", MANAGER, params=preset) as model:
+        async with talk.page() as page:
+            reply = await page.send(model, QUESTION, background_tasks={})
+            await reply.wait_idle()
+    assert "The `team` of this model cannot be read: write `Ann |" in str(reply.error)
+    assert talk.order() == []
+
+
+async def test_who_is_named_in_the_question_is_seated_or_answers(talk: Talk) -> None:
+    talk.seat("Ann | alice", "Ben | bob", max_rounds=1)
+    async with talk.page() as page:
+        first = await ask(page, f"/with carol, dav /rounds 500 {QUESTION}")
+        assert talk.order() == ["carol", "dave"] * 10
+        assert "> 💬 In this chat: carol and dave · Rounds: 10, the most " in first.text
+        assert all("/with" not in seen.text for seen in talk.models.turns())
+        talk.models.clear()
+        second = await ask(page, "Dave: why?", MANAGER, chat=first.chat)
+        assert talk.order() == ["dave"]
+        assert "Only dave may answer" in second.text
+        assert "/with" not in talk.models.turns()[0].text
+        talk.models.clear()
+        third = await ask(page, f"/with karol, bob {QUESTION}", chat=first.chat)
+    assert talk.order() == ["carol", "dave"]
+    assert 'there is no model "karol" that you may use: did you mean' in third.text
+    assert "/with karol, bob" in question_of(talk.sent("carol"))
 
 
 async def test_a_preset_team_seats_only_what_its_user_may_use(talk: Talk) -> None:

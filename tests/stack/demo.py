@@ -18,13 +18,13 @@ from typing import NoReturn
 
 import httpx
 
+from release.dist import function
 from tests.stack.demo_models import SAID
 from tests.stack.host import Json, OpenWebUI, free_port
 from tests.stack.models import ModelServer
 
 ROOT = Path(__file__).parent.parent.parent
 FUNCTION_ID = "multi_model_conversation"
-FUNCTION_NAME = "Multi-Model Conversation"
 MODEL = f"{FUNCTION_ID}.round_robin"
 SPEAKERS = ("ada", "grace", "alan")
 COUNCIL = "council-of-four"
@@ -91,8 +91,8 @@ def presets() -> list[Json]:
 def furnish(host: OpenWebUI) -> None:
     """Install the function, a tool that is switched on for it, and teams."""
     host.sign_in_without_login()
-    source = (ROOT / f"{FUNCTION_ID}.py").read_text("utf-8")
-    host.install_function(FUNCTION_ID, FUNCTION_NAME, source)
+    ours = function()
+    host.install_function(ours["id"], ours["name"], ours["content"], ours["meta"])
     host.create_tool(TOOL_ID, SAID["tool"], "Almanac")
     meta = {"toolIds": [TOOL_ID], "capabilities": {"builtin_tools": False}}
     models = presets()

@@ -288,13 +288,13 @@ class Api:
     # -- functions -----------------------------------------------------------------
 
     def install_function(
-        self, id: str, name: str, content: str, enable: bool = True
+        self, id: str, name: str, content: str, meta: Json | None = None
     ) -> None:
-        """Add a function from its source, as Admin -> Functions does."""
-        form = {"id": id, "name": name, "content": content, "meta": {"description": ""}}
+        """Add a function from its source, as Admin -> Functions does, and enable it."""
+        about = meta or {"description": ""}
+        form = {"id": id, "name": name, "content": content, "meta": about}
         self.request("POST", "/api/v1/functions/create", form)
-        if enable:
-            self.request("POST", f"/api/v1/functions/id/{id}/toggle")
+        self.request("POST", f"/api/v1/functions/id/{id}/toggle")
         self.models()
 
     def set_valves(self, function_id: str, values: Json) -> Json:

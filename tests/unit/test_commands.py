@@ -233,3 +233,77 @@ def test_a_vote_and_a_seat_are_asked_for_at_the_start_or_on_the_last_line(
 ) -> None:
     assert read(text) == (left, mmc.Commands(**asked))
     assert read(text, "So?") == ("So?", mmc.Commands())
+
+
+# -- who sits at the table, in one line ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "addressed"),
+    [
+        (("ann",), ("Ann",)),
+        (("Gpt-4.1", "Ann", "ann"), ("GPT 4.1", "Ann")),
+        (("Ann", "Note"), ()),
+        (("Ann", ""), ()),
+        ((), ()),
+        (("🙂",), ("🙂",)),
+        (("🌲",), ()),
+    ],
+)
+def test_only_participants_are_addressed_and_all_names_must_be_theirs(
+    names: tuple[str, ...], addressed: tuple[str, ...]
+) -> None:
+    assert mmc.choose_addressed(names, ("Ann", "GPT 4.1", "🙂")) == addressed
+
+
+def table(
+    mode: str = "round_robin",
+    models: Json | None = None,
+    only: tuple[str, ...] = (),
+    asked: Json | None = None,
+    **commands: Any,
+) -> str:
+    """The line on a table of these models by alias, two unless told."""
+    models = models or {"Ann": CLAUDE, "Bob": GPT}
+    fields = {**(asked or {}), "max_rounds": 10}
+    found = mmc.Commands(**commands)
+    own = mmc.UserSettings(**fields)
+    settings = mmc.merge_settings(mmc.Settings(), own, None, found.settings)
+    agenda = mmc.Agenda(only or tuple(models), "", settings, models=models)
+    line: str = mmc.describe_table(mode, agenda, found, CARDS)
+    return line
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ({}, ""),
+        ({"rounds": 3}, "Rounds: 3"),
+        ({"seats": (CLAUDE, GPT)}, "In this chat: Ann and Bob"),
+        ({"only": ("Bob",)}, "Only Bob may answer"),
+        ({"only": ("Bob",), "rounds": 3}, "Only Bob may answer"),
+        ({"rounds": 3, "mode": "council"}, "A council has no rounds"),
+        ({"rounds": 3, "mode": "debate"}, "Rounds: 3"),
+        (
+            {"rounds": 500},
+            "Rounds: 10, the most that the administrator allows",
+        ),
+        ({"rounds": 0}, "Rounds: 1"),
+        (
+            {"asked": {"rounds": 50}},
+            "Rounds: 10, the most that the administrator allows",
+        ),
+        ({"asked": {"rounds": 50}, "mode": "council"}, ""),
+        ({"asked": {"rounds": 5}}, ""),
+        ({"models": {"A": GPT, "B": GPT, "C": GPT}}, "A, B and C are all GPT 4.1"),
+        ({"models": {"A": GPT, "B": GPT}, "asked": {"team": "A|x"}}, ""),
+        (
+            {"models": {"Ann": GPT}},
+            "Ann is alone: a conversation needs at least two seats",
+        ),
+    ],
+)
+def test_one_line_says_what_was_understood_and_what_is_not_the_usual(
+    asked: Json, line: str
+) -> None:
+    assert table(**asked) == line

@@ -49,6 +49,21 @@ def test_a_team_seats_one_model_several_times_in_the_order_of_its_lines() -> Non
     )
 
 
+def test_a_line_without_a_model_gets_one_in_turn() -> None:
+    team = "Ann | | You hope.\nBob | fir-1\nCat |\nDan | |"
+    seats, problems, _ = mmc.choose_seats(settings(team=team), CARDS)
+    assert [seat.model_id for seat in seats] == ["oak-1", "fir-1", "elm-1", "fir-1"]
+    listed = settings(team=team, participants=["gone", "ash-1", "elm-1"])
+    seats, problems, _ = mmc.choose_seats(listed, CARDS)
+    assert [seat.model_id for seat in seats] == ["ash-1", "fir-1", "elm-1", "ash-1"]
+    assert problems == []
+    seats, problems, _ = mmc.choose_seats(settings(team="Ann | | You hope."), {})
+    assert seats == []
+    assert problems == [
+        "Team line 1: it names no model: write `Alias | model id | persona`."
+    ]
+
+
 def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
     seats, problems, _ = mmc.choose_seats(settings(team="oak-1\neLM\n| fir-1"), CARDS)
     assert [(seat.alias, seat.model_id) for seat in seats] == [
@@ -66,10 +81,6 @@ def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
             "Ann | oak-1\n\nBob | yew",
             'Team line 3: there is no model "yew" that you may use: '
             "choose another one, or ask an admin for access to it.",
-        ),
-        (
-            "Ann | oak-1\nBob |  | You doubt.",
-            "Team line 2: it names no model: write `Alias | model id | persona`.",
         ),
         (
             "Me | pipe.manager\nAnn | oak-1",
@@ -94,19 +105,19 @@ def test_a_wrong_line_is_named_with_what_is_wrong_and_the_others_are_seated(
 
 def test_a_ticked_model_that_is_gone_is_named() -> None:
     seats, problems, _ = mmc.choose_seats(
-        settings(participants=["yew", "elm-1"]), CARDS
+        settings(participants=["elm-1", "yew", "oak-1"]), CARDS
     )
-    assert [seat.alias for seat in seats] == ["Elm"]
+    assert [seat.alias for seat in seats] == ["Elm", "Oak"]
     assert problems == [
-        'Participant 1: there is no model "yew" that you may use: choose another '
+        'Participant 2: there is no model "yew" that you may use: choose another '
         "one, or ask an admin for access to it."
     ]
 
 
 def test_a_ticked_model_is_found_whatever_its_id_contains() -> None:
-    cards = {"a|b": mmc.ModelCard("a|b", "Odd")}
-    seats, problems, _ = mmc.choose_seats(settings(participants=["a|b"]), cards)
-    assert [seat.model_id for seat in seats] == ["a|b"]
+    cards = {"a|b": mmc.ModelCard("a|b", "Odd"), "#": mmc.ModelCard("#", "Hash")}
+    seats, problems, _ = mmc.choose_seats(settings(participants=["a|b", "#"]), cards)
+    assert [seat.model_id for seat in seats] == ["a|b", "#"]
     assert problems == []
 
 
@@ -115,6 +126,37 @@ def test_with_nothing_chosen_three_usual_models_sit_down_but_never_the_pipe() ->
     seats, problems, by_default = mmc.choose_seats(settings(), cards)
     assert [seat.model_id for seat in seats] == ["twin-2", "twin-1", "ash-1"]
     assert (problems, by_default) == ([], True)
+
+
+@pytest.mark.parametrize("chosen", [{"participants": ["elm-1"]}, {}])
+def test_one_model_alone_is_seated_in_three_roles(chosen: dict[str, Any]) -> None:
+    cards = CARDS if chosen else {"elm-1": CARDS["elm-1"]}
+    seats, problems, by_default = mmc.choose_seats(settings(**chosen), cards)
+    assert [seat.alias for seat in seats] == ["Optimist", "Sceptic", "Engineer"]
+    assert {seat.model_id for seat in seats} == {"elm-1"}
+    assert len({seat.persona for seat in seats}) == 3
+    assert (problems, by_default) == ([], not chosen)
+
+
+def test_a_team_of_one_is_what_was_asked_for() -> None:
+    seats, _, _ = mmc.choose_seats(settings(team="elm-1"), CARDS)
+    assert [seat.alias for seat in seats] == ["Elm"]
+
+
+def test_lines_of_a_team_that_begin_with_a_hash_are_comments() -> None:
+    team = "# Our team\nAnn | oak-1\n  # Bob | elm-1\nCat | yew | #1\n#"
+    seats, problems, _ = mmc.choose_seats(settings(team=team), CARDS)
+    assert [seat.alias for seat in seats] == ["Ann"]
+    assert len(problems) == 1 and problems[0].startswith("Team line 4: ")
+
+
+def test_a_misspelt_model_is_answered_with_one_the_user_may_use() -> None:
+    cards = {**CARDS, "yew-1": mmc.ModelCard("yew-1", "Conversation", is_self=True)}
+    for wanted, meant in [("olm-1", "elm-1"), ("EMBEDING", "embed"), ("yew-2", None)]:
+        team = f"Ann | {wanted}"
+        _, (problem,), _ = mmc.choose_seats(settings(team=team), cards)
+        assert (f'did you mean "{meant}"' in problem) == (meant is not None)
+        assert "yew-1" not in problem
 
 
 def test_with_no_model_at_all_nobody_sits_down() -> None:
@@ -149,14 +191,14 @@ def test_aliases_are_told_apart_by_a_number() -> None:
     ("given_alias", "alias"),
     [
         ("  Ann  Lee ", "Ann Lee"),
-        ('### "Ann"', "Ann"),
+        ('*### "Ann"', "Ann"),
         ('A"><b>nn', "Abnn"),
         ("**Ann**_", "Ann"),
         ("Ann (critic), v1.2", "Ann (critic), v1.2"),
         ("[x](y)`", "x(y)"),
         ("Äöü 木", "Äöü 木"),
         ("x" * 60, "x" * 39 + "…"),
-        ("###", "Oak"),
+        ("_#", "Oak"),
     ],
 )
 def test_an_alias_is_fit_for_a_heading_and_a_label(

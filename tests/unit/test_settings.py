@@ -462,6 +462,83 @@ def test_presets_stay_under_the_ceilings() -> None:
     assert mmc.merge_settings(admin, None, {"rounds": 50}).rounds == 2
 
 
+TWO = "Ann | oak | You hope; always.\nBob | elm"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["Ann | oak | You hope; always.", "Bob | elm"],
+        '["Ann | oak | You hope; always.", "Bob | elm"]',
+        TWO,
+        TWO.replace("\n", "\\n"),
+        TWO.replace("\n", " ; "),
+        TWO.replace("\n", ";") + "; ",
+    ],
+)
+def test_a_preset_team_is_read_however_it_fits_into_one_line(typed: Any) -> None:
+    merged = mmc.merge_settings(mmc.Settings(), None, {"team": typed})
+    seats, problems, _ = mmc.choose_seats(merged, CARDS)
+    assert problems == []
+    assert [seat.alias for seat in seats] == ["Ann", "Bob"]
+    assert seats[0].persona == "You hope; always."
+
+
+def test_a_persona_of_a_preset_keeps_its_line_breaks() -> None:
+    for typed in (["Ann | oak | One.\nTwo."], "Ann | oak | One.\\nTwo."):
+        merged = mmc.merge_settings(mmc.Settings(), None, {"team": typed})
+        (seat,), _, _ = mmc.choose_seats(merged, CARDS)
+        assert seat.persona == "One.\nTwo."
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [["oak", "elm"], '["oak", "elm"]', "oak,elm", "oak, elm,", "oak; elm", "oak\\nelm"],
+)
+def test_preset_participants_are_read_however_they_are_parted(typed: Any) -> None:
+    merged = mmc.merge_settings(mmc.Settings(), None, {"participants": typed})
+    assert merged.participants == ["oak", "elm"]
+    merged = mmc.merge_settings(mmc.Settings(), None, {"team": "oak; elm"})
+    assert merged.team == "oak\nelm"
+
+
+@pytest.mark.parametrize(
+    "unreadable",
+    [{"a": 1}, 5, [1], [["Ann", "oak"]], '["Ann | oak", "Bob | elm"', "['a']"],
+)
+@pytest.mark.parametrize("name", ["team", "participants"])
+def test_seats_that_cannot_be_read_are_answered_with_a_form_that_can(
+    name: str, unreadable: Any
+) -> None:
+    with pytest.raises(mmc.ConversationError) as told:
+        mmc.merge_settings(mmc.Settings(), None, {name: unreadable})
+    shown = re.findall("`(.+?)`", str(told.value))
+    assert shown[0] == name and len(shown) > 1
+    for form in shown[1:]:
+        merged = mmc.merge_settings(mmc.Settings(), None, {name: form})
+        assert (
+            len(merged.team.split("\n") if name == "team" else merged.participants) == 2
+        )
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [("three", 3), (" Three ", 3), ("4", 4), ("2,0", 2), (5, 5), ("zero", 1)],
+)
+def test_rounds_are_read_as_people_write_them(typed: Any, read: int) -> None:
+    assert mmc.Pipe.UserValves(rounds=typed).rounds == read
+    assert mmc.merge_settings(mmc.Settings(), None, {"rounds": typed}).rounds == read
+
+
+def test_numbers_with_a_comma_are_read_and_thousands_are_not_mistaken() -> None:
+    typed = {"temperature": "0,7", "skip_after": "one", "instructions": "three"}
+    read = mmc.Pipe.Valves.model_validate(typed)
+    assert (read.temperature, read.skip_after) == (0.7, 1)
+    assert read.instructions == "three"
+    with pytest.raises(ValidationError):
+        mmc.Pipe.Valves.model_validate({"max_tokens": "1,000"})
+
+
 def test_a_preset_that_cannot_be_read_is_named() -> None:
     with pytest.raises(mmc.ConversationError, match="cannot be read: rounds"):
         mmc.merge_settings(mmc.Settings(), None, {"rounds": "many"})
