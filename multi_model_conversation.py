@@ -59,6 +59,7 @@ from functools import partial
 from hashlib import sha256
 from itertools import count, cycle, groupby
 from statistics import fmean, median, pvariance
+from string import ascii_letters
 from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
@@ -625,7 +626,7 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class AskManager:
-    """Step: ask the manager who is next. Answer: its text, or None if it failed."""
+    """Step: ask the manager who is next. Answer: its text, or its failure."""
 
     candidates: tuple[str, ...]
     last: str | None
@@ -1311,9 +1312,9 @@ _MIDDLE = 5.0  # of 0 to 10: where a ballot has places only
 _MOST_MOVED = 0.8  # by one judge; less costs more right judges than wrong ones
 _LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 _LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
+_ANSWER_LETTER = re.compile(r"\b(?:[Aa]nswer|[Rr]esponse) ([A-H])\b")
 _UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
 _PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
-_CHAIN = re.compile(r"\b[A-H](?:\s?[>=,→]\s?[A-H])+\b")
 _COMMAND_READ = 300  # characters of names, behind `/with` and before a colon
 _COMMAND = re.compile(
     r"/(?:(?P<flag>vote|join)|rounds[^\S\n]++(?P<rounds>\d{1,3})"
@@ -1323,6 +1324,7 @@ _LAST_SLASH = re.compile(r"(?m)(?<!\S)(?=/rounds|/with)|^[^\S\n]*+(?=/vote|/join
 _REST_OF_LINE = re.compile(r"\A[^\S\n]*+\n?")
 _BEFORE_COLON = re.compile(rf"\s*+([^\s:：][^\n]{{0,{_COMMAND_READ}}}?)(?::(?=\s)|：)")
 _IMAGE_TOKENS = 1600  # what the costliest provider counts for a large one
+_LETTERS_AND_BLANKS = f"{ascii_letters} ".encode()
 _LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is left out
 _LEAST_TOKENS = 100  # to which the middle of a text may be cut
 _TOO_LONG = re.compile(  # what providers say of a prompt
@@ -1331,6 +1333,7 @@ _TOO_LONG = re.compile(  # what providers say of a prompt
     r"|too many tokens|tokens exceed|exceeds? the (?:\w{1,20} ){1,5}tokens"
     r"|tokens must be ="
 )
+_BESIDE_LABELS = re.compile(r"\n\n(?=<message from=)|(?<=</message>)\n\n")
 _LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
 _HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
 _JSON_TYPES: dict[str, Any] = dict(
@@ -1611,7 +1614,9 @@ def managed(agenda: Agenda) -> Mode:
         step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
         last, reason = yield from _choose_speaker(step, aliases)
         if not last:
-            return f"The manager ended it: {reason or 'no reason given'}"
+            ended = f"The manager ended it: {reason or 'no reason given'}"
+            yield Publish("outcome", OUTCOME + ended)
+            return ended
         turns += yield Speak((last,), reason)
         if len(turns) % len(aliases) == 0:
             done = len(turns) // len(aliases)
@@ -1621,20 +1626,27 @@ def managed(agenda: Agenda) -> Mode:
 
 
 def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
-    """The manager's choice; it is asked twice, then the next in order speaks."""
+    """The manager's choice; it is asked twice, then the next in order speaks, and a
+    line says why."""
     first, *others = step.candidates
     # it may end it rather than let one alone go on, but not before anybody has spoken
     tries = 2 if others else int(step.last is not None)
+    problem = ""
     for _ in range(tries):
-        answer: str | None = yield step
-        if answer is None:
-            return first, "next in order, the manager failed"
+        answer: str | ModelFailure = yield step
+        if isinstance(answer, ModelFailure):
+            problem = f"failed: {plain_line(answer).rstrip('.')}"
+            break
         found = _read_choice(answer, step, everybody)
         if not isinstance(found, str):
             return found
         step = replace(step, problem=found, wrong_answer=answer)
-    named_nobody = "next in order, the manager named nobody"
-    return first, named_nobody if others else "the only one left"
+        problem = "named nobody who may speak now"
+    if not others:
+        return first, "the only one left"
+    text = f"{NOTICE}The manager {problem}. So the next in order speaks."
+    yield Publish(f"manager {problem}", text)
+    return first, "next in order"
 
 
 def _read_choice(
@@ -1642,8 +1654,7 @@ def _read_choice(
 ) -> _Choice | str:
     """The manager's answer, JSON or a bare name -> its choice, or what is wrong."""
     answer = answer[-_ANSWER_READ:]
-    keys = (*_NAMING_KEYS, *_ENDING_KEYS)
-    verdict = _find_object(answer, *keys) or _find_object(answer)
+    verdict = _find_object(answer, *_NAMING_KEYS, *_ENDING_KEYS) or _find_object(answer)
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
     if any(verdict.get(key) is True for key in _ENDING_KEYS):
         unspoken = "Nobody has spoken yet, so it cannot be done."
@@ -1718,13 +1729,17 @@ def _decide(
     members = [turn.alias for turn in present]
     if len(members) < 2:
         return (yield from _end_early(turns, members))
-    papers = tuple(ballot_papers(agenda, present, votes)) if wish != ENOUGH else ()
+    # of two there is nothing to rank
+    judges = present if wish != ENOUGH and len(members) > 2 else ()
+    papers = tuple(ballot_papers(agenda, judges, votes))
     step = Judge(papers, read_vote if votes else read_ranking)
     judged: list[Ballot | str] = (yield step) if papers else []
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(members, ballots)
+    if votes:
+        standings.sort(key=lambda s: (-len(s.first_for), members.index(s.alias)))
     none = "No ballots were asked for: you had heard enough."
-    table = render_standings(standings, votes) if papers else none
+    table = render_standings(standings, votes) if wish != ENOUGH else none
     parts = [table, describe_agreement(standings, ballots)]
     for model in dict.fromkeys(agenda.models.values()):
         kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
@@ -1734,21 +1749,22 @@ def _decide(
         if isinstance(lost, str):
             reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
             parts.append(f"No ballot from {paper.voter}: {reason}.")
-    result = "\n\n".join(filter(None, parts))
-    title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
-    yield Publish("ranking", f"{RULE}{title}\n\n{result}")
-    remarks = [f"- {a}: {said}" for b in ballots for a, said in b.remarks.items()]
+    result, why = "\n\n".join(filter(None, parts)), render_reasons(ballots, votes)
+    if len(members) > 2:
+        title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
+        who = f"Who {'voted for' if votes else 'ranked'} whom, and why"
+        fold = f"\n\n{render_fold(who, why)}" if ballots else ""
+        yield Publish("ranking", f"{RULE}{title}\n\n{result}{fold}")
     names = letters_for("", members, agenda.seed)
     told = {
         "question": agenda.question,
         "answers": "" if votes else _render_letters(present, names),
-        "result": hide_names("\n".join([result, "", *remarks]).rstrip(), names),
+        "result": hide_names(f"{result}\n\n{why}".rstrip(), names),
     }
     brief = fill_template(agenda.settings.conclusion_prompt, told)
     concluding = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
-    marks = {
-        s.alias: f"rank {n}" if ballots else "" for n, s in enumerate(standings, 1)
-    }
+    rank = "rank {}" if ballots else ""
+    marks = {s.alias: rank.format(n) for n, s in enumerate(standings, 1)}
     return (yield from _conclude(agenda, turns, marks, concluding))
 
 
@@ -1766,8 +1782,10 @@ def _conclude(
     if chair and not (wanted or agenda.judge):
         notes.append("the chair that was chosen is not here")
     members = sorted(marks, key=lambda alias: alias not in wanted)
+    by_seat = len(marks) == 2 and not (agenda.judge or members[0] in wanted)
+    why = ["by seat: of two answers none is ranked"] if by_seat else []
     for alias in filter(None, (agenda.judge, *members)):
-        behind = f" ({', '.join(notes)})" if notes else ""
+        behind = f" ({', '.join(why + notes)})" if why + notes else ""
         yield _outcome(turns, f"chaired by {alias}{behind}")
         step = replace(step, aliases=(alias,), concludes=True, marks=marks)
         spoken: list[Turn] = yield step
@@ -1839,42 +1857,32 @@ def ballot_papers(
     """What each is asked about the others, in an order of its own: to vote for one by
     name, or to judge what stands under letters."""
     log.debug("the seed of the ballot papers is %s", agenda.seed)
-    for voter in (turn.alias for turn in turns):
-        names = letters_for(voter, [turn.alias for turn in turns], agenda.seed)
+    settings, aliases = agenda.settings, [turn.alias for turn in turns]
+    for voter in aliases:
+        names = letters_for(voter, aliases, agenda.seed)
         others = list(names.values())
         told = {
             "question": agenda.question,
             "answers": _render_letters(turns, names),
             "candidates": json.dumps(others, ensure_ascii=False),
         }
-        template = (
-            agenda.settings.vote_prompt if votes else agenda.settings.review_prompt
-        )
+        template = settings.vote_prompt if votes else settings.review_prompt
         choices = dict(zip(others, others, strict=True)) if votes else names
         yield BallotPaper(voter, fill_template(template, told), choices)
 
 
-def read_ranking(
-    answer: str, paper: BallotPaper, lenient: bool = False
-) -> Ballot | str:
+def read_ranking(answer: str, paper: BallotPaper) -> Ballot | str:
     """A reviewer's answer -> its ballot, or what is wrong with it.
 
     A score for each or a place for each will do; of both, a place counts as much as a
-    point. Leniently, a chain of all letters in any text is a ranking, and whoever is
-    not named shares the last place.
+    point.
     """
-    answer, everybody = answer[-_ANSWER_READ:], dict.fromkeys(paper.choices.values())
-    verdict = _find_object(answer, "ranking", "scores")
-    scores = _read_numbers(verdict.get("scores"), paper)
-    ranking = verdict.get("ranking")
-    if lenient and not isinstance(ranking, (list, dict)):
-        chains = (c for c in _CHAIN.findall(answer) if set(c).issuperset(paper.choices))
-        ranking = re.split("[>,→]", next(chains, ""))
-    places = _read_places(ranking, paper)
-    if lenient and places:
-        places = dict.fromkeys(everybody, 99.0) | places
+    verdict = _find_object(answer[-_ANSWER_READ:], "ranking", "scores")
+    everybody = dict.fromkeys(paper.choices.values(), _MIDDLE)
+    scores = _read_letters(_part_of(verdict, "scores", dict), paper)
+    places = _read_letters(verdict.get("ranking"), paper)
     if scores.keys() != everybody.keys():
-        scores = dict.fromkeys(everybody, _MIDDLE)
+        scores = everybody
     elif places.keys() != everybody.keys():
         places = {alias: -score for alias, score in scores.items()}
     if places.keys() != everybody.keys():
@@ -1884,51 +1892,46 @@ def read_ranking(
     for alias, place in places.items():
         won = sum((place < other) - (place > other) for other in places.values())
         values[alias] = scores[alias] + won / 2
-    said = _part_of(verdict, "comments", dict)
-    remarks = {
-        alias: plain_line(said[letter], 200)
-        for letter, alias in paper.choices.items()
-        if letter in said
-    }
+    said, names = _part_of(verdict, "comments", dict), paper.choices
+    remarks = {names[c]: _read_remark(said[c], names) for c in names if c in said}
     return Ballot(paper.voter, values, remarks)
 
 
-def _read_numbers(given: Any, paper: BallotPaper) -> dict[str, float]:
-    """A number from 0 to 10 under each letter -> the same by alias."""
-    return {
-        paper.choices[letter.strip().upper()]: float(number)
-        for letter, number in (given.items() if isinstance(given, dict) else ())
-        if letter.strip().upper() in paper.choices
-        and isinstance(number, (int, float))
-        and 0 <= number <= 10
-    }
-
-
-def _read_places(ranking: Any, paper: BallotPaper) -> dict[str, float]:
-    """A list of places, or a rank per letter -> a place per alias, the best lowest.
-
-    A place is a letter, several ("A=B"), or a list of them.
+def _read_letters(given: Any, paper: BallotPaper) -> dict[str, float]:
+    """Foreign JSON -> a number by alias: of an object the number from 0 to 10 under a
+    letter, of a list the place of a letter, of several ("A=B"), or of a list of them.
     """
-    places = _read_numbers(ranking, paper)
-    for at, place in enumerate(ranking if isinstance(ranking, list) else []):
-        letters = "=".join(map(str, place)) if isinstance(place, list) else place
-        found = _PLACE.search(plain_line(letters).upper())
-        for letter in re.findall(r"\w", found[0]) if found else ():
+    places = enumerate(given if isinstance(given, list) else ())
+    pairs = given.items() if isinstance(given, dict) else [(p, n) for n, p in places]
+    found: dict[str, float] = {}
+    for place, number in pairs:
+        named = "=".join(map(str, place)) if isinstance(place, list) else place
+        letters = _PLACE.search(plain_line(named).upper())
+        good = isinstance(number, (int, float)) and 0 <= number <= 10
+        for letter in re.findall(r"\w", letters[0]) if letters and good else ():
             if letter in paper.choices:
-                places.setdefault(paper.choices[letter], at)
-    return places
+                found.setdefault(paper.choices[letter], float(number))
+    return found
 
 
-def read_vote(answer: str, paper: BallotPaper, lenient: bool = False) -> Ballot | str:
+def _read_remark(said: object, names: Mapping[str, str]) -> str:
+    """What a judge wrote on an answer, as one harmless line, with names for letters."""
+    text = _ANSWER_LETTER.sub(r"[\1]", str(said))
+    line = plain_line(NameFilter(names).feed(text, final=True), 200)
+    guard = ForgeryGuard()
+    return guard.feed(line) + guard.close()
+
+
+def read_vote(answer: str, paper: BallotPaper) -> Ballot | str:
     """A voter's answer -> its ballot, or what is wrong with it."""
-    answer = answer[-_ANSWER_READ:]
-    named = plain_line(_find_object(answer, "vote").get("vote") or "")
-    found = _find_names(named or (answer if lenient else ""), paper.choices)
+    verdict = _find_object(answer[-_ANSWER_READ:], "vote")
+    found = _find_names(plain_line(verdict.get("vote") or ""), paper.choices)
     if len(found) != 1:
         listed = json.dumps(list(paper.choices), ensure_ascii=False)
         return f"Your vote must name exactly one of {listed}, as a JSON object."
     values = {a: float(choice == found[0]) for choice, a in paper.choices.items()}
-    return Ballot(paper.voter, values)
+    reason = _read_remark(verdict.get("reason") or "", {})
+    return Ballot(paper.voter, values, {found[0]: reason})
 
 
 def tally(
@@ -1985,16 +1988,38 @@ def describe_agreement(standings: Sequence[Standing], ballots: Sequence[Ballot])
 
 
 def render_standings(standings: Sequence[Standing], votes: bool) -> str:
-    """The table of a council's ranking or a debate's votes."""
+    """The table of a council's ranking or a debate's votes, and what broke a tie."""
     if all(s.score is None for s in standings):
         return "No valid ballots: the members stay in their order."
     columns = "Votes | From" if votes else "Score | First place from"
     lines = [f"| Member | {columns} |", "|---|---|---|"]
+    got = {}
     for s in standings:
         within = min(max(s.score or 0.0, 0.0), 10.0)  # places may lead beyond
         score = "–" if s.score is None else f"{within:.1f}"
-        got, voters = len(s.first_for) if votes else score, ", ".join(s.first_for)
-        lines.append(f"| {s.alias} | {got} | {voters or '–'} |")
+        got[s.alias] = str(len(s.first_for)) if votes else score
+        voters = ", ".join(s.first_for) or "–"
+        lines.append(f"| {s.alias} | {got[s.alias]} | {voters} |")
+    best, second, *_ = standings
+    level = [alias for alias in got if got[alias] == got[best.alias]]
+    if len(level) > 1:
+        equal = votes or best.score == second.score
+        what = "the order of the seats" if equal else "less than a tenth"
+        lines += ["", f"{join_names(level)} are level: {what} puts {best.alias} first."]
+    return "\n".join(lines)
+
+
+def render_reasons(ballots: Iterable[Ballot], votes: bool) -> str:
+    """Whom each put where, or voted for, with the sentence it wrote on it."""
+    lines = []
+    for ballot in ballots:
+        given = ballot.values
+        for alias in sorted(given, key=given.__getitem__, reverse=True):
+            place = 1 + sum(value > given[alias] for value in given.values())
+            rank, said = "for" if votes else f"{place}.", ballot.remarks.get(alias)
+            if place == 1 or not votes:
+                why = f": {said}" if said else ""
+                lines.append(f"- **{ballot.voter}** · {rank} {alias}{why}")
     return "\n".join(lines)
 
 
@@ -2127,12 +2152,13 @@ def render_fold(title: str, text: str) -> str:
 
 
 def unfold(text: str) -> str:
-    """A reply with its drafts as they were; no model can write this element."""
+    """A reply with its drafts as they were, and no figures; no model writes these."""
     before, *folds = text.split(_FOLD)
     for fold in folds:
         inside, _, after = fold.partition(_FOLD_END)
         summary, found, inside = inside.partition("</summary>\n\n")
         inside = inside if found else summary
+        inside = "" if summary.startswith(f"<summary>{FIGURES[2:]}") else inside
         before += inside.replace("&lt;/details", "</details").replace("&amp;", "&")
         before += after
     return before
@@ -2235,11 +2261,12 @@ def escape_labels(text: str) -> str:
 def tokens_of(value: Any) -> int:
     """About how many tokens a text or JSON has, rather too many than too few.
 
-    Five ASCII characters count as two; a Cyrillic one counts 0.9, a Chinese one 1.4.
+    Three ASCII letters or blanks count as one, and so do two bytes of anything else.
     """
     if isinstance(value, str):
-        beyond_ascii = len(value.encode("utf-8", "replace")) - len(value)
-        return 4 + len(value) * 2 // 5 + beyond_ascii // 2
+        data = value.encode("utf-8", "replace")
+        others = data.translate(None, _LETTERS_AND_BLANKS)
+        return 4 + len(data) // 3 + len(others) // 6
     if isinstance(value, Mapping):
         if "image" in str(value.get("type")):
             return _IMAGE_TOKENS
@@ -2314,11 +2341,17 @@ def _without_middle(value: Any, most: int) -> Any:
     if isinstance(value, dict) and value.get("role") != "system":
         inner = {key: value[key] for key in ("content", "text") if key in value}
         return value | {k: _without_middle(each, most) for k, each in inner.items()}
-    if not isinstance(value, str) or (size := tokens_of(value)) <= most:
+    if not isinstance(value, str):
         return value
-    half = len(value) * most // size // 2
-    line = f"({len(value) - 2 * half:,} characters were left out here)"
-    return f"{value[:half]}\n{line}\n{value[-half:]}"
+    return "\n\n".join(_cut_middle(text, most) for text in _BESIDE_LABELS.split(value))
+
+
+def _cut_middle(text: str, most: int) -> str:
+    if (size := tokens_of(text)) <= most:
+        return text
+    half = len(text) * most // size // 2
+    line = f"({len(text) - 2 * half:,} characters were left out here)"
+    return f"{text[:half]}\n{line}\n{text[-half:]}"
 
 
 def messages_for(
@@ -2512,9 +2545,9 @@ def describe_table(
     settings, asked = agenda.settings, commands.rounds is not None
     seats, models = list(agenda.models), list(set(agenda.models.values()))
     told = []
-    if len(seats) == 1:
+    if len(seats) == 1 and not settings.join:
         told.append(f"{seats[0]} is alone: a conversation needs at least two seats")
-    elif len(models) == 1 and not settings.team.strip():
+    elif len(models) == 1 < len(seats) and not settings.team.strip():
         told.append(f"{join_names(seats)} are all {plain_line(cards[models[0]].name)}")
     elif commands.seats:
         told.append(f"In this chat: {join_names(seats)}")
@@ -2754,7 +2787,7 @@ def fold_drafts(
     titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
     spoken = {n: title for n, title in titles.items() if title and title[1] in COLOURS}
     conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
-    for number in (outcome, conclusion, ranking):
+    for number in dict.fromkeys((outcome, conclusion, ranking)):
         for block in sections[number]:
             fields = dict(block.fields)
             if "call_id" in fields:  # by which the page knows an item
@@ -3859,14 +3892,16 @@ class Screen:
 
     def show_progress(self, text: str = "") -> None:
         """The last line, which is replaced in place; without a text it goes away."""
-        if self.progress:
+        if self.progress and str(self.progress.text) != text:
             self.emitter.emit_replace(self.progress, text)
-        elif text and self.can_replace:
+        elif text and self.can_replace and not self.progress:
             self.progress = self.add_line("", text, LAST, passing=True)
 
     def fold(self) -> None:
         """The conclusion first; the drafts below it become one line each."""
-        ours = self.ours["outcome"].section, self.ours["ranking"].section
+        outcome = self.ours["outcome"]
+        ranking = self.ours.get("ranking", outcome)  # two answers have none
+        ours = outcome.section, ranking.section
         for block in fold_drafts(self.transcript, *ours, self.marks):
             self.emitter.emit_replace(block, block.text)
 
@@ -4123,6 +4158,7 @@ class ConnectionGate:
 # -- one model call --------------------------------------------------------------------
 
 
+MOST_SAID = 500_000  # characters of one reply; no model says as much at a time
 Prompt = Callable[[int], list[Json]]  # messages in about so many tokens
 _ANY_LENGTH = 10**9  # tokens
 _PROMPT_SHARE = 0.75  # of a model's context; its answer has to fit in, too
@@ -4141,6 +4177,7 @@ class ModelCall:
     specs: Sequence[Json] = ()
     parameters: Json = field(default_factory=dict)
     said: Sequence[Json] = ()  # behind the prompt: what came of it so far
+    enough: int = MOST_SAID  # characters of its text, after which no more is read
 
 
 def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
@@ -4156,9 +4193,6 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
     return payload | {"stream": streams} | tools
 
 
-MOST_SAID = 500_000  # characters of one reply; no model says as much at a time
-
-
 class Reply:
     """What one model call says: `take` takes its events, and `end` is called once,
     also where it broke off. `spoke`: it must not be asked for again."""
@@ -4170,6 +4204,7 @@ class Reply:
         self.usage: Json = {}  # the last report of the call counts
         self.spoke = False
         self.size = 0  # characters, of reasoning and arguments too
+        self.said = 0  # of text alone
         self._parts: list[str] = []
 
     def take(self, event: ReplyEvent) -> None:
@@ -4192,6 +4227,7 @@ class Reply:
         match event:
             case TextDelta(text, "message"):
                 self.spoke = True
+                self.said += len(text)
                 self._parts.append(text)
             case TextDelta() | ToolCallDelta():
                 self.spoke = True
@@ -4241,7 +4277,8 @@ class ModelCalls:
     host: Host
     settings: Settings
     ledger: Ledger
-    emitter: Emitter | None = None
+    emitter: Emitter
+    busy: dict[str, str] = field(default_factory=dict)  # who is waited for, and why
     # when a speaker's first call in a stage got its slot; until then it is queued
     admitted: dict[tuple[int, str], float] = field(default_factory=dict)
     # stages in which some have answered and several have not -> `_GO_ON`, once said
@@ -4321,7 +4358,10 @@ class ModelCalls:
                 asked_twice = True
             elif failure.is_busy and not failure.midway and patient:
                 waited += pause
+                why = plain_line(f"busy, asking again: {failure}", 150)
+                self.busy[call.speaker] = why
                 await asyncio.sleep(pause)
+                del self.busy[call.speaker]
             elif not asked_twice and (empty or streams and failure.may_work_whole):
                 asked_twice, streams = True, streams and empty
             else:
@@ -4344,13 +4384,14 @@ class ModelCalls:
             self.limits(call.speaker, deadline, call.stage),
             self.host.completion(payload) as items,
         ):
-            pace = Pace(self.emitter) if self.emitter else None
+            pace = Pace(self.emitter)
             async for item in items:
                 for event in decoder.feed(item):
                     reply.take(event)
                     deadline.heard()
-                if pace:
-                    await pace.keep()
+                if reply.said > call.enough:
+                    break
+                await pace.keep()
             for event in decoder.close():
                 reply.take(event)
         await self.host.show_sources(reply.sources)
@@ -4651,12 +4692,14 @@ class ShownReply(Reply):
 
 # -- the run of a mode -----------------------------------------------------------------
 
+_MANAGER_READ = 4_000  # characters; it is asked for one line of JSON
 _TOOLS_AT_ONCE = 4  # of one reply; more would only queue at what they call
-_FIGURES = {  # how each is shown, where it is known
-    "first_token_seconds": "first token {first_token_seconds:.1f} s",
-    "tokens_per_second": "{tokens_per_second:.0f} tokens/s",
-    "input_tokens": "{input_tokens:,} in, {output_tokens:,} out",
-    "cost": "cost {cost:.4f}",
+_FIGURES = {  # a column for each, where it is known of anybody
+    "first_token_seconds": ("First token", "{:.1f} s"),
+    "tokens_per_second": ("Tokens/s", "{:.0f}"),
+    "input_tokens": ("In", "{:,}"),
+    "output_tokens": ("Out", "{:,}"),
+    "cost": ("Cost", "{:.4f}"),
 }
 
 
@@ -4820,18 +4863,22 @@ class Run:
         return " · ".join(parts)
 
     def _describe_figures(self) -> str:
-        lines = []
-        calls, everybody = self.ledger.calls, self.ledger.figures
-        for speaker in dict.fromkeys((*self.cast.participants, *everybody)):
-            report = everybody.get(speaker, Figures()).report()
-            words = [text for name, text in _FIGURES.items() if name in report]
-            if words:
-                lines.append(f"{speaker}: {' · '.join(words).format(**report)}")
-        whole = f"{calls} model call{'' if calls == 1 else 's'}"
-        if "cost" in self.ledger.usage:
-            whole += f" · cost {self.ledger.usage['cost']:.4f} in all"
-        lines.append(whole)
-        return FIGURES + " | ".join(lines)
+        """A line with the sums, and folded under it everybody's figures."""
+        ledger, usage = self.ledger, self.ledger.usage
+        line = f"{FIGURES}{ledger.calls} model call{'s' * (ledger.calls != 1)}"
+        line += f" · {ledger.tokens():,} tokens" if usage else ""
+        line += f" · cost {usage['cost']:.4f}" if "cost" in usage else ""
+        everybody = dict.fromkeys((*self.cast.participants, *ledger.figures))
+        reports = {a: ledger.figures.get(a, Figures()).report() for a in everybody}
+        known = [k for k in _FIGURES if any(k in each for each in reports.values())]
+        titles = " | ".join(_FIGURES[k][0] for k in known)
+        lines = [f"| | {titles} |", "|---" * len(known) + "|---|"]
+        for alias, each in reports.items():
+            cells = (
+                _FIGURES[k][1].format(each[k]) if k in each else "–" for k in known
+            )
+            lines.append(f"| {alias} | {' | '.join(cells)} |")
+        return render_fold(line[2:], "\n".join(lines)) if known else line
 
     # -- the steps of a mode -----------------------------------------------------------
 
@@ -4879,17 +4926,17 @@ class Run:
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
     ) -> Ballot | str:
-        """A voter's ballot: asked, asked again with what was wrong, read leniently."""
+        """A voter's ballot: asked, and asked again with what was wrong."""
         voter = self.cast.participants[paper.voter]
         clock = Deadline(self.settings.turn_timeout)
         prompt = self._prompt(voter, paper.brief, {})
         call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
-        for lenient in (False, True):
+        for _ in range(2):
             try:
                 text = await self.models.text(call)
             except ModelFailure as failure:
                 return str(failure)
-            ballot = read(text, paper, lenient)
+            ballot = read(text, paper)
             if isinstance(ballot, Ballot):
                 return ballot
             answer = {"role": "assistant", "content": text}
@@ -4897,8 +4944,8 @@ class Run:
             call = replace(call, said=[answer, problem])
         return "it could not be read"
 
-    async def _ask_manager(self, step: AskManager, stage: int) -> str | None:
-        """The manager's answer, or None where there is none."""
+    async def _ask_manager(self, step: AskManager, stage: int) -> str | ModelFailure:
+        """The manager's answer, cut where it is plainly no JSON, or its failure."""
         settings, aliases = self.settings, tuple(self.cast.participants)
 
         def prompt(limit: int) -> list[Json]:
@@ -4909,10 +4956,9 @@ class Run:
         clock = Deadline(settings.turn_timeout)
         try:
             call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
-            return await self.models.text(call)
+            return await self.models.text(replace(call, enough=_MANAGER_READ))
         except ModelFailure as failure:
-            log.debug("the manager failed: %s", failure)
-            return None
+            return failure
 
     async def _ask_person(self) -> str:
         """What the person wants; words of its own are shown, and read by all."""
@@ -4975,11 +5021,14 @@ class Run:
                 break
             if there and silent[1:]:
                 self.models.enough.setdefault(stage, "")
+            busy = [f"{who} · {why}" for who, why in self.models.busy.items()]
+            text = f"{PROGRESS}{' · '.join(busy)}" if busy else ""
             if len(tasks) > 1:
                 what = "answered" if sections else "judged"
                 of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
                 states = self._states(tasks, sections, since)
-                self.screen.show_progress(_describe_progress(of_all, there, states))
+                text = _describe_progress(of_all, there, states)
+            self.screen.show_progress(text)
         self.screen.show_progress()
         return done
 
@@ -4998,6 +5047,7 @@ class Run:
                 state = sections[who].describe(who not in since)
             if state == "waiting" and since[who] is None:
                 state = "queued"
+            state = self.models.busy.get(who, state)
             states[f"{self.cast.participants[who].colour} {who}"] = state
         return states
 
@@ -5225,19 +5275,15 @@ async def _prepare(
         raise ConversationError(
             f"Open WebUI could not prepare this conversation: {failure}. Try again."
         ) from failure
-    models = {
-        alias: seat.voice.model_id
-        for alias, seat in cast.participants.items()
-        if alias != cast.chair
-    }
+    seated = cast.participants
+    models = {a: seated[a].voice.model_id for a in seated if a != cast.chair}
     aliases = choose_addressed(commands.only, tuple(models)) or tuple(models)
     if len(aliases) == 1 and not commands.vote:
         if row.drafts or len(models) > 1:
             settings.rounds = 1
         row = MODES["round_robin"]
-    agenda = Agenda(
-        aliases, last_question(entries), settings, models=models, judge=cast.chair
-    )
+    question, judge = last_question(entries), cast.chair
+    agenda = Agenda(aliases, question, settings, models=models, judge=judge)
     problems = (*cast.problems, *filter(None, [commands.problem]))
     told = describe_table(mode_id, agenda, commands, cards)
     cast = replace(cast, problems=problems, told=told)
@@ -5295,7 +5341,8 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         sampling = {name: body[name] for name in SAMPLING if name in body}
         call = ModelCall("task", voice, lambda _: body["messages"], clock)
         call = replace(call, parameters=sampling)
-        models = ModelCalls(host, settings, Ledger(host.add_usage))
+        emitter = Emitter(Transcript(""), plan_chunk, 0)  # nothing is shown
+        models = ModelCalls(host, settings, Ledger(host.add_usage), emitter)
         answer = await models.text(call, streams=False)
         return add_follow_ups(answer, host.followed) if host.followed else answer
     except (HostFailure, ModelFailure) as failure:

@@ -50,8 +50,8 @@ LEAST_GAP = 10.0
 """Seconds of work between two samples, at least."""
 PATIENCE = 90.0
 """Seconds a conversation of the long run may take."""
-OURS = Plan(CROWD, words=100, pace=20)
-NATIVE = Plan(CROWD, words=100, pace=20, native=True)
+OURS = Plan(CROWD, words=150, pace=8)
+NATIVE = Plan(CROWD, words=150, pace=8, native=True)
 WARM = Plan(8, words=10, pace=50)
 SPEAKER = "crowd-40-100"
 GROWTH = {"tasks": 2, "threads": 3, "files": 6, "memory": 0.05}

@@ -80,10 +80,9 @@ async def test_stop_shows_and_stores_all_that_was_said_behind_the_first(
         await finish(page, reply)
     for hold in holds:
         hold.release()
-    assert sorted(headings(reply)[:2]) == ["🔴 Ben", "🟢 Cy"]
+    assert sorted(headings(reply)) == ["🔴 Ben", "🟢 Cy"]
     assert section(reply, "🟢 Cy").startswith("The fir")
-    assert section(reply, "🔵 Ann").startswith("> ⚠️ **Ann** could not answer")
-    assert "writing" not in reply.text
+    assert "writing" not in reply.text and "⚠️" not in reply.text
 
 
 async def test_what_a_late_member_still_says_moves_nothing_before_the_end(
@@ -118,5 +117,6 @@ async def test_who_fails_before_a_word_has_a_heading_and_a_line(talk: Talk) -> N
     gone = [Status(404, {"error": {"message": "Gone."}})]
     gather(talk, 3, Ben=odd("Ben", answer=gone))
     reply = await talk.ask(QUESTION, COUNCIL)
-    assert section(reply, "🔴 Ben") == "> ⚠️ **Ben** could not answer: Gone. (HTTP 404)"
-    assert len(headings(reply)) == 5
+    line = "> ⚠️ **Ben** could not answer: Gone. (HTTP 404)"
+    assert section(reply, "🔴 Ben").splitlines()[0] == line
+    assert len(headings(reply)) == 4

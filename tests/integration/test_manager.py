@@ -98,7 +98,9 @@ async def test_a_failing_manager_means_the_next_in_order(talk: Talk) -> None:
     talk.seat(*TEAM, manager_model="fails-500")
     reply = await talk.ask("Oaks or birches?", MANAGER)
     assert headings(reply) == ["🔵 Ann", "🔴 Ben", "🟢 Cy"]
-    assert "manager failed" in reply.statuses[0]["description"]
+    assert "next in order" in reply.statuses[0]["description"]
+    assert "> ⚠️ The manager failed: " in reply.text.split("### ")[0]
+    assert reply.text.count("The manager failed: The scripted") == 1
 
 
 async def test_without_a_manager_model_the_first_participants_model_leads(

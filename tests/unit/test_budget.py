@@ -46,7 +46,7 @@ def words_of(entries: list[mmc.Entry]) -> list[str]:
     ("said", "at_least"),  # as the tokenizers of today's models count them
     [
         ("The quick brown fox jumps over the lazy dog. " * 20, 200),
-        ("for (let i = 0; i < n; i++) { total += values[i]; }\n" * 20, 420),
+        ("for (let i = 0; i < n; i++) { total += values[i]; }\n" * 20, 400),
         ("今天天气很好，我们去公园散步吧。" * 20, 320),
         ("ꦲꦤꦕꦫꦏ" * 20, 130),
         ("Съешь же ещё этих мягких французских булок. " * 20, 340),
@@ -178,6 +178,19 @@ def test_texts_that_are_too_long_lose_their_middle_and_say_so() -> None:
     assert shorter[1]["content"][1] == IMAGE and shorter[3]["content"] == cut
     assert json.dumps(messages) == before
     assert mmc.squeeze(messages, 10**6) == messages
+
+
+def test_where_many_were_heard_each_of_them_loses_its_middle() -> None:
+    said = [turn(alias, f"I am {alias}. {'x' * 9000} So {alias}.") for alias in ALIASES]
+    entries: list[mmc.Entry] = [mmc.Question("Which tree?"), *said]
+    dan = mmc.Participant("Dan", "🔵", "", mmc.Voice("oak-1"))
+    (heard,) = mmc.squeeze(mmc.messages_for(dan, entries, "Your turn."), 3000)
+    assert mmc.tokens_of(heard) <= 3000
+    assert heard["content"].count("characters were left out here") == 3
+    for alias in ALIASES:
+        assert f'<message from="{alias}">\nI am {alias}. x' in heard["content"]
+        assert f"x So {alias}.\n</message>" in heard["content"]
+    assert heard["content"].endswith("\n\nYour turn.")
 
 
 def test_what_cannot_be_cut_is_sent_as_short_as_it_can_be() -> None:

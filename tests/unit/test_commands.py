@@ -301,6 +301,7 @@ def table(
             {"models": {"Ann": GPT}},
             "Ann is alone: a conversation needs at least two seats",
         ),
+        ({"models": {"Ann": GPT}, "join": True}, ""),
     ],
 )
 def test_one_line_says_what_was_understood_and_what_is_not_the_usual(

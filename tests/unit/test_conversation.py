@@ -138,6 +138,13 @@ def test_one_model_alone_is_seated_in_three_roles(chosen: dict[str, Any]) -> Non
     assert (problems, by_default) == ([], not chosen)
 
 
+def test_fewer_roles_than_seats_that_are_allowed_are_no_problem() -> None:
+    chosen = settings(participants=["elm-1"], max_participants=2)
+    seats, problems, _ = mmc.choose_seats(chosen, CARDS)
+    assert [seat.alias for seat in seats] == ["Optimist", "Sceptic"]
+    assert problems == []
+
+
 def test_a_team_of_one_is_what_was_asked_for() -> None:
     seats, _, _ = mmc.choose_seats(settings(team="elm-1"), CARDS)
     assert [seat.alias for seat in seats] == ["Elm"]
@@ -301,13 +308,15 @@ def asked(steps: Iterable[mmc.Step]) -> list[mmc.AskManager]:
     return [step for step in steps if isinstance(step, mmc.AskManager)]
 
 
-def with_answers(*answers: str | None) -> Callable[[mmc.Step], Any]:
+def with_answers(*answers: str | mmc.ModelFailure) -> Callable[[mmc.Step], Any]:
     """Everybody speaks; the manager gives these answers, one after another."""
     left = list(answers)
 
     def respond(step: mmc.Step) -> Any:
         if isinstance(step, mmc.AskManager):
             return left.pop(0)
+        if isinstance(step, mmc.Publish):
+            return None
         assert isinstance(step, mmc.Speak)
         return said(step.aliases[0])
 
@@ -320,6 +329,8 @@ def with_failing(*broken: str) -> Callable[[mmc.Step], Any]:
     def respond(step: mmc.Step) -> Any:
         if isinstance(step, mmc.AskManager):
             return step.candidates[0]
+        if isinstance(step, mmc.Publish):
+            return None
         assert isinstance(step, mmc.Speak)
         alias = step.aliases[0]
         return failed(alias) if alias in broken else said(alias)
@@ -412,9 +423,11 @@ def test_nobody_is_asked_to_speak_twice_in_a_row_unless_alone(
         if isinstance(step, mmc.Speak):
             fails = data.draw(st.booleans())
             return failed(step.aliases[0]) if fails else said(step.aliases[0])
+        if isinstance(step, mmc.Publish):
+            return None
         assert isinstance(step, mmc.AskManager)
         assert step.last not in step.candidates or step.candidates == (step.last,)
-        return data.draw(st.sampled_from([*aliases, "nobody", None]))
+        return data.draw(st.sampled_from([*aliases, "nobody", GONE]))
 
     steps, why = play(managed(aliases, rounds, None), respond, most=300)
     order = speakers(steps).split()
@@ -445,15 +458,24 @@ def test_after_two_wrong_answers_the_next_in_order_speaks() -> None:
         with_answers("?", '{"next": "Zoe"}', "Cat", "Bob"),
     )
     assert speakers(steps) == "Bob Cat Bob"
+    (told,) = [step.text for step in steps if isinstance(step, mmc.Publish)]
+    assert "manager named nobody who may speak now" in told
+
+
+GONE = mmc.ModelFailure("HTTP 500.")
 
 
 def test_when_the_manager_fails_the_next_in_order_speaks() -> None:
     steps, _ = play(
-        managed(["Ann", "Bob", "Cat"], 1, "Bob"), with_answers(None, None, None)
+        managed(["Ann", "Bob", "Cat"], 1, "Bob"), with_answers(GONE, GONE, "Bob")
     )
     assert speakers(steps) == "Cat Ann Bob"
     notes = [step.note for step in steps if isinstance(step, mmc.Speak)]
-    assert all("the manager failed" in note for note in notes)
+    assert notes == ["next in order", "next in order", ""]
+    shown = [step for step in steps if isinstance(step, mmc.Publish)]
+    line = "> ⚠️ The manager failed: HTTP 500. So the next in order speaks."
+    assert [step.text for step in shown] == [line, line]
+    assert len({step.key for step in shown}) == 1  # the second takes its place
 
 
 def test_with_one_candidate_left_the_manager_is_asked_whether_to_end_it() -> None:
@@ -466,11 +488,12 @@ def test_with_one_candidate_left_the_manager_is_asked_whether_to_end_it() -> Non
         ("Ann",)
     ]
     assert why == "The manager ended it: All is said"
+    assert steps[-1] == mmc.Publish("outcome", f"> 🏁 {why}")
 
 
 def test_with_one_candidate_left_a_wrong_answer_is_not_sent_back() -> None:
     steps, why = play(
-        managed(["Ann", "Bob"], 2, None), with_answers("Bob", "?", "Ann", None)
+        managed(["Ann", "Bob"], 2, None), with_answers("Bob", "?", "Ann", GONE)
     )
     assert speakers(steps) == "Bob Ann Bob Ann"
     assert len(asked(steps)) == 4

@@ -60,8 +60,8 @@ def ticked(text: str) -> None:
 
 
 READERS: dict[str, Reader] = {
-    "a ballot": partial(mmc.read_ranking, paper=PAPER, lenient=True),
-    "a vote": partial(mmc.read_vote, paper=PAPER, lenient=True),
+    "a ballot": partial(mmc.read_ranking, paper=PAPER),
+    "a vote": partial(mmc.read_vote, paper=PAPER),
     "a manager": manager,
     "arguments": arguments,
     "a history": history,

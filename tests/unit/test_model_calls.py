@@ -1,6 +1,7 @@
 """Section 7: the limits of a reply, and the one door to every model."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -222,6 +223,14 @@ async def test_stream_options_that_are_rejected_are_not_sent_again(
     assert sent == [True, False, False]
 
 
+async def test_no_more_is_read_of_an_answer_than_is_enough() -> None:
+    thought = {"choices": [{"delta": {"reasoning_content": "Who knows?"}}]}
+    prose = text("Well, ", "let me think ")
+    door = Door([thought, *prose, asyncio.Event(), *text("about it.")])
+    call = replace(door.call(), enough=8)
+    assert await door.models.text(call) == "Well, let me think"
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 408, 413])
 async def test_a_request_that_is_at_fault_is_made_once(status: int) -> None:
     door = Door([mmc.ModelFailure("no", status)])
@@ -429,7 +438,8 @@ def watched(person: Person, *replies: Any) -> tuple[mmc.ModelCalls, mmc.ModelCal
     host = ScriptedHost(
         door.host.request, None, door.host.metadata, None, person, list(replies)
     )
-    models = mmc.ModelCalls(host, door.run.settings, door.run.ledger)
+    run = door.run
+    models = mmc.ModelCalls(host, run.settings, run.ledger, run.screen.emitter)
     return models, door.call()
 
 

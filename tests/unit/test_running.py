@@ -861,7 +861,8 @@ async def test_a_manager_leads_and_its_reason_is_a_status() -> None:
         mmc.managed,
         aliases=["Ann", "Bob", "Cat"],
     )
-    assert lines_of(output) == ["### 🟢 Cat", "Firs."]
+    ended = "> 🏁 The manager ended it: All is said"
+    assert lines_of(output) == ["### 🟢 Cat", "Firs.", ended]
     assert any("Cat knows trees" in status for status in host.statuses)
     assert host.statuses[-1].startswith("The manager ended it: All is said · 1 turn")
 
@@ -876,7 +877,8 @@ async def test_a_manager_that_fails_does_not_end_it() -> None:
         ],
         mmc.managed,
     )
-    assert lines_of(output) == ["### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
+    why = "> ⚠️ The manager failed: gone. So the next in order speaks."
+    assert lines_of(output) == [why, "### 🔵 Ann", "Oaks.", "### 🔴 Bob", "Elms."]
 
 
 async def test_a_bug_does_not_take_the_text_with_it() -> None:
