@@ -508,15 +508,19 @@ async def test_nothing_watches_a_model_where_nobody_can_be_asked() -> None:
 
 
 async def test_a_member_that_is_queued_is_not_late() -> None:
-    run, _ = make_run(answer_deadline=1)
+    run, _ = make_run(aliases=("Ann", "Bob", "Cat"), answer_deadline=1)
     done = {name: asyncio.Event() for name in ("Ann", "Bob", "Cat")}
 
     async def turn(name: str) -> mmc.Turn:
         await done[name].wait()
         return mmc.Turn(name, "Oaks.")
 
-    tasks = {name: asyncio.create_task(turn(name)) for name in done}
-    waiting = asyncio.create_task(run._wait_in_view(tasks, 1, {}))
+    sections = {}
+    for name in done:
+        section = mmc.Section(run.screen, run.cast.participants[name], mmc.Deadline(9))
+        section.task = asyncio.create_task(turn(name))
+        sections[name] = section
+    waiting = asyncio.create_task(run._wait_in_view(sections, "answered", 1))
     long_ago = asyncio.get_running_loop().time() - 60
     run.models.admitted |= {(1, "Ann"): long_ago, (1, "Cat"): long_ago}
     done["Ann"].set()
@@ -526,5 +530,5 @@ async def test_a_member_that_is_queued_is_not_late() -> None:
     done["Cat"].set()
     await turns_of_the_loop()
     assert waiting.done()
-    assert not tasks["Bob"].done()
-    await mmc.end_tasks(*tasks.values())
+    assert not sections["Bob"].task.done()
+    await mmc.end_tasks(sections["Bob"].task)
