@@ -642,8 +642,8 @@ class AskPerson:
 
 # what a person may want after a round, and what that does
 WISHES = {
-    "Go on": "The conversation goes on as planned",
-    "Put it to the vote": "Members judge what was said, and a chair concludes",
+    "Go on": "As planned",
+    "Put it to the vote": "All vote, a chair concludes",
     "Enough, conclude": "A chair concludes at once",
 }
 GO_ON, VOTE, ENOUGH = WISHES
@@ -1258,9 +1258,9 @@ class ForgeryGuard:
     def _is_first(self, end: str) -> bool:
         """Whether the line, which ends so here, may become a heading by its last
         character, or make one of the paragraph above."""
-        if self._lines.may_be_code or self._lines.closing or len(self._line) > 40:
-            return False
-        if end[-1] not in ("#-=" if self._lines.in_paragraph else "#"):
+        is_code = self._lines.may_be_code or self._lines.closing
+        signs = "" if is_code else "#-=" if self._lines.in_paragraph else "#"
+        if end[-1] not in signs or len(self._line) > 40:
             return False
         line = "".join([*self._line, end])
         return len(line) <= 40 and bool(_FIRST.fullmatch(line))
@@ -2574,17 +2574,18 @@ def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
     items, with up to three questions of ours behind its own; the host takes five."""
     texts = (text_of(i.get("content")) for i in output if i.get("type") == "message")
     reply = {"role": "assistant", "content": "\n\n".join(texts)}
-    turns = [turn for turn in _read_reply([reply], None) if turn.alias]
-    said = list(dict.fromkeys(t.alias for t in turns if t.text and not t.concludes))
-    silent = dict.fromkeys(t.alias for t in turns if t.alias not in said)
+    turns = list(_read_reply([reply], None))
+    of_members = [turn for turn in turns if turn.alias and not turn.concludes]
+    said = list(dict.fromkeys(turn.alias for turn in of_members if turn.text))
+    silent = dict.fromkeys(t.alias for t in of_members if t.alias not in said)
     ours = [f"{', '.join(silent)}: please answer, too."] if silent else []
     if said[1:]:
         ours.append(f"{said[0]}: answer what {said[-1]} said.")
         if not any(turn.concludes for turn in turns):
             ours += ["/vote Who is right?", "/rounds 1 Take up what was said."]
     listed = _part_of(_find_object(answer, "follow_ups"), "follow_ups", list)
-    whole = {"follow_ups": [*listed[: 5 - len(ours[:3])], *ours[:3]]}
-    return json.dumps(whole, ensure_ascii=False)
+    theirs = [each for each in listed if isinstance(each, str)][: max(5 - len(ours), 2)]
+    return json.dumps({"follow_ups": [*theirs, *ours[:3]]}, ensure_ascii=False)
 
 
 # -- tool arguments --------------------------------------------------------------------
@@ -2654,13 +2655,12 @@ _DELTA_TYPES: dict[BlockKind, str] = {
 class GrowingText:
     """A text that grows by pieces, and what of it was sent; `append` is O(1)."""
 
-    __slots__ = ("_parts", "_sent", "_sent_parts", "length")
+    __slots__ = ("_parts", "_sent", "length")
 
     def __init__(self) -> None:
         self.length = 0
         self._parts: list[str] = []
-        self._sent_parts = self._parts  # others, once the text was replaced
-        self._sent = 0  # so many of these
+        self._sent: int | None = 0  # so many of these; None: another text
 
     def append(self, piece: str) -> None:
         """Add a piece at the end."""
@@ -2673,20 +2673,17 @@ class GrowingText:
         if text.startswith(now):
             self.append(text[len(now) :])
         else:
-            self._parts, self.length = [text], len(text)
+            self._parts, self._sent, self.length = [text], None, len(text)
 
     def unsent(self) -> str | None:
         """What was not sent; None if what was sent is no longer a beginning."""
-        if self._sent_parts is self._parts:
-            return "".join(self._parts[self._sent :])
-        sent, now = "".join(self._sent_parts[: self._sent]), str(self)
-        return now[len(sent) :] if now.startswith(sent) else None
+        return None if self._sent is None else "".join(self._parts[self._sent :])
 
     def mark_sent(self) -> None:
         """All was sent; the pieces that are new become one: thousands cost memory."""
-        known = self._sent if self._sent_parts is self._parts else 0
+        known = self._sent or 0
         self._parts[known:] = ["".join(self._parts[known:])]
-        self._sent_parts, self._sent = self._parts, len(self._parts)
+        self._sent = len(self._parts)
 
     def __str__(self) -> str:
         return "".join(self._parts)
@@ -2780,9 +2777,8 @@ def fold_drafts(
 ) -> Iterator[Block]:
     """Put the outcome, the conclusion and the ranking in front, and fold each draft in
     a line with its mark; gives the blocks that now read otherwise."""
-    sections: dict[int, list[Block]] = {}
-    for block in transcript.blocks:
-        sections.setdefault(block.section, []).append(block)
+    numbered = groupby(transcript.blocks, lambda block: block.section)
+    sections = {number: list(blocks) for number, blocks in numbered}
     titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
     spoken = {n: title for n, title in titles.items() if title and title[1] in COLOURS}
     conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
@@ -3013,11 +3009,6 @@ class Host:
     def in_chat(self) -> bool:
         """Whether the reply is a message of a chat, as the host itself decides it."""
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
-
-    @property
-    def user_name(self) -> str:
-        """What the person is called in a heading."""
-        return clean_alias(str(getattr(self.user, "name", ""))) or "You"
 
     @property
     def can_replace(self) -> bool:
@@ -3878,8 +3869,7 @@ class Screen:
         fields["status"] = "completed"
         block = self.transcript.add("message", speaker, section, **fields)
         # the host joins the first block of a continued reply to the text before it
-        first = block is self.transcript.blocks[0]
-        gap = "\n\n" if self.continued and first else ""
+        gap = "\n\n" * (self.continued and block is self.transcript.blocks[0])
         self.emitter.emit_replace(block, gap + line)
         return block
 
@@ -4285,8 +4275,8 @@ class ModelCalls:
     busy: dict[str, str] = field(default_factory=dict)  # who is waited for, and why
     # when a speaker's first call in a stage got its slot; until then it is queued
     admitted: dict[tuple[int, str], float] = field(default_factory=dict)
-    # stages in which some have answered and several have not -> whether to go on
-    enough: dict[int, bool] = field(default_factory=dict)
+    # stages in which some have answered and several have not -> `_GO_ON`, once said
+    enough: dict[int, str] = field(default_factory=dict)
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
@@ -4450,9 +4440,10 @@ class ModelCalls:
             async with self._dialog:  # one at a time
                 if deadline.now() - max(deadline.heard_at, asked_at) < limit:
                     continue
-                answer = await self._ask_to_skip(name, deadline, stage)
+                enough = self.enough.get(stage)
+                answer = enough or await self._ask_to_skip(name, deadline, stage)
                 if answer == _GO_ON:
-                    self.enough[stage] = True
+                    self.enough[stage] = _GO_ON
                 if answer in (_SKIP, _GO_ON):
                     deadline.skip()
                     return
@@ -4465,7 +4456,7 @@ class ModelCalls:
         question += "Skip it and go on without it?"
         options = {"Wait": "You are asked again later", _SKIP: f"Go on without {name}"}
         if stage in self.enough:
-            options[_GO_ON] = "Go on without all who have not answered yet"
+            options[_GO_ON] = "Skip all who are silent for so long"
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as deadline.dialog:
                 return await self.host.ask(f"Skip {name}?", question, options)
@@ -4486,6 +4477,7 @@ class Section:
     role: str = ""
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
     number: int = 0  # its place, from when it has one
+    task: asyncio.Task[Any] = field(init=False)
     _reply: ShownReply | None = None  # until it is recorded
     _messages: list[Json] = field(default_factory=list)
     _failure: str | None = None
@@ -4580,15 +4572,20 @@ class Section:
             self.screen.transcript.close_section(self.number)
             self.screen.emitter.nudge()
 
-    def describe(self, is_done: bool) -> str:
-        """How far it is, where nothing of it is seen yet; else nothing."""
+    def describe(self, asked: float | None, busy: str = "") -> str:
+        """A line on how far it is, where nothing of it is seen yet or its model is
+        `busy`; else nothing."""
         said = self.screen.transcript.of(self.number)[1:]  # below the heading
-        if said and self.screen.emitter.may_send(said[0]):
+        is_done = self.task.done()
+        seen = self.screen.emitter.may_send(said[0]) if said else is_done
+        if seen and not busy:
             return ""
         words = count_words(said)
-        if is_done:
-            return f"done, {words}" if words else "no answer"
-        return f"writing, {words}" if words else "thinking" if said else "waiting"
+        state = "done" if is_done else "writing" if words else "thinking"
+        if not said:
+            state = "queued" if asked is None else "waiting"
+        who = f"{self.participant.colour} {self.participant.alias}"
+        return f"{who} · {busy or state}" + (f", {words}" if words else "")
 
     def notice(self, line: str) -> None:
         """A line of ours at the end of the section."""
@@ -4635,7 +4632,6 @@ class ShownReply(Reply):
     def end(self) -> None:
         """Nothing more comes: its text, and its tool calls with ids of our own."""
         self._pause()
-        self._close_open()
         # joined as the host joins the blocks of a message
         self.text = "\n".join(str(block.text) for block in self._texts).strip()
         for open_call, argument_texts in self._pieces.close():
@@ -4647,7 +4643,7 @@ class ShownReply(Reply):
                 self.calls.append(ToolCall(call_id, open_call.name, arguments))
 
     def _add_text(self, kind: BlockKind, text: str) -> None:
-        if kind != self._kind:
+        if text and kind != self._kind:
             self._pause()
             self._kind = kind
         self._show(self._guard.feed(self._names.feed(text)))
@@ -4655,27 +4651,23 @@ class ShownReply(Reply):
     def _show(self, text: str) -> None:
         if self._kind == "message" and not self._texts:
             text = text.lstrip()
-        if text:
-            self._grow(self._kind, text)
+        if not text:
+            return
+        self.spoke = True
+        if self._open is None:
+            self._open, self._opened_at = (
+                self._section.add(self._kind),
+                time.monotonic(),
+            )
+            if self._kind == "message":
+                self._texts.append(self._open)
+        self._open.text.append(text)
+        self._emit(self._open, self._open.text)
 
     def _pause(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
         self._show(self._guard.feed(self._names.close()) + self._guard.close())
         self._guard = ForgeryGuard()
-
-    def _grow(self, kind: BlockKind, text: str) -> None:
-        self.spoke = True
-        block = self._open
-        if block is None or block.kind != kind:
-            self._close_open()
-            block = self._section.add(kind)
-            self._open, self._opened_at = block, time.monotonic()
-            if kind == "message":
-                self._texts.append(block)
-        block.text.append(text)
-        self._emit(block, block.text)
-
-    def _close_open(self) -> None:
         block, self._open = self._open, None
         if block is not None and block.kind == "reasoning":
             seconds = time.monotonic() - self._opened_at
@@ -4687,7 +4679,6 @@ class ShownReply(Reply):
         call = self._pieces.feed(delta)
         card = self._cards.get(call)
         if card is None:
-            self._close_open()
             card = self._cards[call] = self._section.add_card()
         card.fields["name"] = call.name
         card.text.append(delta.arguments)
@@ -4712,18 +4703,6 @@ def _describe_place(error: BaseException) -> str:
     frames = "".join(traceback.format_tb(error.__traceback__))
     inner = "\n".join(map(_describe_place, getattr(error, "exceptions", ())))
     return f"{type(error).__name__}\n{frames}{inner}"
-
-
-def _describe_progress(
-    of_all: str, there: Mapping[str, float], states: Mapping[str, str]
-) -> str:
-    """How many are there, who was fastest, and a line for each who is not seen yet."""
-    first = f"{PROGRESS}{len(there)} {of_all}"
-    if there:
-        fastest, after = next(iter(there.items()))
-        first += f" · fastest {fastest} {after:.1f} s"
-    lines = (f"{who} · {state}" for who, state in states.items() if state)
-    return "\n> ".join([first, *lines])
 
 
 @dataclass(frozen=True, slots=True)
@@ -4894,7 +4873,7 @@ class Run:
         if len(step.aliases) > 1:
             self.screen.show_progress(f"{PROGRESS}waiting for {who}")
         announced = len(step.aliases) == 1 or self.settings.all_at_once
-        sections, tasks = {}, {}
+        sections = {}
         for alias in step.aliases:
             clock = Deadline(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
@@ -4902,8 +4881,9 @@ class Run:
             if announced and not step.concludes:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
-            sections[alias], tasks[alias] = section, self.tasks.create_task(turn)
-        done = await self._wait_in_view(tasks, stage, sections, step.quorum)
+            section.task = self.tasks.create_task(turn)
+            sections[alias] = section
+        done = await self._wait_in_view(sections, "answered", stage, step.quorum)
         late = [section for alias, section in sections.items() if alias not in done]
         self.late.extend(late)
         for section in late:
@@ -4919,13 +4899,15 @@ class Run:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
         self.screen.show_progress(f"{PROGRESS}the members judge each other")
-        tasks = {}
+        voters = {}
         for paper in step.papers:
+            speaker, clock = self.cast.participants[paper.voter], Deadline(0)
+            voter = voters[paper.voter] = Section(self.screen, speaker, clock)
             ballot = self._cast_ballot(paper, step.read, stage)
-            tasks[paper.voter] = self.tasks.create_task(ballot)
-        done = await self._wait_in_view(tasks, stage, {})
-        await end_tasks(*tasks.values())
-        return [done.get(who, "it was late") for who in tasks]
+            voter.task = self.tasks.create_task(ballot)
+        done = await self._wait_in_view(voters, "judged", stage)
+        await end_tasks(*(voter.task for voter in voters.values()))
+        return [done.get(who, "it was late") for who in voters]
 
     async def _cast_ballot(
         self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
@@ -4970,9 +4952,9 @@ class Run:
         said = await self.host.ask("Your turn", question, WISHES, free=True)
         if said and said not in WISHES:
             guard, said = ForgeryGuard(), storable(said)
-            text = f"{RULE}### {PERSON_MARK} {self.host.user_name}\n\n"
-            text += guard.feed(said) + guard.close()
-            self.screen.publish(f"said {len(self.entries)}", text)
+            name = clean_alias(str(getattr(self.host.user, "name", ""))) or "You"
+            text = f"{RULE}### {PERSON_MARK} {name}\n\n{guard.feed(said)}"
+            self.screen.publish(f"said {len(self.entries)}", text + guard.close())
             self.entries.append(Turn("", said))
         return said
 
@@ -4996,11 +4978,7 @@ class Run:
         return prompt
 
     async def _wait_in_view(
-        self,
-        tasks: Mapping[str, asyncio.Task[Any]],
-        stage: int,
-        sections: Mapping[str, Section],
-        quorum: int = 0,
+        self, sections: Mapping[str, Section], what: str, stage: int, quorum: int = 0
     ) -> Json:
         """What is there by name once the quorum is, or everybody is done or has had its
         time since its call was let in; shows each second who of several is missing.
@@ -5009,54 +4987,48 @@ class Run:
         begun = clock()
         done: Json = {}
         there: dict[str, float] = {}  # who did not fail, and after how long
-        while pending := [task for task in tasks.values() if not task.done()]:
+        while pending := [s.task for s in sections.values() if not s.task.done()]:
             one = asyncio.FIRST_COMPLETED
             await asyncio.wait(pending, timeout=1, return_when=one)
             now = clock()
-            done = {who: task.result() for who, task in tasks.items() if task.done()}
+            ended = {who: s.task for who, s in sections.items() if s.task.done()}
+            done = {who: task.result() for who, task in ended.items()}
             for who, result in done.items():
                 match result:
                     case Turn(failure=None) | Ballot():
                         there.setdefault(who, now - begun)
-            silent = [who for who in tasks if who not in done]
+            silent = [who for who in sections if who not in done]
             since = {who: self.models.admitted.get((stage, who)) for who in silent}
             late = all(at is not None and now - at > limit for at in since.values())
-            late = late or self.models.enough.get(stage, False)
             if (quorum and len(there) >= quorum) or (late and there):
                 break
             if there and silent[1:]:
-                self.models.enough.setdefault(stage, False)
-            else:
-                self.models.enough.pop(stage, None)
-            busy = [f"{who} · {why}" for who, why in self.models.busy.items()]
-            text = f"{PROGRESS}{' · '.join(busy)}" if busy else ""
-            if len(tasks) > 1:
-                what = "answered" if sections else "judged"
-                of_all = f"of {len(tasks)} {what} · {now - begun:.1f} s"
-                states = self._states(tasks, sections, since)
-                text = _describe_progress(of_all, there, states)
+                self.models.enough.setdefault(stage, "")
+            text = f"{len(there)} of {len(sections)} {what} · {now - begun:.1f} s"
+            text = self._describe_progress(text, sections, there, since)
             self.screen.show_progress(text)
         self.screen.show_progress()
         return done
 
-    def _states(
+    def _describe_progress(
         self,
-        everybody: Iterable[str],
+        text: str,
         sections: Mapping[str, Section],
+        there: Mapping[str, float],
         since: Mapping[str, float | None],
-    ) -> dict[str, str]:
-        """How far each is, "" where that is seen; `since` when those were asked who
-        are not done."""
-        states = {}
-        for who in everybody:
-            state = "waiting" if who in since else ""
-            if sections:
-                state = sections[who].describe(who not in since)
-            if state == "waiting" and since[who] is None:
-                state = "queued"
-            state = self.models.busy.get(who, state)
-            states[f"{self.cast.participants[who].colour} {who}"] = state
-        return states
+    ) -> str:
+        """Behind this text, who was fastest, and a line for each who is not seen yet;
+        of one alone only that its model is busy."""
+        busy = self.models.busy
+        if len(sections) == 1:
+            told = " · ".join(f"{who} · {why}" for who, why in busy.items())
+            return f"{PROGRESS}{told}" if busy else ""
+        for who in list(there)[:1]:
+            text += f" · fastest {who} {there[who]:.1f} s"
+        for who, section in sections.items():
+            line = section.describe(since.get(who), busy.get(who, ""))
+            text += f"\n> {line}" if line else ""
+        return f"{PROGRESS}{text}"
 
     # -- a turn ------------------------------------------------------------------------
 

@@ -38,7 +38,7 @@ CONCLUSION = (
     "Plant an oak. Three of us could live with it, and one holds the minority view: ",
     "a tree that is green in winter. I stay with the oak, for the birds.",
 )
-OPEN = {"fold_drafts": False}
+OPEN = {"fold_drafts": False, "all_at_once": True}
 FAILS = [Status(500, {"error": {"message": "The scripted chair is out of memory."}})]
 
 
@@ -123,29 +123,53 @@ async def folds(page: OpenPage) -> list[str]:
     return [text.strip() for text in await lines.all_inner_texts()]
 
 
-async def test_four_members_are_seen_writing_at_once(
+MOVES = """() => {
+  const last = {}, moved = window.moved = [];
+  const look = () => {
+    const answer = [...document.querySelectorAll("#response-content-container")].pop();
+    for (const h of answer?.querySelectorAll("h3") ?? []) {
+      const y = h.getBoundingClientRect().y - answer.getBoundingClientRect().y;
+      const name = h.textContent.trim();
+      if (Math.abs(y - (last[name] ?? y)) > 0.5) moved.push([name, y - last[name]]);
+      last[name] = y;
+    }
+    requestAnimationFrame(look);
+  };
+  look();
+}"""
+"""Notes, at each frame, which heading of the last answer has moved in it."""
+
+
+async def test_nothing_moves_while_four_write_at_once(
     scene: Scene, council: Council, host: OpenWebUI
 ) -> None:
     host.set_valves(FUNCTION_ID, {})
     page = await scene.join("Fay", COUNCIL, team=TEAM)
-    with council.held_while_answering(*ANSWERS, after=9) as holds:
-        await page.ask(QUESTION)
-        for hold in holds:
-            hold.wait_until_reached(timeout=30)
-        for answer in ANSWERS.values():
-            await page.wait_text(" ".join(answer.split()[:9]))
-        await page.wait_text("0 of 4 answered")
-        assert await headings(page) == ["🔵 Oda", "🔴 Ella", "🟢 Beth", "🟠 Pia"]
-        for answer in ANSWERS.values():
-            assert answer not in await page.visible_reply_text()
-        await scene.snap(page, "20-four-at-once")
+    await page.tab.evaluate(MOVES)
+    with council.server.hold("ending") as ending:
+        with council.held_while_answering(*ANSWERS, after=9) as holds:
+            await page.ask(QUESTION)
+            for hold in holds:
+                hold.wait_until_reached(timeout=30)
+            await page.wait_text("0 of 4 answered")
+            (first,) = await headings(page)
+            for name in {"🔵 Oda", "🔴 Ella", "🟢 Beth", "🟠 Pia"} - {first}:
+                await page.wait_text(f"{name} · writing, 9 words")
+            for answer in ANSWERS.values():
+                assert answer not in await page.visible_reply_text()
+            await scene.snap(page, "20-four-at-once")
+        ending.wait_until_reached(timeout=30)
+        await page.wait_text("one holds the minority view")
+        assert len(await headings(page)) == 6
+        assert (await headings(page))[0] == first
+        assert await page.tab.evaluate("moved") == []
     await page.wait_finished()
     assert await headings(page) == ["🔵 Oda · conclusion", "🏆 Ranking"]
-    assert await folds(page) == [
-        "🔵 Oda · rank 1 · 26 words",
+    assert sorted(line for line in await folds(page) if "words" in line) == [
         "🔴 Ella · rank 2 · 26 words",
-        "🟢 Beth · rank 3 · 27 words",
+        "🔵 Oda · rank 1 · 26 words",
         "🟠 Pia · rank 4 · 21 words",
+        "🟢 Beth · rank 3 · 27 words",
     ]
     shown = await page.visible_reply_text()
     assert "".join(CONCLUSION) in shown
@@ -185,7 +209,7 @@ async def test_a_slow_member_holds_nobody_up_and_is_skipped_with_a_click(
             slow.wait_until_reached(timeout=30)
             await page.wait_text(ANSWERS["oak"])
             await page.wait_text("3 of 4 answered")
-            await page.wait_text("waiting for Beth")
+            await page.wait_text("Beth · waiting")
             await page.tab.get_by_text("Skip Beth?").wait_for()
             await expect(page.tab.locator(DIALOG)).to_have_count(0)  # it covers nothing
             await scene.snap(page, "24-skip-card")

@@ -1,6 +1,8 @@
 """Section 4 and 5: councils and debates by hand, ballots, and sections that grow."""
 
+import asyncio
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -1734,31 +1736,46 @@ def test_without_any_figure_the_closing_line_counts_the_calls() -> None:
     assert run._describe_figures() == "> ⏱️ 0 model calls"
 
 
-def test_progress_says_how_far_everybody_is_who_is_not_seen_yet() -> None:
-    assert mmc._describe_progress("of 2 answered · 1.0 s", {}, {"🔵 Ann": ""}) == (
-        "> ⏳ 0 of 2 answered · 1.0 s"
-    )
-    states = {"🔵 Ann": "queued", "🔴 Bob": "", "🟢 Cat": "writing, 140 words"}
-    there = {"Dan": 1.25, "Eve": 2.0}
-    assert mmc._describe_progress("of 5 answered · 3.5 s", there, states) == (
-        "> ⏳ 2 of 5 answered · 3.5 s · fastest Dan 1.2 s\n> 🔵 Ann · queued\n"
-        "> 🟢 Cat · writing, 140 words"
-    )
+async def test_the_last_line_says_how_far_everybody_is_who_is_not_seen_yet() -> None:
+    run, _ = make_run(aliases=("Ann", "Bob", "Cat", "Dan"))
+    ends = {alias: asyncio.Event() for alias in run.cast.participants}
+    sections = {}
 
+    async def turn(alias: str) -> mmc.Turn:
+        await ends[alias].wait()
+        return mmc.Turn(alias, "Oaks.")
 
-def test_a_section_says_how_far_it_is_until_it_is_seen() -> None:
-    run, _ = make_run(aliases=("Ann", "Bob"))
-    ann, bob = (
-        mmc.Section(run.screen, run.cast.participants[alias], mmc.Deadline(600.0))
-        for alias in ("Ann", "Bob")
-    )
-    assert (ann.describe(False), bob.describe(False)) == ("waiting", "waiting")
+    for alias, speaker in run.cast.participants.items():
+        section = mmc.Section(run.screen, speaker, mmc.Deadline(600.0))
+        section.task = asyncio.create_task(turn(alias))
+        sections[alias] = section
+    ann, bob, cat, dan = sections.values()
+
+    def line() -> str:
+        assert run.screen.progress
+        return re.sub(r"\d\.\d", "1.0", str(run.screen.progress.text))
+
+    run.models.admitted |= {(1, "Ann"): 1.0, (1, "Bob"): 1.0, (1, "Dan"): 1.0}
     ann.begin_reply().apply(mmc.TextDelta("Oaks."))
-    reply = bob.begin_reply()
-    reply.apply(mmc.TextDelta("Hm.", "reasoning"))
-    assert (ann.describe(False), bob.describe(False)) == ("", "thinking")
+    bob.begin_reply().apply(mmc.TextDelta("Hm.", "reasoning"))
+    reply = dan.begin_reply()
     reply.apply(mmc.TextDelta("Elms it is."))
-    assert bob.describe(False) == "writing, 3 words"
-    assert bob.describe(True) == "done, 3 words"
+    ends["Dan"].set()
+    waiting = asyncio.create_task(run._wait_in_view(sections, "answered", 1))
+    while not run.screen.progress:
+        await asyncio.sleep(0)
+    assert line() == (
+        "> ⏳ 1 of 4 answered · 1.0 s · fastest Dan 1.0 s\n> 🔴 Bob · thinking\n"
+        "> 🟢 Cat · queued\n> 🟠 Dan · done, 3 words"
+    )
+    assert dan.describe(1.0) and not ann.describe(1.0)
+    assert cat.describe(1.0) == "🟢 Cat · waiting"
+    reply = bob.begin_reply()
+    reply.apply(mmc.TextDelta("Firs."))
+    assert bob.describe(1.0) == "🔴 Bob · writing, 1 word"
     run.screen.transcript.close_section(ann.number)
-    assert bob.describe(False) == ""
+    assert not bob.describe(1.0) and dan.describe(1.0)
+    for end in ends.values():
+        end.set()
+    assert list(await waiting) == list(sections)
+    assert line() == ""

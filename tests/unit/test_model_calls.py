@@ -454,13 +454,14 @@ async def test_a_silent_model_is_skipped_once_the_person_says_so() -> None:
     assert labels == ["Wait", "Skip it"] and not person.asked[0]["allow_other"]
 
 
-async def test_where_several_are_waited_for_all_may_be_left_behind() -> None:
+async def test_all_who_are_silent_may_be_skipped_at_once() -> None:
     person = Person(on_card("Go on with what is there"))
-    models, silent = watched(person, [asyncio.Event()])
-    models.enough[0] = False
-    with pytest.raises(mmc.ModelFailure, match="it was skipped"):
-        await models.text(silent)
-    assert models.enough == {0: True}
+    models, silent = watched(person, [asyncio.Event()], [asyncio.Event()])
+    models.enough[0] = ""
+    for _ in range(2):
+        with pytest.raises(mmc.ModelFailure, match="it was skipped"):
+            await models.text(silent)
+    assert len(person.asked) == 1
 
 
 @pytest.mark.parametrize("agreed", [True, False])
@@ -507,15 +508,19 @@ async def test_nothing_watches_a_model_where_nobody_can_be_asked() -> None:
 
 
 async def test_a_member_that_is_queued_is_not_late() -> None:
-    run, _ = make_run(answer_deadline=1)
+    run, _ = make_run(aliases=("Ann", "Bob", "Cat"), answer_deadline=1)
     done = {name: asyncio.Event() for name in ("Ann", "Bob", "Cat")}
 
     async def turn(name: str) -> mmc.Turn:
         await done[name].wait()
         return mmc.Turn(name, "Oaks.")
 
-    tasks = {name: asyncio.create_task(turn(name)) for name in done}
-    waiting = asyncio.create_task(run._wait_in_view(tasks, 1, {}))
+    sections = {}
+    for name in done:
+        section = mmc.Section(run.screen, run.cast.participants[name], mmc.Deadline(9))
+        section.task = asyncio.create_task(turn(name))
+        sections[name] = section
+    waiting = asyncio.create_task(run._wait_in_view(sections, "answered", 1))
     long_ago = asyncio.get_running_loop().time() - 60
     run.models.admitted |= {(1, "Ann"): long_ago, (1, "Cat"): long_ago}
     done["Ann"].set()
@@ -525,5 +530,5 @@ async def test_a_member_that_is_queued_is_not_late() -> None:
     done["Cat"].set()
     await turns_of_the_loop()
     assert waiting.done()
-    assert not tasks["Bob"].done()
-    await mmc.end_tasks(*tasks.values())
+    assert not sections["Bob"].task.done()
+    await mmc.end_tasks(sections["Bob"].task)
