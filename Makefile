@@ -22,10 +22,10 @@ VERSIONS = $(shell sed -n 's/^open-webui==//p' constraints.txt)
 .PHONY: demo dist test faults soak fuzz cluster test-cluster compat bench bench-quick lint clean
 
 # Without a Chromium, Playwright's own is tried once before the page's tests skip.
-# Two processes: each of the two directories that need a server has one of its own.
+# Two processes, each with a server of its own, take one file after the other.
 test: .venv/ready
 	$(RUN) -m tests.stack.browser
-	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 # All faults in all modes; the table goes into docs/reliability.md.
 faults: .venv/ready

@@ -14,14 +14,6 @@ FUNCTION_NAME = "Multi-Model Conversation"
 FUNCTION = Path(__file__).parent.parent / f"{FUNCTION_ID}.py"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one directory share a server, and so a process; those in `unit` none."""
-    for item in items:
-        directory = item.path.parent.name
-        if directory != "unit":
-            item.add_marker(pytest.mark.xdist_group(directory))
-
-
 @pytest.fixture(scope="session")
 def model_server() -> Iterator[ModelServer]:
     """The scripted models."""

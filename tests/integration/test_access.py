@@ -104,7 +104,7 @@ OF_THE_ADMIN = [
     Attempt("nobody left", admin={"team": LOST}),
     Attempt("list", admin={"participants": ["alice", HIDDEN]}),
     Attempt("list alone", admin={"participants": [HIDDEN]}),
-    Attempt("no model", admin={"team": f"Ann | alice\nPersona {MARK}.\n{MARK} ||"}),
+    Attempt("no model", admin={"team": f"Ann | alice\nPersona {MARK}."}),
     Attempt("crowd", admin={"team": CROWD.replace("P0 ", "Ann "), "rounds": 1}),
     Attempt("manager", admin={"manager_model": HIDDEN}, mode="manager"),
     Attempt(
@@ -212,7 +212,8 @@ async def attempt(talk: Talk, page: Page, tried: Attempt) -> Got:
     talk.models.clear()
     valves = {"rounds": 1, **tried.valves} if tried.valves or not tried.admin else {}
     talk.host.set_user_valves(talk.account, FUNCTION_ID, valves)
-    talk.admin_sets(show_figures="never", **tried.admin)
+    # in the order of seats, whoever speaks first
+    talk.admin_sets(show_figures="never", all_at_once=True, **tried.admin)
     model = tried.model or f"{FUNCTION_ID}.{tried.mode}"
     reply = await page.send(
         model, tried.question, background_tasks={}, extra=tried.body
