@@ -642,8 +642,8 @@ class AskPerson:
 
 # what a person may want after a round, and what that does
 WISHES = {
-    "Go on": "The conversation goes on as planned",
-    "Put it to the vote": "Members judge what was said, and a chair concludes",
+    "Go on": "As planned",
+    "Put it to the vote": "All vote, a chair concludes",
     "Enough, conclude": "A chair concludes at once",
 }
 GO_ON, VOTE, ENOUGH = WISHES
@@ -2574,17 +2574,18 @@ def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
     items, with up to three questions of ours behind its own; the host takes five."""
     texts = (text_of(i.get("content")) for i in output if i.get("type") == "message")
     reply = {"role": "assistant", "content": "\n\n".join(texts)}
-    turns = [turn for turn in _read_reply([reply], None) if turn.alias]
-    said = list(dict.fromkeys(t.alias for t in turns if t.text and not t.concludes))
-    silent = dict.fromkeys(t.alias for t in turns if t.alias not in said)
+    turns = list(_read_reply([reply], None))
+    of_members = [turn for turn in turns if turn.alias and not turn.concludes]
+    said = list(dict.fromkeys(turn.alias for turn in of_members if turn.text))
+    silent = dict.fromkeys(t.alias for t in of_members if t.alias not in said)
     ours = [f"{', '.join(silent)}: please answer, too."] if silent else []
     if said[1:]:
         ours.append(f"{said[0]}: answer what {said[-1]} said.")
         if not any(turn.concludes for turn in turns):
             ours += ["/vote Who is right?", "/rounds 1 Take up what was said."]
     listed = _part_of(_find_object(answer, "follow_ups"), "follow_ups", list)
-    whole = {"follow_ups": [*listed[: 5 - len(ours[:3])], *ours[:3]]}
-    return json.dumps(whole, ensure_ascii=False)
+    theirs = [each for each in listed if isinstance(each, str)][: max(5 - len(ours), 2)]
+    return json.dumps({"follow_ups": [*theirs, *ours[:3]]}, ensure_ascii=False)
 
 
 # -- tool arguments --------------------------------------------------------------------
@@ -3008,11 +3009,6 @@ class Host:
     def in_chat(self) -> bool:
         """Whether the reply is a message of a chat, as the host itself decides it."""
         return bool(self.metadata.get("chat_id") and self.metadata.get("message_id"))
-
-    @property
-    def user_name(self) -> str:
-        """What the person is called in a heading."""
-        return clean_alias(str(getattr(self.user, "name", ""))) or "You"
 
     @property
     def can_replace(self) -> bool:
@@ -4279,8 +4275,8 @@ class ModelCalls:
     busy: dict[str, str] = field(default_factory=dict)  # who is waited for, and why
     # when a speaker's first call in a stage got its slot; until then it is queued
     admitted: dict[tuple[int, str], float] = field(default_factory=dict)
-    # stages in which some have answered and several have not -> whether to go on
-    enough: dict[int, bool] = field(default_factory=dict)
+    # stages in which some have answered and several have not -> `_GO_ON`, once said
+    enough: dict[int, str] = field(default_factory=dict)
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
     _dialog: asyncio.Lock = field(default_factory=asyncio.Lock)
     _plain: set[str] = field(default_factory=set)  # models without `stream_options`
@@ -4444,9 +4440,10 @@ class ModelCalls:
             async with self._dialog:  # one at a time
                 if deadline.now() - max(deadline.heard_at, asked_at) < limit:
                     continue
-                answer = await self._ask_to_skip(name, deadline, stage)
+                enough = self.enough.get(stage)
+                answer = enough or await self._ask_to_skip(name, deadline, stage)
                 if answer == _GO_ON:
-                    self.enough[stage] = True
+                    self.enough[stage] = _GO_ON
                 if answer in (_SKIP, _GO_ON):
                     deadline.skip()
                     return
@@ -4459,7 +4456,7 @@ class ModelCalls:
         question += "Skip it and go on without it?"
         options = {"Wait": "You are asked again later", _SKIP: f"Go on without {name}"}
         if stage in self.enough:
-            options[_GO_ON] = "Go on without all who have not answered yet"
+            options[_GO_ON] = "Skip all who are silent for so long"
         with suppress(TimeoutError):
             async with asyncio.timeout(None) as deadline.dialog:
                 return await self.host.ask(f"Skip {name}?", question, options)
@@ -4954,9 +4951,9 @@ class Run:
         said = await self.host.ask("Your turn", question, WISHES, free=True)
         if said and said not in WISHES:
             guard, said = ForgeryGuard(), storable(said)
-            text = f"{RULE}### {PERSON_MARK} {self.host.user_name}\n\n"
-            text += guard.feed(said) + guard.close()
-            self.screen.publish(f"said {len(self.entries)}", text)
+            name = clean_alias(str(getattr(self.host.user, "name", ""))) or "You"
+            text = f"{RULE}### {PERSON_MARK} {name}\n\n{guard.feed(said)}"
+            self.screen.publish(f"said {len(self.entries)}", text + guard.close())
             self.entries.append(Turn("", said))
         return said
 
@@ -5002,13 +4999,10 @@ class Run:
             silent = [who for who in sections if who not in done]
             since = {who: self.models.admitted.get((stage, who)) for who in silent}
             late = all(at is not None and now - at > limit for at in since.values())
-            late = late or self.models.enough.get(stage, False)
             if (quorum and len(there) >= quorum) or (late and there):
                 break
             if there and silent[1:]:
-                self.models.enough.setdefault(stage, False)
-            else:
-                self.models.enough.pop(stage, None)
+                self.models.enough.setdefault(stage, "")
             text = f"{len(there)} of {len(sections)} {what} · {now - begun:.1f} s"
             text = self._describe_progress(text, sections, there, since)
             self.screen.show_progress(text)

@@ -165,7 +165,7 @@ async def test_nothing_moves_while_four_write_at_once(
         assert await page.tab.evaluate("moved") == []
     await page.wait_finished()
     assert await headings(page) == ["🔵 Oda · conclusion", "🏆 Ranking"]
-    assert sorted(await folds(page)) == [
+    assert sorted(line for line in await folds(page) if "words" in line) == [
         "🔴 Ella · rank 2 · 26 words",
         "🔵 Oda · rank 1 · 26 words",
         "🟠 Pia · rank 4 · 21 words",

@@ -79,3 +79,6 @@ async def test_follow_ups_of_ours_stand_behind_the_hosts(
             "/vote Who is right?",
         ]
         assert all(chip.endswith("?") for chip in chips[:2])
+        if not temporary:
+            again = await ask(page, chips[3], chat=reply.chat)
+            assert headings(again) == ["🔵 Ann"]

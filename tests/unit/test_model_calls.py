@@ -454,13 +454,14 @@ async def test_a_silent_model_is_skipped_once_the_person_says_so() -> None:
     assert labels == ["Wait", "Skip it"] and not person.asked[0]["allow_other"]
 
 
-async def test_where_several_are_waited_for_all_may_be_left_behind() -> None:
+async def test_all_who_are_silent_may_be_skipped_at_once() -> None:
     person = Person(on_card("Go on with what is there"))
-    models, silent = watched(person, [asyncio.Event()])
-    models.enough[0] = False
-    with pytest.raises(mmc.ModelFailure, match="it was skipped"):
-        await models.text(silent)
-    assert models.enough == {0: True}
+    models, silent = watched(person, [asyncio.Event()], [asyncio.Event()])
+    models.enough[0] = ""
+    for _ in range(2):
+        with pytest.raises(mmc.ModelFailure, match="it was skipped"):
+            await models.text(silent)
+    assert len(person.asked) == 1
 
 
 @pytest.mark.parametrize("agreed", [True, False])

@@ -255,7 +255,12 @@ def test_who_failed_may_be_asked_again() -> None:
 
 def test_after_a_conclusion_nothing_is_put_to_the_vote() -> None:
     end = items_of("### 🏆 Votes\n\n| Ann |", "### 🔵 Ann · conclusion", "Oaks.")
-    assert chips("", [*ROUND, *items_of("### 👤 Dana\n\nHm."), *end]) == OURS[:1]
+    assert chips("", [*ROUND, *end]) == OURS[:1]
+    assert chips("", end) == []  # nobody failed either
+
+
+def test_what_the_person_said_is_no_members_turn() -> None:
+    assert chips("", [*items_of("### 👤 Dana\n\nHm."), *ROUND]) == [*OURS, ROUND_MORE]
 
 
 def test_one_who_spoke_alone_has_nobody_to_answer() -> None:
