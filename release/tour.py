@@ -7,7 +7,7 @@ Chromium. They go to docs/tour/.
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from time import monotonic
@@ -23,6 +23,7 @@ PLACE = ROOT / "docs" / "tour"
 QUESTION = "Should our small team rewrite the old billing system?"
 WIDE = (1280, 860)
 PHONE = (390, 844)
+FILM = (960, 646)
 FRAME = 0.5
 """Seconds between two frames of the animation."""
 SPEED = 1.5
@@ -37,18 +38,17 @@ Engineer |       | You count the cost in hours."""
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The demo, and windows on it."""
+    """The demo, and a window on it."""
 
     host: OpenWebUI
-    wide: Browser
-    phone: Browser
+    browser: Browser
 
     async def open(
-        self, model: str, *, phone: bool = False, dark: bool = False
+        self, model: str, *, size: tuple[int, int] = WIDE, dark: bool = False
     ) -> OpenPage:
         """A new chat with this model."""
-        browser = self.phone if phone else self.wide
-        page = await browser.open_as(self.host, self.host.admin, model)
+        page = await self.browser.open_as(self.host, self.host.admin, model)
+        await page.tab.set_viewport_size({"width": size[0], "height": size[1]})
         if dark:
             await again_with(page, theme="dark")
         return page
@@ -70,7 +70,7 @@ async def keep(page: OpenPage, name: str) -> None:
 
 async def scroll_to(shown: Locator) -> None:
     """Put something of the page at its top, below the host's own line."""
-    await shown.evaluate("at => at.style.scrollMarginTop = '4rem'")
+    await shown.evaluate("at => at.style.scrollMarginTop = '6rem'")
     await shown.evaluate("at => at.scrollIntoView({block: 'start'})")
 
 
@@ -159,7 +159,7 @@ async def valves(stage: Stage) -> None:
 
 async def on_a_phone(stage: Stage) -> None:
     """A council on a phone, in the dark."""
-    page = await stage.open(COUNCIL, phone=True, dark=True)
+    page = await stage.open(COUNCIL, size=PHONE, dark=True)
     await page.ask(QUESTION)
     await page.wait_finished()
     await scroll_to(page.tab.locator(REPLY).last)
@@ -195,7 +195,7 @@ PICTURES: tuple[Callable[[Stage], Awaitable[None]], ...] = (
 
 async def film(stage: Stage) -> None:
     """A council from its question to its conclusion."""
-    page = await stage.open(COUNCIL)
+    page = await stage.open(COUNCIL, size=FILM)
     await page.ask(QUESTION)
     frames: list[tuple[float, bytes]] = []
     done = False
@@ -225,10 +225,8 @@ async def take(host: OpenWebUI) -> None:
     """All of them, or those that `ONLY` names; the film alone, for its pace."""
     only = os.environ.get("ONLY", "").split()
     PLACE.mkdir(exist_ok=True)
-    async with AsyncExitStack() as stack:
-        wide = await stack.enter_async_context(Browser(*WIDE))
-        phone = await stack.enter_async_context(Browser(*PHONE))
-        stage = Stage(host, wide, phone)
+    async with Browser() as browser:
+        stage = Stage(host, browser)
         for picture in (*PICTURES, film):
             if not only or picture.__name__ in only:
                 await picture(stage)
