@@ -4556,11 +4556,12 @@ class Section:
             self._messages.append({"role": "assistant", "content": self._reply.text})
         for call_id in list(self._unanswered):
             self.show_result(call_id, ToolResult(f"Error: {reason}", True))
-        if not quiet and (self.number or self.role != CONCLUSION):
-            self.show_heading()
+        if self.number or self.role != CONCLUSION:
+            self.show_heading()  # Stop is quiet, but the host stores no empty reply
             turn = self.turn()
             what = "broke off" if turn.text else "could not answer"
-            self.notice(f"{NOTICE}**{turn.alias}** {what}: {plain_line(reason)}")
+            if not quiet:
+                self.notice(f"{NOTICE}**{turn.alias}** {what}: {plain_line(reason)}")
 
     def be_late(self) -> None:
         """The others go on. It has its place, where what it still says is held back

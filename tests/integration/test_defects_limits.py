@@ -222,8 +222,8 @@ async def test_stop_while_members_wait_for_their_turn(talk: Talk) -> None:
             await finish(page, reply)
             await talk.freed(local("Ann"))
     assert last_status(reply).startswith("Stopped · ")
-    shown = " ".join(reply.text.split())
-    assert shown == "### 🔵 Ann --- ### 🔴 Ben --- ### 🟢 Cy --- ### 🟠 Dee"
+    assert sorted(headings(reply)) == ["🔴 Ben", "🔵 Ann", "🟠 Dee", "🟢 Cy"]
+    assert "⚠️" not in reply.text
     assert talk.order() == [local("Ann")]
 
 
@@ -238,18 +238,18 @@ async def test_each_model_is_loaded_once_a_stage(talk: Talk) -> None:
 
 
 async def test_ballots_and_the_chair_come_before_late_answers(talk: Talk) -> None:
-    talk.admin_sets(quorum=2)
+    talk.admin_sets(quorum=3)
     gather_locally(talk, *NAMES[:5], pause=0.2)
     reply = await talk.ask(QUESTION, COUNCIL)
     stages = [stage_of(seen.chat) for seen in talk.models.turns()]
-    assert stages.count("answer") == 5 and stages.count("review") == 2
+    assert stages.count("answer") == 5 and stages.count("review") == 3
     # one member may have begun before the quorum was seen to be there
-    assert stages.index("review") in (2, 3)
+    assert stages.index("review") in (3, 4)
     concluded = stages.index("conclusion")
-    assert stages[concluded + 1 :].count("answer") >= 2
+    assert stages[concluded + 1 :].count("answer") >= 1
     for name in NAMES[:5]:
         assert f"The {WORD[name]} it is." in reply.text
-    assert outcome(reply).startswith("2 of 5 answered")
+    assert outcome(reply).startswith("3 of 5 answered")
 
 
 # -- 9: the manager --------------------------------------------------------------------
