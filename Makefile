@@ -19,7 +19,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.
 # The versions that `make compat` checks.
 VERSIONS = $(shell sed -n 's/^open-webui==//p' constraints.txt)
 
-.PHONY: demo dist test faults soak fuzz cluster test-cluster compat bench bench-quick lint clean
+.PHONY: demo dist tour test faults soak fuzz cluster test-cluster compat bench bench-quick lint clean
 
 # Without a Chromium, Playwright's own is tried once before the page's tests skip.
 # Two processes, each with a server of its own, take one file after the other.
@@ -44,6 +44,10 @@ fuzz: .venv/ready
 # The file, and the function as JSON with its panels in four more languages.
 dist: .venv/ready
 	$(RUN) -m release.dist
+
+# The pictures of docs/tour.md, taken of the demo in Chromium.
+tour: .venv/ready
+	$(RUN) -m release.tour
 
 demo: .venv/ready
 	@exec $(RUN) -m tests.stack.demo
