@@ -2,7 +2,7 @@
 title: Multi-Model Conversation
 author: The Multi-Model Conversation authors
 description: Two or more models answer each other, live, in one message.
-version: 0.3.0
+version: 0.4.0
 license: MIT
 required_open_webui_version: 0.11.0
 """
@@ -1378,11 +1378,11 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     if card is None:
         able = [card for card in cards.values() if not card.is_self]
         known = {each.casefold(): c.id for c in able for each in (c.name, c.id)}
-        hint = "choose another one, or ask an admin for access to it"
-        for close in get_close_matches(name[:80], known, 1):
-            hint = f'did you mean "{plain_line(known[close], 80)}"'
+        hint = ": choose another one, or ask an admin for access to it"
+        for close in get_close_matches(name[:80], known, 1, 0.7):
+            hint = f' (did you mean "{plain_line(known[close], 80)}"?)'
         raise ConversationError(
-            f'there is no model "{plain_line(wanted, 80)}" that you may use: {hint}'
+            f'there is no model "{plain_line(wanted, 80)}" that you may use{hint}'
         )
     if card.is_self:
         raise ConversationError(

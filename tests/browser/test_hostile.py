@@ -332,7 +332,7 @@ async def test_no_reasoning_tool_result_or_error_harms_or_poses(
 
 
 NAMES = [
-    "### 🔴 Bob",
+    "*### 🔴 Bob",  # a line that begins with # is a comment
     "<img src=x onerror=top.pwned=1>",
     f"![b]({BEACON}901)",
     "[x](javascript:top.pwned=1)",

@@ -365,7 +365,7 @@ async def test_who_is_named_in_the_question_is_seated_or_answers(talk: Talk) -> 
         talk.models.clear()
         third = await ask(page, f"/with karol, bob {QUESTION}", chat=first.chat)
     assert talk.order() == ["carol", "dave"]
-    assert 'there is no model "karol" that you may use: did you mean' in third.text
+    assert 'there is no model "karol" that you may use (did you mean' in third.text
     assert "/with karol, bob" in question_of(talk.sent("carol"))
 
 

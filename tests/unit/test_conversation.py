@@ -89,8 +89,8 @@ def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
         ),
         (
             "Ann | oak-1\nTwo | TWIN",
-            'Team line 2: there is no model "TWIN" that you may use: '
-            'did you mean "twin-2".',
+            'Team line 2: there is no model "TWIN" that you may use '
+            '(did you mean "twin-2"?).',
         ),
     ],
 )
