@@ -1379,7 +1379,9 @@ def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
         able = [card for card in cards.values() if not card.is_self]
         known = {each.casefold(): c.id for c in able for each in (c.name, c.id)}
         hint = ": choose another one, or ask an admin for access to it"
-        for close in get_close_matches(name[:80], known, 1, 0.7):
+        letters = set(name)  # to compare all in full takes 0.2 ms each
+        alike = sorted(known, key=lambda each: len(letters ^ set(each)))[:20]
+        for close in get_close_matches(name[:80], alike, 1, 0.7):
             hint = f' (did you mean "{plain_line(known[close], 80)}"?)'
         raise ConversationError(
             f'there is no model "{plain_line(wanted, 80)}" that you may use{hint}'

@@ -166,6 +166,15 @@ def test_a_misspelt_model_is_answered_with_one_the_user_may_use() -> None:
         assert "yew-1" not in problem
 
 
+def test_a_misspelt_model_is_told_from_a_thousand() -> None:
+    kinds = ("mini", "large", "turbo", "preview")
+    names = [f"provider-{n % 7}/gpt-{n}-{kinds[n % 4]}" for n in range(1000)]
+    cards = {name: mmc.ModelCard(name, name) for name in names}
+    for wanted in ("provider-4/gtp-333-large", "Provider-4/gpt-333-lrge"):
+        _, (problem,), _ = mmc.choose_seats(settings(team=f"Ann | {wanted}"), cards)
+        assert 'did you mean "provider-4/gpt-333-large"' in problem
+
+
 def test_with_no_model_at_all_nobody_sits_down() -> None:
     assert mmc.choose_seats(settings(), {}) == ([], [], True)
 
