@@ -21,8 +21,10 @@ from tests.integration.talk import (
     finish,
     headings,
     last_status,
+    on_card,
     reached,
     results,
+    title_of,
 )
 from tests.stack.page import Call, Page
 
@@ -140,9 +142,9 @@ async def test_a_skip_dialog_reaches_the_page_and_is_answered(
     talk.seat("Ann | silent", "Ben | bob")
     talk.admin_sets(skip_after=0.5)
     async with split_page(cluster, talk, socket=1, requests=0) as page:
-        page.on_call("confirmation", lambda call: True)
+        on_card(page, lambda call: "Skip it")
         reply = await finish(page, await start(page))
-    assert [call.data["title"] for call in page.calls] == ["Skip Ann?"]
+    assert [title_of(call) for call in page.calls] == ["Skip Ann?"]
     assert "**Ann** could not answer: it was skipped" in reply.text
     assert "Bob here." in reply.text
     assert_stored_everywhere(cluster, talk, reply)
@@ -157,7 +159,7 @@ async def test_a_skip_dialog_closes_when_the_model_speaks(
     talk.seat("Ann | alice", "Ben | bob")
     talk.admin_sets(skip_after=0.5)
     async with split_page(cluster, talk, socket=1, requests=0) as page:
-        page.on_call("confirmation", never)
+        on_card(page, never)
         with talk.models.hold("alice") as hold:
             reply = await start(page)
             await reached(hold.wait_until_reached)
