@@ -768,6 +768,8 @@ class ThinkSplitter:
     """Splits text, cut anywhere, at think tags; holds back only what may become one."""
 
     def __init__(self, tags: Sequence[tuple[str, str]]) -> None:
+        first = "".join(start[0] for start, _ in tags)
+        self._first = re.compile(rf"[\0\ud800-\udfff{re.escape(first)}]")
         self._start = _find_tags([start for start, _ in tags], _TAG_ATTRIBUTES)
         self._ends = [_find_tags([end]) for _, end in tags]
         self._tag = self._start  # what is looked for
@@ -776,6 +778,9 @@ class ThinkSplitter:
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """Take more text; gives the events it completes, in order."""
+        idle = self._tag is self._start and not (self._held or self._trim)
+        if idle and not self._first.search(text):  # nearly always, for each token
+            return [TextDelta(text)]
         text, at = self._held + text, 0
         events: list[ReplyEvent] = []
         while (found := self._tag.search(text, at)) and found.lastindex:
