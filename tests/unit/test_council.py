@@ -41,7 +41,8 @@ class Room:
     """Members that answer as told.
 
     `silent` says who fails and why, `chairless` who fails as a chair, `ranks` what
-    each ranks, the best first; who is not in it casts no valid ballot.
+    each ranks, the best first; who is not in it casts no valid ballot. `remarks` are
+    what a voter writes on whom.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class Room:
         silent: Mapping[str, str] | None = None,
         chairless: Iterable[str] = (),
         ranks: Mapping[str, str] | None = None,
+        remarks: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
         self.silent = silent or {}
         self.chairless = set(chairless)
         self.ranks = ranks or {}
+        self.remarks = remarks or {}
         self.steps: list[mmc.Step] = []
 
     def play(self, mode: mmc.Mode) -> str:
@@ -74,7 +77,9 @@ class Room:
                 voters = [paper.voter for paper in papers]
                 lost = "it said nothing\nfor 60 s."
                 return [
-                    ballot(v, self.ranks[v]) if v in self.ranks else lost
+                    ballot(v, self.ranks[v], **self.remarks.get(v, {}))
+                    if v in self.ranks
+                    else lost
                     for v in voters
                 ]
         return None
@@ -311,16 +316,9 @@ def test_of_two_answers_the_chair_that_was_chosen_concludes() -> None:
 
 
 def test_under_the_ranking_stands_who_ranked_whom_and_why() -> None:
-    room = Room(ranks={"Ann": "Bob=Cat Dan", "Dan": "Cat Bob Ann"})
-    perform = room.perform
-
-    def remarking(step: mmc.Step) -> Any:
-        result = perform(step)
-        if isinstance(step, mmc.Judge):
-            result[0].remarks.update(Cat="Sound.", Dan="Bob said it better.")
-        return result
-
-    room.perform = remarking  # type: ignore[method-assign]
+    ranks = {"Ann": "Bob=Cat Dan", "Dan": "Cat Bob Ann"}
+    remarks = {"Ann": {"Cat": "Sound.", "Dan": "Bob said it better."}}
+    room = Room(ranks=ranks, remarks=remarks)
     room.play(mmc.council(agenda()))
     published = room.of(mmc.Publish)[0].text
     assert mmc.unfold(published).endswith(
