@@ -26,7 +26,7 @@ from tests.stack.page import Event, Page, Reply, choice_text
 from tests.stack.structured_output import get_output_text
 
 ALL_SIDES: tuple[Side, ...] = ("ours", "native", "message", "replace")
-INTERVALS = (10, 20, 40, 60, 80, 100, 125, 150, 250)
+INTERVALS = (10, 20, 40, 60, 100, 125, 150, 250)
 DATABASE = ("writes_tokens", "writes_turn", "written_bytes")
 CROWD = 50
 """Conversations at once."""
