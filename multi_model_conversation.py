@@ -290,7 +290,7 @@ class Settings(UserSettings):
     silence_timeout: SkipJsonSchema[Seconds] = 60  # s a model may pause
     run_timeout: SkipJsonSchema[Seconds] = 3600  # s after which no step begins
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
-    flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
+    flush_interval: SkipJsonSchema[float] = 125  # ms between two updates of the page
     all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
     _is_cut: bool = PrivateAttr(default=False)  # more rounds were asked for
 
@@ -2777,13 +2777,15 @@ def render_item(block: Block) -> Json:
     return item | fields
 
 
-def render_checkpoint(transcript: Transcript) -> list[Json]:
-    """The output as it is stored in mid-run: nothing in it goes on, and a last line
-    tells a reader so; the host's own save takes its place."""
-    blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
-    line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
-    line.text.append(_SAVED)
-    items = [render_item(block) for block in (*blocks, line)]
+def render_checkpoint(transcript: Transcript, is_over: bool = False) -> list[Json]:
+    """The output as we store it: nothing in it goes on, and a last line tells a reader
+    that the run did, unless it `is_over`; the host's own save takes its place."""
+    blocks = [b for b in transcript.blocks if is_over or not b.fields.get("passing")]
+    if not is_over:
+        line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
+        line.text.append(_SAVED)
+        blocks.append(line)
+    items = list(map(render_item, blocks))
     answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
     for item in items:
         if item["type"] == "function_call" and item["call_id"] not in answered:
@@ -3719,7 +3721,7 @@ class Emitter:
         # The page draws the noted blocks anew, and copies all. Tuned with row 12 of the
         # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
         # characters of one, or a message of 60,000 cost one interval. The costliest
-        # update waits for four: 0.4 s is still seen to flow.
+        # update waits for four: half a second is still seen to flow.
         for block in self._transcript.blocks:
             if block in noted and not self.may_send(block):
                 self._noted.add(block)
@@ -3863,8 +3865,9 @@ class Screen:
 class Saver:
     """Keeps what was said in the database, for the case that the server goes down.
 
-    One write a turn, and one every 20 s of a longer one; the host saves the whole at
-    the end, but not the usage of what was stopped. `before` is the output of the reply
+    One write a turn, and one every 20 s of a longer one; at the end the whole, as the
+    host does next: where its save meets a busy database, it gives up without a word,
+    and of what was stopped it forgets the usage. `before` is the output of the reply
     that is continued here.
     """
 
@@ -3877,7 +3880,6 @@ class Saver:
     before: list[Json] | None = field(default_factory=list)  # None: it cannot be read
     due: asyncio.Event = field(default_factory=asyncio.Event)  # a turn has ended
     may_save: bool = False
-    is_behind: bool = False  # the last write failed
 
     async def keep(self) -> None:
         """Save whenever it is due, until it is cancelled."""
@@ -3895,22 +3897,16 @@ class Saver:
             await self._save()
 
     async def finish(self, patience: float) -> None:
-        """The run is over: wait for a database that is away, so that the host's own
-        save, which comes next, finds it."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                while self.is_behind:
-                    await asyncio.sleep(1)
-                    await self._save()
+        """The run is over: for a database that is away or busy it waits so long."""
+        end = time.monotonic() + patience
+        while self.may_save and not await self._save(is_over=True):
+            if time.monotonic() > end:
+                return
+            await asyncio.sleep(1)
 
-    async def stop(self) -> None:
-        """The run was stopped: store the usage, which the host would forget."""
-        if self.may_save and self.usage():
-            await self._save()
-
-    async def _save(self) -> None:
-        items = [*(self.before or ()), *render_checkpoint(self.transcript)]
-        self.is_behind = not await self.host.save_output(items, self.usage())
+    async def _save(self, is_over: bool = False) -> bool:
+        items = render_checkpoint(self.transcript, is_over)
+        return await self.host.save_output([*(self.before or ()), *items], self.usage())
 
 
 @dataclass(slots=True)
@@ -4689,6 +4685,8 @@ class Run:
             self.screen.emitter.close()
             log.info("conversation ended: %d turns", self.ledger.turns)
             await host.show_status(self._describe_end(reason), done=True)
+            patience = 0 if was_cancelled() else self.settings.busy_patience
+            await self.saver.finish(patience)
 
     def go_on_after(self, items: list[Json] | None) -> None:
         """The message has these items already, which are saved with the new ones."""
@@ -4719,15 +4717,12 @@ class Run:
                     late = ", ".join(section.participant.alias for section in self.late)
                     waits = f"{ended} · waiting for {late}"
                     await self.host.show_status(waits, done=False)
-            await self.saver.finish(self.settings.busy_patience)
             can_fold = self.screen.can_replace and not self.screen.continued
             if self.screen.marks and can_fold and self.settings.fold_drafts:
                 self.screen.fold()
             return ended
         finally:
             await end_tasks(saving, seconds=WRITE_TIMEOUT)
-            if was_cancelled():
-                await self.saver.stop()
 
     async def _search_once(self) -> None:
         """Where the chat searches the web: once, shared with everybody."""
