@@ -1537,40 +1537,39 @@ def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str, finished: str) -> 
     return finished
 
 
+def _goes_on(agenda: Agenda, turns: Sequence[Turn], wish: str, done: int) -> bool:
+    """Whether a round follows these; also one that answers what the person said."""
+    if wish in (VOTE, ENOUGH) or not _still_able(agenda, turns):
+        return False
+    settings = agenda.settings
+    return done < (settings.rounds if wish in ("", GO_ON) else settings.max_rounds)
+
+
+def _hear(agenda: Agenda, turns: Sequence[Turn], wish: str = GO_ON) -> Steps[str]:
+    """What the person who has a seat wants; who gave no answer is not asked again."""
+    if agenda.settings.join and wish and _still_able(agenda, turns):
+        wish = yield AskPerson()
+    return wish
+
+
 def _take_rounds(
     agenda: Agenda, brief: str = "", blind: bool = False
 ) -> Steps[tuple[list[Turn], str]]:
     """Everybody speaks once per round, in order, and in a blind first round at the same
     time; gives all turns, and what the person wants in the end."""
-    rounds, turns = agenda.settings.rounds, list[Turn]()
-    number, wish = 0, GO_ON
-    while number < rounds:
+    number, turns, wish = 0, list[Turn](), GO_ON
+    while _goes_on(agenda, turns, wish, number):
         number += 1
+        rounds = max(number, agenda.settings.rounds)
         role = f"round {number} of {rounds}" if rounds > 1 else ""
         if blind and number == 1:
-            role = "opening" if rounds > 1 else ""
-            turns += yield Speak(agenda.aliases, "opening", brief, role)
+            turns += yield Speak(agenda.aliases, "opening", brief, role and "opening")
         else:
             for alias in _still_able(agenda, turns, agenda.last):
                 turns += yield Speak((alias,), brief=brief, role=role)
                 role = ""
-        wish, rounds = yield from _hear(agenda, turns, wish, number, rounds)
+        wish = yield from _hear(agenda, turns, wish)
     return turns, wish
-
-
-def _hear(
-    agenda: Agenda, turns: Sequence[Turn], wish: str, done: int, rounds: int
-) -> Steps[tuple[str, int]]:
-    """What the person who has a seat wants after a round, and how many rounds there are
-    then: what it says is answered. Who gave no answer is not asked again."""
-    settings = agenda.settings
-    if not (settings.join and wish and _still_able(agenda, turns)):
-        return wish, rounds
-    wish = yield AskPerson()
-    if wish in (VOTE, ENOUGH):
-        return wish, done
-    more = done + (wish not in ("", GO_ON))
-    return wish, max(rounds, min(more, settings.max_rounds))
 
 
 def round_robin(agenda: Agenda) -> Mode:
@@ -1583,12 +1582,10 @@ def round_robin(agenda: Agenda) -> Mode:
 
 def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
-    aliases, last, turns = agenda.aliases, agenda.last, list[Turn]()
-    rounds, wish = agenda.settings.rounds, GO_ON
-    while len(turns) < rounds * len(aliases):
+    aliases, last = agenda.aliases, agenda.last
+    turns, wish = list[Turn](), GO_ON
+    while _goes_on(agenda, turns, wish, len(turns) // len(aliases)):
         able = _still_able(agenda, turns, last)
-        if not able:
-            break
         step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
         last, reason = yield from _choose_speaker(step, aliases)
         if not last:
@@ -1597,8 +1594,7 @@ def managed(agenda: Agenda) -> Mode:
             return ended
         turns += yield Speak((last,), reason)
         if len(turns) % len(aliases) == 0:
-            done = len(turns) // len(aliases)
-            wish, rounds = yield from _hear(agenda, turns, wish, done, rounds)
+            wish = yield from _hear(agenda, turns, wish)
     finished = "Finished: all turns were taken"
     return (yield from _finish(agenda, turns, wish, finished))
 
@@ -1676,7 +1672,7 @@ def council(agenda: Agenda) -> Mode:
     quorum = agenda.settings.quorum
     step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
     answers: list[Turn] = yield step
-    wish, _ = yield from _hear(agenda, answers, GO_ON, 1, 1)
+    wish = yield from _hear(agenda, answers)
     return (yield from _decide(agenda, answers, False, wish))
 
 
@@ -1858,14 +1854,14 @@ def read_ranking(answer: str, paper: BallotPaper) -> Ballot | str:
     point.
     """
     verdict = _find_object(answer[-_ANSWER_READ:], "ranking", "scores")
-    everybody = dict.fromkeys(paper.choices.values(), 5.0)  # where it has places only
     scores = _read_letters(_part_of(verdict, "scores", dict), paper)
     places = _read_letters(verdict.get("ranking"), paper)
-    if scores.keys() != everybody.keys():
-        scores = everybody
-    elif places.keys() != everybody.keys():
+    everybody = set(paper.choices.values())
+    if places.keys() != everybody:
         places = {alias: -score for alias, score in scores.items()}
-    if places.keys() != everybody.keys():
+    if scores.keys() != everybody:
+        scores = dict.fromkeys(everybody, 5.0)
+    if places.keys() != everybody:
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
     values = {}
@@ -2535,10 +2531,6 @@ def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
 
 # -- tool arguments --------------------------------------------------------------------
 
-_JSON_TYPES: dict[str, Any] = dict(
-    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
-)
-
 
 def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
     """The arguments of a call, of the types its tool declares, or a `ToolFailure`."""
@@ -2582,11 +2574,13 @@ def _read_arguments(given: object) -> Json | None:
 
 def _has_type(value: Any, wanted: str) -> bool:
     """Whether a JSON value is of a JSON schema's type; unknown types accept all."""
+    kinds: dict[str, Any] = dict(string=str, integer=int, number=(int, float))
+    kinds |= dict(boolean=bool, array=list, object=dict)
     if isinstance(value, bool):
-        return wanted == "boolean" or wanted not in _JSON_TYPES
+        return wanted == "boolean" or wanted not in kinds
     if wanted == "integer" and isinstance(value, float):
         return value.is_integer()
-    return isinstance(value, _JSON_TYPES.get(wanted, object))
+    return isinstance(value, kinds.get(wanted, object))
 
 
 # ======================================================================================
