@@ -1307,7 +1307,6 @@ _TRIO = {  # who one model alone is seated as
     "Sceptic": "You look for what could go wrong, and are fair about it.",
     "Engineer": "You count what it takes: time, money, what breaks first.",
 }
-_TEAM_READ = 20  # lines or list entries; eight may sit, the rest would only be named
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
 _LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
 _ANSWER_LETTER = re.compile(r"\b(?:[Aa]nswer|[Rr]esponse) ([A-H])\b")
@@ -1426,14 +1425,12 @@ def _read_seat(parts: Sequence[str], cards: Cards) -> Seat:
     return Seat(alias, card.id, persona)
 
 
-def choose_seats(
-    settings: Settings, cards: Cards
-) -> tuple[list[Seat], list[str], bool]:
+def choose_seats(settings: Settings, cards: Cards) -> tuple[list[Seat], list[str]]:
     """Who takes part: the team text, else the list, else up to three models; one
     model alone in three roles. A line of the team that names no model gets one of the
     list, or of all, in turn.
 
-    With a sentence for each seat that could not be taken, and if nobody was chosen.
+    With a sentence for each seat that could not be taken.
     """
     lines = enumerate(map(str.strip, settings.team.split("\n")), 1)
     wanted = [
@@ -1448,22 +1445,24 @@ def choose_seats(
     stand_ins = cycle(listed or usual)
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in wanted[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
+    most_read = 20  # eight may sit, the rest would only be named
+    for where, parts in wanted[:most_read] or [("", [each]) for each in usual[:3]]:
         if parts[1:] and not parts[1].strip():
             parts[1] = next(stand_ins, "")
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
-    most, many = settings.max_participants, len(wanted)
+    most = settings.max_participants
     if len(seats) == 1 and not settings.team.strip():
         trio = list(_TRIO.items())[:most]
         seats = [replace(seats[0], alias=alias, persona=text) for alias, text in trio]
     seats = list(unique_aliases(seats))
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if many > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {many} seats were read.")
-    return seats[:most], problems, not many
+    if len(wanted) > most_read:
+        many = len(wanted)
+        problems.append(f"Only the first {most_read} of {many} seats were read.")
+    return seats[:most], problems
 
 
 def choose_chair(settings: Settings, cards: Cards, seats: Sequence[Seat]) -> list[Seat]:
@@ -1524,7 +1523,7 @@ def _still_able(
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str, finished: str) -> Mode:
+def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str) -> Mode:
     """Why a conversation ended that no manager ended; first, what the person wants."""
     if wish in (VOTE, ENOUGH):
         return (yield from put_to_vote(agenda, turns, wish))
@@ -1534,7 +1533,8 @@ def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str, finished: str) -> 
         return "Ended: the ceiling on tokens is reached"
     if not _still_able(agenda, turns):
         return "Ended: nobody is left who can answer"
-    return finished
+    rounds = max(agenda.settings.rounds, len(turns) // len(agenda.aliases))
+    return f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
 
 
 def _goes_on(agenda: Agenda, turns: Sequence[Turn], wish: str, done: int) -> bool:
@@ -1575,9 +1575,7 @@ def _take_rounds(
 def round_robin(agenda: Agenda) -> Mode:
     """Everybody once per round, in order."""
     turns, wish = yield from _take_rounds(agenda)
-    rounds = max(agenda.settings.rounds, len(turns) // len(agenda.aliases))
-    finished = f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
-    return (yield from _finish(agenda, turns, wish, finished))
+    return (yield from _finish(agenda, turns, wish))
 
 
 def managed(agenda: Agenda) -> Mode:
@@ -1595,8 +1593,7 @@ def managed(agenda: Agenda) -> Mode:
         turns += yield Speak((last,), reason)
         if len(turns) % len(aliases) == 0:
             wish = yield from _hear(agenda, turns, wish)
-    finished = "Finished: all turns were taken"
-    return (yield from _finish(agenda, turns, wish, finished))
+    return (yield from _finish(agenda, turns, wish))
 
 
 def _choose_speaker(
@@ -1645,13 +1642,13 @@ def _read_choice(
 
 
 def _find_object(text: str, *keys: str) -> Json:
-    """The first JSON object in a text, with one of these keys if any; else {}."""
+    """The first JSON object in a text that has one of these keys, or {}."""
     starts = [found.start() for found in re.finditer(r'\{(?=\s*+")', text)]
     # each may be as long as the text, and lie in the one before
     for start in starts[-100:]:
         with suppress(ValueError):
             value: Json = parse_json_at(text, start)[0]
-            if not keys or not value.keys().isdisjoint(keys):
+            if not value.keys().isdisjoint(keys):
                 return value
     return {}
 
@@ -3593,7 +3590,7 @@ async def resolve_cast(
     What cannot be looked up costs its seat or its tool, with a line that says so.
     Raises `ConversationError` where nobody is left who could take part.
     """
-    seats, problems, by_default = choose_seats(settings, cards)
+    seats, problems = choose_seats(settings, cards)
     chairs = choose_chair(settings, cards, seats)
     leader, misled = _choose_leader(settings, seats, cards)
     asked = (*(seat.model_id for seat in (*seats, *chairs)), leader)
@@ -3629,7 +3626,7 @@ async def resolve_cast(
         participants,
         usable.get(leader, usable[present[0].model_id]),
         tuple(dict.fromkeys(problems)),
-        by_default,
+        not (settings.team.strip() or settings.participants),
         chosen,
         "".join(seat.alias for seat in chairs),
     )
@@ -5249,7 +5246,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
     """A title, tags, follow-ups and the like; raises `ConversationError`."""
     try:
         cards = await host.model_cards(body["model"].split(".")[0])
-        seats, _, _ = choose_seats(settings, cards)
+        seats, _ = choose_seats(settings, cards)
         if not seats:
             raise ConversationError("There is no participant to ask.")
         card = cards[seats[0].model_id]
