@@ -2659,48 +2659,12 @@ _DELTA_TYPES: dict[BlockKind, str] = {
 }
 
 
-class GrowingText:
-    """A text that grows by pieces, and what of it was sent; `append` is O(1)."""
-
-    __slots__ = ("_parts", "_sent", "length")
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._parts: list[str] = []
-        self._sent: int | None = 0  # so many of these; None: another text
-
-    def append(self, piece: str) -> None:
-        """Add a piece at the end."""
-        self._parts.append(piece)
-        self.length += len(piece)
-
-    def replace(self, text: str) -> None:
-        """Read `text` from now on; a text that only grew stays a growth."""
-        now = str(self)
-        if text.startswith(now):
-            self.append(text[len(now) :])
-        else:
-            self._parts, self._sent, self.length = [text], None, len(text)
-
-    def unsent(self) -> str | None:
-        """What was not sent; None if what was sent is no longer a beginning."""
-        return None if self._sent is None else "".join(self._parts[self._sent :])
-
-    def mark_sent(self) -> None:
-        """All was sent; the pieces that are new become one: thousands cost memory."""
-        known = self._sent or 0
-        self._parts[known:] = ["".join(self._parts[known:])]
-        self._sent = len(self._parts)
-
-    def __str__(self) -> str:
-        return "".join(self._parts)
-
-
 @dataclass(slots=True, eq=False)
 class Block:
     """One visible part of the message: a heading or text, reasoning, a call, a result.
 
-    `text` grows; `fields` are the other keys of its item and change as a whole.
+    Its text grows by pieces; `fields` are the other keys of its item and change as a
+    whole.
     """
 
     kind: BlockKind
@@ -2709,11 +2673,37 @@ class Block:
     section: int
     fields: Json
     sent_fields: Json | None = None  # None: the client does not have the block
-    text: GrowingText = field(default_factory=GrowingText)
+    length: int = 0
+    _pieces: list[str] = field(default_factory=list)
+    _sent: int | None = 0  # so many of these; None: the client has another text
+
+    @property
+    def text(self) -> str:
+        """What it reads now."""
+        return "".join(self._pieces)
+
+    def append(self, piece: str) -> None:
+        """Add a piece at the end, in O(1)."""
+        self._pieces.append(piece)
+        self.length += len(piece)
+
+    def replace(self, text: str) -> None:
+        """Read `text` from now on; a text that only grew stays a growth."""
+        now = self.text
+        if text.startswith(now):
+            self.append(text[len(now) :])
+        else:
+            self._pieces, self._sent, self.length = [text], None, len(text)
+
+    def unsent(self) -> str | None:
+        """What was not sent; None if what was sent is no longer a beginning."""
+        return None if self._sent is None else "".join(self._pieces[self._sent :])
 
     def mark_sent(self) -> None:
-        """The client has all of it."""
-        self.text.mark_sent()
+        """The client has all; the new pieces become one: thousands cost memory."""
+        known = self._sent or 0
+        self._pieces[known:] = ["".join(self._pieces[known:])]
+        self._sent = len(self._pieces)
         self.sent_fields = dict(self.fields)
 
 
@@ -2729,13 +2719,15 @@ LAST = sys.maxsize  # the section that stands below all others
 class Transcript:
     """The blocks of one reply, in the order in which they are read.
 
-    They stand in sections, which may grow at the same time. `prefix` begins the ids of
-    the blocks, which must be unique in the whole message.
+    They stand in sections, which may grow at the same time; `in_order`, each is seen
+    only after those above it, so that nothing moves. `prefix` begins the ids of the
+    blocks, which must be unique in the whole message.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, in_order: bool = False) -> None:
         self.blocks: list[Block] = []
         self.prefix = prefix
+        self.in_order = in_order
         self._sections = 0
         self.growing: set[int] = set()  # the sections that are not closed
         self.late: set[int] = set()  # those for which nobody waits any more
@@ -2750,9 +2742,9 @@ class Transcript:
         """Nothing more comes into a section."""
         self.growing.discard(section)
 
-    def is_next(self, block: Block) -> bool:
-        """Whether all that stands before this block is there: then it moves nothing."""
-        if block.section == LAST:
+    def may_show(self, block: Block) -> bool:
+        """Whether this block moves nothing: all that stands before it is there."""
+        if block.section == LAST or not self.in_order:
             return True
         first = min(self.growing, default=block.section)
         return block.section <= first and block.section not in self.late
@@ -2775,50 +2767,40 @@ class Transcript:
 def count_words(blocks: Iterable[Block]) -> str:
     """ "140 words": what is said in these blocks, without notices; "" if nothing is."""
     said = (b for b in blocks if b.kind == "message" and "notice" not in b.fields)
-    words = sum(len(str(block.text).split()) for block in said)
+    words = sum(len(block.text.split()) for block in said)
     return f"{words:,} word{'s' * (words != 1)}" if words else ""
 
 
 def fold_drafts(
     transcript: Transcript, outcome: int, ranking: int, marks: Mapping[str, str]
-) -> Iterator[Block]:
+) -> Iterator[tuple[Block, str]]:
     """Put the outcome, the conclusion and the ranking in front, and fold each draft in
-    a line with its mark; gives the blocks that now read otherwise."""
-    numbered = groupby(transcript.blocks, lambda block: block.section)
-    sections = {number: list(blocks) for number, blocks in numbered}
-    titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
-    spoken = {n: title for n, title in titles.items() if title and title[1] in COLOURS}
-    conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
-    for number in dict.fromkeys((outcome, conclusion, ranking)):
-        for block in sections[number]:
+    a line with its mark; gives the blocks that now read otherwise, and how."""
+    # headings of speakers have the model; nobody speaks after the conclusion
+    *drafts, conclusion = (b for b in transcript.blocks if "model" in b.fields)
+    for number in dict.fromkeys((outcome, conclusion.section, ranking)):
+        for block in transcript.of(number):
             fields = dict(block.fields)
             if "call_id" in fields:  # by which the page knows an item
                 fields["call_id"] += "_"
             moved = transcript.add(block.kind, block.speaker, **fields)
-            moved.text.append(str(block.text))
-            yield moved
+            yield moved, block.text
             block.kind, block.fields = "message", {"status": "completed"}
-            block.text.replace("")
-            yield block
-    for number in spoken.keys() - {conclusion}:
-        heading, *rest = sections[number]
-        said = [block for block in rest if block.kind == "message"]
-        words = count_words(said)
-        title = " ".join(spoken[number].groups())
+            yield block, ""
+    for heading in drafts:
+        said = [b for b in transcript.of(heading.section)[1:] if b.kind == "message"]
+        words, title = count_words(said), heading.text.partition("### ")[2]
         mark = marks.get(heading.speaker, "not ranked" if words else "")
         parts = (title, mark, words or "no answer")
-        texts = (str(block.text).strip() for block in said)
-        draft = "\n\n".join((f"### {title}", *texts))
-        heading.text.replace(render_fold(ROLE.join(filter(None, parts)), draft))
-        yield heading
+        draft = "\n\n".join((f"### {title}", *(block.text.strip() for block in said)))
+        yield heading, render_fold(ROLE.join(filter(None, parts)), draft)
         for block in said:
-            block.text.replace("")
-            yield block
+            yield block, ""
 
 
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
-    text, fields = str(block.text), {"status": "in_progress", **block.fields}
+    text, fields = block.text, {"status": "in_progress", **block.fields}
     content = [{"type": "output_text", "text": text}]
     item: Json = {"type": block.kind, "id": block.id, "speaker": block.speaker}
     match block.kind:
@@ -2840,7 +2822,7 @@ def render_checkpoint(transcript: Transcript) -> list[Json]:
     tells a reader so; the host's own save takes its place."""
     blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
     line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
-    line.text.append(_SAVED)
+    line.append(_SAVED)
     items = [render_item(block) for block in (*blocks, line)]
     answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
     for item in items:
@@ -2853,7 +2835,7 @@ def render_checkpoint(transcript: Transcript) -> list[Json]:
 
 def render_markdown(transcript: Transcript) -> str:
     """The transcript's headings and texts, as a client without a page reads them."""
-    texts = (str(block.text) for block in transcript.blocks if block.kind == "message")
+    texts = (block.text for block in transcript.blocks if block.kind == "message")
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
@@ -2865,7 +2847,7 @@ def plan_items(block: Block, place: int) -> Json | None:
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": place}
-    suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
+    suffix, is_same = block.unsent(), block.sent_fields == block.fields
     if is_same and suffix == "":
         return None
     if is_same and suffix and block.kind in _DELTA_TYPES:
@@ -2882,7 +2864,7 @@ def plan_chunk(block: Block, place: int) -> Json | None:
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
     shown, because a client would take them for its own to run.
     """
-    suffix = block.text.unsent()
+    suffix = block.unsent()
     if not suffix or block.fields.get("passing"):
         return None
     if block.kind == "message":
@@ -3612,24 +3594,12 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
     }
 
 
-def _nobody_left(problems: Sequence[str]) -> ConversationError:
-    reasons = " ".join(problems) or "There is no chat model that you may use."
-    return ConversationError(
-        f"Nobody can take part in this conversation. {reasons} Choose participants "
-        "in the valves of this model, or ask an admin for access to models."
-    )
-
-
-def _choose_leader(
-    settings: Settings, seats: Sequence[Seat], cards: Mapping[str, ModelCard]
-) -> tuple[str, str]:
-    """The model that leads, and what is wrong with the one that should."""
-    first = seats[0].model_id if seats else ""
+def _find_leader(wanted: str, cards: Mapping[str, ModelCard]) -> tuple[str, str]:
+    """The id of the model that shall lead, if one is wanted, and what is wrong."""
     try:
-        wanted = settings.manager_model if seats else ""
-        return find_model(wanted, cards).id if wanted else first, ""
+        return find_model(wanted, cards).id if wanted else "", ""
     except ConversationError as error:
-        return first, str(error)
+        return "", str(error)
 
 
 def _tell_problems(
@@ -3657,44 +3627,44 @@ async def resolve_cast(
     """
     seats, problems, by_default = choose_seats(settings, cards)
     chairs = choose_chair(settings, cards, seats)
-    leader, misled = _choose_leader(settings, seats, cards)
+    leader, misled = _find_leader(settings.manager_model if seats else "", cards)
     asked = (*(seat.model_id for seat in (*seats, *chairs)), leader)
     wanted = dict.fromkeys(filter(None, asked))
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
     params, defaults = await host.model_params([*wanted, pipe_id])
-    readable = host.readable(settings, defaults, params.get(pipe_id, {}))
+    preset = params.get(pipe_id, {})
+    readable = host.readable(settings, defaults, preset)
     problems = _tell_problems(settings, problems, misled, readable)
+    chosen = chat_sampling(body, defaults, preset)
+    window = {name: chosen[name] for name in chosen if name == "num_ctx"}
+    own = {i: params.get(i, {}) | window for i in wanted}
     prepared = await asyncio.gather(
-        *(host.voice(cards[i], params.get(i, {}), defaults, settings) for i in wanted)
+        *(host.voice(cards[i], own[i], defaults, settings) for i in wanted)
     )
     voices = dict(zip(wanted, prepared, strict=True))
-    chosen = chat_sampling(body, defaults, params.get(pipe_id, {}))
-    window = {"window": chosen["num_ctx"]} if "num_ctx" in chosen else {}
-    usable = {
-        i: replace(v, **window) for i, v in voices.items() if isinstance(v, Voice)
-    }
+    usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     for seat in seats:
-        lost = (f"its model cannot be prepared: {voices[seat.model_id]}",)
-        found = usable[seat.model_id].problems if seat.model_id in usable else lost
+        voice = voices[seat.model_id]
+        lost = (f"its model cannot be prepared: {voice}",)
+        found = voice.problems if isinstance(voice, Voice) else lost
         problems += [f"{seat.alias}: {problem}." for problem in found]
     present = [seat for seat in seats if seat.model_id in usable]
     if not present:
-        raise _nobody_left(problems)
+        reasons = " ".join(problems) or "There is no chat model that you may use."
+        raise ConversationError(
+            f"Nobody can take part in this conversation. {reasons} Choose participants "
+            "in the valves of this model, or ask an admin for access to models."
+        )
     aliases = [seat.alias for seat in present]
     chairs = [seat for seat in chairs if seat.model_id in usable]
     participants = {}
     for colour, seat in zip(COLOURS, (*present, *chairs), strict=False):
         voice = usable[seat.model_id]
-        told = render_system(settings, seat, aliases, voice, system)
-        participants[seat.alias] = Participant(seat.alias, colour, told, voice)
-    return Cast(
-        participants,
-        usable.get(leader, usable[present[0].model_id]),
-        tuple(dict.fromkeys(problems)),
-        by_default,
-        chosen,
-        "".join(seat.alias for seat in chairs),
-    )
+        prompt = render_system(settings, seat, aliases, voice, system)
+        participants[seat.alias] = Participant(seat.alias, colour, prompt, voice)
+    manager = usable.get(leader, usable[present[0].model_id])
+    told, chair = tuple(dict.fromkeys(problems)), "".join(s.alias for s in chairs)
+    return Cast(participants, manager, told, by_default, chosen, chair)
 
 
 # ======================================================================================
@@ -3709,9 +3679,8 @@ class Emitter:
     every `interval` seconds, and less often where an update costs the page more, the
     noted blocks are compared with what was sent, and per block nothing, the new suffix,
     or the block whole goes out: never the transcript.
-    A block the client does not have yet goes out at once. `in_order`: not before all
-    that stands above it, so that nothing moves. `flushes` counts them, and so many
-    items of the message stand `before` the transcript.
+    A block the client does not have yet goes out at once, if the transcript may show
+    it. So many items of the message stand `before` the transcript.
     """
 
     def __init__(
@@ -3723,7 +3692,6 @@ class Emitter:
     ) -> None:
         self.flushes = 0
         self.before = 0
-        self.in_order = False
         self._transcript = transcript
         self._plan = plan
         self._interval = interval
@@ -3737,10 +3705,10 @@ class Emitter:
         self._cost = 1.0  # of the last flush, in intervals
         self._closed = False
 
-    def emit_replace(self, block: Block, text: str | GrowingText) -> None:
-        """This block now reads `text`: its own growing text, or any other."""
-        if text is not block.text:
-            block.text.replace(str(text))
+    def emit_replace(self, block: Block, text: str | None = None) -> None:
+        """This block now reads `text`; without one, it has grown or changed."""
+        if text is not None:
+            block.replace(text)
         self._noted.add(block)
         if block not in self._shown:
             self._wake()
@@ -3753,10 +3721,6 @@ class Emitter:
         if self._timer:
             await self._nearly_due.wait()
 
-    def may_send(self, block: Block) -> bool:
-        """Whether it is held back no more."""
-        return not self.in_order or self._transcript.is_next(block)
-
     def nudge(self) -> None:
         """Something that was held back may go out now."""
         if self._noted:
@@ -3765,7 +3729,7 @@ class Emitter:
     def close(self) -> None:
         """Nothing more will come: `frames` ends after the last, exact frame."""
         self._closed = True
-        self.in_order = False
+        self._transcript.in_order = False
         self._wake()
 
     def flush(self) -> list[Json]:
@@ -3779,15 +3743,15 @@ class Emitter:
         # characters of one, or a message of 60,000 cost one interval. The costliest
         # update waits for four: 0.4 s is still seen to flow.
         for block in self._transcript.blocks:
-            if block in noted and not self.may_send(block):
+            if block in noted and not self._transcript.may_show(block):
                 self._noted.add(block)
             elif block in noted:
                 events.append(self._plan(block, place))
                 block.mark_sent()
-                drawn += 0.3 + block.text.length / 5000
+                drawn += 0.3 + block.length / 5000
             if block.sent_fields is not None:
                 place += 1
-                whole += block.text.length / 60_000
+                whole += block.length / 60_000
         self._cost = min(max(drawn + whole, 1.0), 4.0)
         return list(filter(None, events))
 
@@ -3869,7 +3833,6 @@ class Screen:
     continued: bool  # there is a beginning of the reply, which the host keeps
     ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
     marks: dict[str, str] = field(default_factory=dict)  # of drafts, once they may fold
-    progress: Block | None = None
 
     def add_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
         """A line of ours in a section."""
@@ -3880,31 +3843,29 @@ class Screen:
         self.emitter.emit_replace(block, gap + line)
         return block
 
-    def publish(self, key: str, text: str, **fields: Any) -> None:
+    def publish(self, key: str, text: str, section: int = 0, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
         block = self.ours.get(key)
         if block and (self.can_replace or block.section in self.transcript.growing):
             self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
-            section = self.transcript.open_section()
+            section = section or self.transcript.open_section()
             self.ours[key] = self.add_line("", text, section, **fields)
             if self.can_replace:
                 self.transcript.close_section(section)
 
     def show_progress(self, text: str = "") -> None:
         """The last line, which is replaced in place; without a text it goes away."""
-        if self.progress and str(self.progress.text) != text:
-            self.emitter.emit_replace(self.progress, text)
-        elif text and self.can_replace and not self.progress:
-            self.progress = self.add_line("", text, LAST, passing=True)
+        if self.can_replace and (text or "progress" in self.ours):
+            self.publish("progress", text, LAST, passing=True)
 
     def fold(self) -> None:
         """The conclusion first; the drafts below it become one line each."""
         outcome = self.ours["outcome"]
         ranking = self.ours.get("ranking", outcome)  # two answers have none
         ours = outcome.section, ranking.section
-        for block in fold_drafts(self.transcript, *ours, self.marks):
-            self.emitter.emit_replace(block, block.text)
+        for block, text in fold_drafts(self.transcript, *ours, self.marks):
+            self.emitter.emit_replace(block, text)
 
     def notice(self, line: str) -> None:
         """A notice of ours, outside of all sections of speakers."""
@@ -3982,17 +3943,6 @@ class Figures:
     streaming: float = 0.0
     streamed: int = 0
 
-    def count(self, begun: float, first: float | None, end: float, tokens: int) -> None:
-        """Add one model call; `first` is when its first token came, if it did."""
-        self.calls += 1
-        if first is None:
-            return
-        if self.first_token is None:
-            self.first_token = first - begun
-        if end - first > 0.2:  # s; a shorter reply came all at once
-            self.streaming += end - first
-            self.streamed += tokens
-
     def report(self) -> Json:
         """Usage, calls and speed, as far as they are known."""
         report: Json = {**self.usage, "calls": self.calls}
@@ -4011,26 +3961,29 @@ class Ledger:
     usage: Json = field(default_factory=dict)
     figures: dict[str, Figures] = field(default_factory=dict)
     turns: int = 0
+    calls: int = 0
     begun: float = field(default_factory=time.monotonic)
 
     def tokens(self) -> int:
         """How many tokens were used, as far as providers report them."""
         return int(self.usage.get("total_tokens", 0))
 
-    @property
-    def calls(self) -> int:
-        """How many model calls there were."""
-        return sum(figures.calls for figures in self.figures.values())
-
     def count_call(self, speaker: str, usage: Json, deadline: Deadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
+        self.calls += 1
+        figures.calls += 1
         counted = self.add_usage({}, usage) if usage else {}
-        tokens = counted.get("output_tokens", 0)
-        figures.count(deadline.begun, deadline.first_at, deadline.now(), tokens)
         if counted:
             self.usage = self.add_usage(self.usage, counted)
             figures.usage = self.add_usage(figures.usage, counted)
+        if (first := deadline.first_at) is None:
+            return
+        if figures.first_token is None:
+            figures.first_token = first - deadline.begun
+        if (seconds := deadline.now() - first) > 0.2:  # a shorter one came all at once
+            figures.streaming += seconds
+            figures.streamed += counted.get("output_tokens", 0)
 
     def report(self) -> Json:
         """The usage of the run, with everybody's share and speed; {} if none came."""
@@ -4544,14 +4497,14 @@ class Section:
 
     def show_result(self, call_id: str, result: ToolResult) -> None:
         """A tool call has its answer."""
-        fields: Json = {"call_id": call_id}
-        fields["status"] = "failed" if result.failed else "completed"
+        status = "failed" if result.failed else "completed"
         card = self._unanswered.pop(call_id)
-        card.fields |= fields
-        self.screen.emitter.emit_replace(card, card.text)
+        card.fields["status"] = status
+        self.screen.emitter.emit_replace(card)
         given = {"files": result.files, "embeds": result.embeds}
         given["images"] = result.image_urls
-        fields |= {name: list(found) for name, found in given.items() if found}
+        fields: Json = {name: list(found) for name, found in given.items() if found}
+        fields |= {"call_id": call_id, "status": status}
         block = self.add("function_call_output", **fields)
         self.screen.emitter.emit_replace(block, result.text)
 
@@ -4584,7 +4537,7 @@ class Section:
         `busy`; else nothing."""
         said = self.screen.transcript.of(self.number)[1:]  # below the heading
         is_done = self.task.done()
-        seen = self.screen.emitter.may_send(said[0]) if said else is_done
+        seen = self.screen.transcript.may_show(said[0]) if said else is_done
         if seen and not busy:
             return ""
         words = count_words(said)
@@ -4629,10 +4582,20 @@ class ShownReply(Reply):
         """Show one event."""
         match event:
             case TextDelta(text, kind):
-                self._add_text(kind, text)
+                if text and kind != self._kind:
+                    self._pause()
+                    self._kind = kind
+                self._show(self._guard.feed(self._names.feed(text)))
             case ToolCallDelta():
                 self._pause()
-                self._add_call_piece(event)
+                self.spoke = True
+                call = self._pieces.feed(event)
+                if call not in self._cards:
+                    self._cards[call] = self._section.add_card()
+                card = self._cards[call]
+                card.fields["name"] = call.name
+                card.append(event.arguments)
+                self._emit(card)
             case _:
                 super().apply(event)
 
@@ -4640,7 +4603,7 @@ class ShownReply(Reply):
         """Nothing more comes: its text, and its tool calls with ids of our own."""
         self._pause()
         # joined as the host joins the blocks of a message
-        self.text = "\n".join(str(block.text) for block in self._texts).strip()
+        self.text = "\n".join(block.text for block in self._texts).strip()
         for open_call, argument_texts in self._pieces.close():
             for arguments in argument_texts:
                 card = self._cards.pop(open_call, None) or self._section.add_card()
@@ -4649,12 +4612,6 @@ class ShownReply(Reply):
                 call_id = card.fields["call_id"]
                 self.calls.append(ToolCall(call_id, open_call.name, arguments))
 
-    def _add_text(self, kind: BlockKind, text: str) -> None:
-        if text and kind != self._kind:
-            self._pause()
-            self._kind = kind
-        self._show(self._guard.feed(self._names.feed(text)))
-
     def _show(self, text: str) -> None:
         if self._kind == "message" and not self._texts:
             text = text.lstrip()
@@ -4662,14 +4619,12 @@ class ShownReply(Reply):
             return
         self.spoke = True
         if self._open is None:
-            self._open, self._opened_at = (
-                self._section.add(self._kind),
-                time.monotonic(),
-            )
+            self._open = self._section.add(self._kind)
+            self._opened_at = time.monotonic()
             if self._kind == "message":
                 self._texts.append(self._open)
-        self._open.text.append(text)
-        self._emit(self._open, self._open.text)
+        self._open.append(text)
+        self._emit(self._open)
 
     def _pause(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
@@ -4679,17 +4634,7 @@ class ShownReply(Reply):
         if block is not None and block.kind == "reasoning":
             seconds = time.monotonic() - self._opened_at
             block.fields |= {"status": "completed", "duration": round(seconds, 1)}
-            self._emit(block, block.text)
-
-    def _add_call_piece(self, delta: ToolCallDelta) -> None:
-        self.spoke = True
-        call = self._pieces.feed(delta)
-        card = self._cards.get(call)
-        if card is None:
-            card = self._cards[call] = self._section.add_card()
-        card.fields["name"] = call.name
-        card.text.append(delta.arguments)
-        self._emit(card, card.text)
+            self._emit(block)
 
 
 # -- the run of a mode -----------------------------------------------------------------
@@ -4747,12 +4692,6 @@ class Run:
             self.screen.emitter.close()
             log.info("conversation ended: %d turns", self.ledger.turns)
             await host.show_status(self._describe_end(reason), done=True)
-
-    def go_on_after(self, items: list[Json] | None) -> None:
-        """The message has these items already, which are saved with the new ones."""
-        self.saver.before = items
-        if not self.host.can_replace:  # nor does the host count from the new ones
-            self.screen.emitter.before = len(items or ())
 
     async def _converse(self, mode: Mode) -> str:
         """From the first to the last word; gives why it ended."""
@@ -5244,7 +5183,8 @@ def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
 async def _prepare(
     host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
 ) -> tuple[Run, Mode]:
-    """A run that is ready to go, with its mode; raises `ConversationError`."""
+    """A run that is ready to go, with its mode, or a vote on what was said before;
+    raises `ConversationError`."""
     mode_id = _choose_mode(body, user_settings)
     row = MODES[mode_id]
     try:
@@ -5273,26 +5213,22 @@ async def _prepare(
     problems = (*cast.problems, *filter(None, [commands.problem]))
     told = describe_table(mode_id, agenda, commands, cards)
     cast = replace(cast, problems=problems, told=told)
-    if row.drafts and not (settings.remember_drafts or commands.vote):
+    drafts = row.drafts and not commands.vote
+    if drafts and not settings.remember_drafts:
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
-    drafts = row.drafts and not commands.vote
-    run = _make_run(host, settings, cast, entries, drafts)
-    if run.screen.continued and stored:
-        run.go_on_after(stored[-1].get("output"))
-    return run, _begin(run, row, agenda, commands.vote)
-
-
-def _begin(run: Run, row: ModeRow, agenda: Agenda, votes: bool) -> Mode:
-    """The mode of a run, or a vote on what was said before."""
-    entries, tokens_used = run.entries, run.ledger.tokens
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
-    seed = run.screen.transcript.prefix
+    run = _make_run(host, settings, cast, entries, drafts)
+    if last is not None and stored:
+        run.saver.before = stored[-1].get("output")  # saved with the new items
+        if not host.can_replace:  # nor does the host count from the new ones
+            run.screen.emitter.before = len(run.saver.before or ())
+    seed, tokens_used = run.screen.transcript.prefix, run.ledger.tokens
     agenda = replace(agenda, last=last, seed=seed, tokens_used=tokens_used)
-    if votes:
+    if commands.vote:
         said = [e for e in entries if isinstance(e, Turn) and not e.concludes]
-        return put_to_vote(agenda, [turn for turn in said if turn.text])
-    return row.begin(agenda)
+        return run, put_to_vote(agenda, [turn for turn in said if turn.text])
+    return run, row.begin(agenda)
 
 
 def _make_run(
@@ -5300,12 +5236,12 @@ def _make_run(
 ) -> Run:
     """A run with an empty transcript, and the emitter its client needs."""
     continued = bool(entries) and isinstance(entries[-1], Turn)
-    transcript = Transcript(uuid4().hex[:8])
+    in_order = not (host.can_replace and settings.all_at_once)
+    transcript = Transcript(uuid4().hex[:8], in_order)
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     plan = plan_items if host.in_chat else plan_chunk
     emitter = Emitter(transcript, plan, interval)
-    emitter.in_order = not (host.can_replace and settings.all_at_once)
     screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
