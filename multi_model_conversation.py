@@ -232,8 +232,7 @@ class Settings(UserSettings):
     """
 
     chair: str = _setting(
-        "",
-        "Alias, or any model's id, of who concludes. None: the best ranked.",
+        "", "Alias, or any model's id, of who concludes. None: the best ranked."
     )
     remember_drafts: bool = _setting(
         False, "Whether a second question sees all drafts, not only the conclusions."
@@ -4012,6 +4011,7 @@ class Deadline:
         self.now = time.monotonic  # as the loop's clock
         self.begun = self.heard_at = self.now()
         self.first_at: float | None = None
+        self.admitted_at: float | None = None  # its first call; until then it is queued
         self.dialog: asyncio.Timeout | None = None  # ends when it says something
         what = "it said nothing for" if silence else "it took longer than"
         self._reason = f"{what} {seconds:g} s"
@@ -4233,8 +4233,6 @@ class ModelCalls:
     ledger: Ledger
     emitter: Emitter
     busy: dict[str, str] = field(default_factory=dict)  # who is waited for, and why
-    # when a speaker's first call in a stage got its slot; until then it is queued
-    admitted: dict[tuple[int, str], float] = field(default_factory=dict)
     # stages in which some have answered and several have not -> `_GO_ON`, once said
     enough: dict[int, str] = field(default_factory=dict)
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
@@ -4370,7 +4368,7 @@ class ModelCalls:
                     held.callback(each.leave)
             first = settings.first_token_timeout if streams else call.clock.seconds
             deadline = Deadline(first, settings.silence_timeout)
-            self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
+            call.clock.admitted_at = call.clock.admitted_at or deadline.begun
             try:
                 yield deadline
             finally:
@@ -4532,7 +4530,7 @@ class Section:
             self.screen.transcript.close_section(self.number)
             self.screen.emitter.nudge()
 
-    def describe(self, asked: float | None, busy: str = "") -> str:
+    def describe(self, busy: str = "") -> str:
         """A line on how far it is, where nothing of it is seen yet or its model is
         `busy`; else nothing."""
         said = self.screen.transcript.of(self.number)[1:]  # below the heading
@@ -4543,7 +4541,7 @@ class Section:
         words = count_words(said)
         state = "done" if is_done else "writing" if words else "thinking"
         if not said:
-            state = "queued" if asked is None else "waiting"
+            state = "waiting" if self.clock.admitted_at else "queued"
         who = f"{self.participant.colour} {self.participant.alias}"
         return f"{who} · {busy or state}" + (f", {words}" if words else "")
 
@@ -4847,22 +4845,21 @@ class Run:
         self.screen.show_progress(f"{PROGRESS}the members judge each other")
         voters = {}
         for paper in step.papers:
-            speaker, clock = self.cast.participants[paper.voter], Deadline(0)
+            clock = Deadline(self.settings.turn_timeout)
+            speaker = self.cast.participants[paper.voter]
             voter = voters[paper.voter] = Section(self.screen, speaker, clock)
-            ballot = self._cast_ballot(paper, step.read, stage)
+            prompt = self._prompt(speaker, paper.brief, {})
+            call = ModelCall(speaker.alias, speaker.voice, prompt, clock, stage)
+            ballot = self._cast_ballot(call, paper, step.read)
             voter.task = self.tasks.create_task(ballot)
         done = await self._wait_in_view(voters, "judged", stage)
         await end_tasks(*(voter.task for voter in voters.values()))
         return [done.get(who, "it was late") for who in voters]
 
     async def _cast_ballot(
-        self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
+        self, call: ModelCall, paper: BallotPaper, read: Callable[..., Ballot | str]
     ) -> Ballot | str:
         """A voter's ballot: asked, and asked again with what was wrong."""
-        voter = self.cast.participants[paper.voter]
-        clock = Deadline(self.settings.turn_timeout)
-        prompt = self._prompt(voter, paper.brief, {})
-        call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
         for _ in range(2):
             try:
                 text = await self.models.text(call)
@@ -4927,54 +4924,33 @@ class Run:
         self, sections: Mapping[str, Section], what: str, stage: int, quorum: int = 0
     ) -> Json:
         """What is there by name once the quorum is, or everybody is done or has had its
-        time since its call was let in; shows each second who of several is missing.
-        """
+        time since its call was let in; shows each second who is not seen yet, of one
+        alone only that its model is busy."""
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
         begun = clock()
         done: Json = {}
-        there: dict[str, float] = {}  # who did not fail, and after how long
-        while pending := [s.task for s in sections.values() if not s.task.done()]:
-            one = asyncio.FIRST_COMPLETED
-            await asyncio.wait(pending, timeout=1, return_when=one)
+        while waiting := [s for s in sections.values() if not s.task.done()]:
+            tasks, one = [s.task for s in waiting], asyncio.FIRST_COMPLETED
+            await asyncio.wait(tasks, timeout=1, return_when=one)
             now = clock()
             ended = {who: s.task for who, s in sections.items() if s.task.done()}
             done = {who: task.result() for who, task in ended.items()}
-            for who, result in done.items():
-                match result:
-                    case Turn(failure=None) | Ballot():
-                        there.setdefault(who, now - begun)
-            silent = [who for who in sections if who not in done]
-            since = {who: self.models.admitted.get((stage, who)) for who in silent}
-            late = all(at is not None and now - at > limit for at in since.values())
-            if (quorum and len(there) >= quorum) or (late and there):
+            kept = [each for each in done.values() if not isinstance(each, str)]
+            there = sum(isinstance(each, Ballot) or not each.failure for each in kept)
+            since = [s.clock.admitted_at for s in waiting if not s.task.done()]
+            late = all(at is not None and now - at > limit for at in since)
+            if (quorum and there >= quorum) or (late and there):
                 break
-            if there and silent[1:]:
+            if there and since[1:]:
                 self.models.enough.setdefault(stage, "")
-            text = f"{len(there)} of {len(sections)} {what} · {now - begun:.1f} s"
-            text = self._describe_progress(text, sections, there, since)
-            self.screen.show_progress(text)
+            text = f"{PROGRESS}{there} of {len(sections)} {what} · {now - begun:.1f} s"
+            busy = self.models.busy
+            for who, section in sections.items():
+                line = section.describe(busy.get(who, ""))
+                text += f"\n> {line}" if line else ""
+            self.screen.show_progress(text if busy or len(sections) > 1 else "")
         self.screen.show_progress()
         return done
-
-    def _describe_progress(
-        self,
-        text: str,
-        sections: Mapping[str, Section],
-        there: Mapping[str, float],
-        since: Mapping[str, float | None],
-    ) -> str:
-        """Behind this text, who was fastest, and a line for each who is not seen yet;
-        of one alone only that its model is busy."""
-        busy = self.models.busy
-        if len(sections) == 1:
-            told = " · ".join(f"{who} · {why}" for who, why in busy.items())
-            return f"{PROGRESS}{told}" if busy else ""
-        for who in list(there)[:1]:
-            text += f" · fastest {who} {there[who]:.1f} s"
-        for who, section in sections.items():
-            line = section.describe(since.get(who), busy.get(who, ""))
-            text += f"\n> {line}" if line else ""
-        return f"{PROGRESS}{text}"
 
     # -- a turn ------------------------------------------------------------------------
 
@@ -4994,8 +4970,7 @@ class Run:
                 section.fail("it was stopped" if stopped else failure, stopped)
             if section in self.late and not stopped:
                 self.late.remove(section)
-                late = "not counted: the others had gone on"
-                section.notice(f"{PROGRESS}{late}")
+                section.notice(f"{PROGRESS}not counted: the others had gone on")
             self.screen.transcript.close_section(section.number)
             self.screen.emitter.nudge()
             self.saver.due.set()
@@ -5147,24 +5122,17 @@ class Pipe:
         except ConversationError as error:
             if host.in_chat:
                 raise
-            return _refuse(error, bool(body.get("stream")))
+            # the host would answer with status 200 and a shape of its own
+            told = {"error": {"message": str(error), "type": "invalid_request_error"}}
+            if body.get("stream"):
+                return reply_items(told)
+            text = iter([json.dumps(told, ensure_ascii=False)])
+            return StreamingResponse(text, 400, media_type="application/json")
         if not body.get("stream"):
             return await reply_whole(run, mode, body["model"])
         if host.in_chat:
             return stream_items(run, mode)
         return stream_chunks(run, mode, body["model"])
-
-
-def _refuse(
-    error: ConversationError, stream: bool
-) -> AsyncGenerator[Json, None] | StreamingResponse:
-    """An error as an API client reads it: a chunk of a stream, or an HTTP response;
-    the host would answer an exception with status 200 and a shape of its own."""
-    body = {"error": {"message": str(error), "type": "invalid_request_error"}}
-    if stream:
-        return reply_items(body)
-    text = iter([json.dumps(body, ensure_ascii=False)])
-    return StreamingResponse(text, status_code=400, media_type="application/json")
 
 
 def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
@@ -5257,8 +5225,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         if not seats:
             raise ConversationError("There is no participant to ask.")
         card = cards[seats[0].model_id]
-        tags = host.think_tags()
-        voice = Voice(card.id, connection=card.connection, think_tags=tags)
+        voice = Voice(card.id, connection=card.connection, think_tags=host.think_tags())
         clock = Deadline(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
         call = ModelCall("task", voice, lambda _: body["messages"], clock)
@@ -5327,7 +5294,6 @@ async def reply_whole(run: Run, mode: Mode, model: str) -> Json:
 
 
 def _completion_head(kind: str, model: str) -> Json:
-    """What a completion and each of its chunks begin with."""
     completion_id, now = f"chatcmpl-{uuid4()}", int(time.time())
     return {"id": completion_id, "object": kind, "created": now, "model": model}
 
