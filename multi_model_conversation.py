@@ -4436,8 +4436,8 @@ class Section:
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
     number: int = 0  # its place, from when it has one
     task: asyncio.Task[Any] = field(init=False)
+    messages: list[Json] = field(default_factory=list)  # its replies, in its own view
     _reply: ShownReply | None = None  # until it is recorded
-    _messages: list[Json] = field(default_factory=list)
     _failure: str | None = None
     _unanswered: dict[str, Block] = field(default_factory=dict)
 
@@ -4473,25 +4473,23 @@ class Section:
         self._unanswered[call_id] = card
         return card
 
-    def record(self, reply: Reply, results: Sequence[ToolResult]) -> list[Json]:
-        """What a reply and its tool results are in the participant's own view."""
+    def record(self, reply: Reply, results: Sequence[ToolResult]) -> None:
+        """Keep a reply and its tool results as the participant will read them."""
         message: Json = {"role": "assistant", "content": reply.text}
-        messages = [message]
+        self.messages.append(message)
         urls: list[str] = []
         for call, result in zip(reply.calls, results, strict=True):
             function = {"name": call.name, "arguments": echo_arguments(call.arguments)}
             made = {"id": call.id, "type": "function", "function": function}
             message.setdefault("tool_calls", []).append(made)
             answer = {"role": "tool", "tool_call_id": call.id, "content": result.text}
-            messages.append(answer)
+            self.messages.append(answer)
             urls += result.images
         if urls and self.participant.voice.sees:
             images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
             note = {"type": "text", "text": TOOL_IMAGES}
-            messages.append({"role": "user", "content": [note, *images]})
-        self._messages += messages
+            self.messages.append({"role": "user", "content": [note, *images]})
         self._reply = None
-        return messages
 
     def show_result(self, call_id: str, result: ToolResult) -> None:
         """A tool call has its answer."""
@@ -4511,7 +4509,7 @@ class Section:
         an answer, and a line says why, unless it is to be quiet."""
         self._failure = reason
         if self._reply and self._reply.text:
-            self._messages.append({"role": "assistant", "content": self._reply.text})
+            self.messages.append({"role": "assistant", "content": self._reply.text})
         for call_id in list(self._unanswered):
             self.show_result(call_id, ToolResult(f"Error: {reason}", True))
         if self.number or self.role != CONCLUSION:
@@ -4551,7 +4549,7 @@ class Section:
 
     def turn(self) -> Turn:
         """What is left of the section for the rest of the conversation."""
-        messages = list(self._messages)
+        messages = list(self.messages)
         said = [m["content"] for m in messages if m["role"] == "assistant"]
         if messages and messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": "(broke off)"})
@@ -4819,13 +4817,12 @@ class Run:
         announced = len(step.aliases) == 1 or self.settings.all_at_once
         sections = {}
         for alias in step.aliases:
-            clock = Deadline(self.settings.turn_timeout)
+            call = self._call(alias, step.brief, stage, step.names)
             speaker = self.cast.participants[alias]
-            section = Section(self.screen, speaker, clock, step.role, step.names)
+            section = Section(self.screen, speaker, call.clock, step.role, step.names)
             if announced and not step.concludes:
                 section.show_heading()
-            turn = self._take_turn(section, step.brief, stage)
-            section.task = self.tasks.create_task(turn)
+            section.task = self.tasks.create_task(self._take_turn(section, call))
             sections[alias] = section
         done = await self._wait_in_view(sections, "answered", stage, step.quorum)
         late = [section for alias, section in sections.items() if alias not in done]
@@ -4845,11 +4842,9 @@ class Run:
         self.screen.show_progress(f"{PROGRESS}the members judge each other")
         voters = {}
         for paper in step.papers:
-            clock = Deadline(self.settings.turn_timeout)
+            call = self._call(paper.voter, paper.brief, stage, {})
             speaker = self.cast.participants[paper.voter]
-            voter = voters[paper.voter] = Section(self.screen, speaker, clock)
-            prompt = self._prompt(speaker, paper.brief, {})
-            call = ModelCall(speaker.alias, speaker.voice, prompt, clock, stage)
+            voter = voters[paper.voter] = Section(self.screen, speaker, call.clock)
             ballot = self._cast_ballot(call, paper, step.read)
             voter.task = self.tasks.create_task(ballot)
         done = await self._wait_in_view(voters, "judged", stage)
@@ -4901,24 +4896,25 @@ class Run:
             self.entries.append(Turn("", said))
         return said
 
-    def _prompt(
-        self, participant: Participant, brief: str, names: Mapping[str, str]
-    ) -> Prompt:
+    def _call(
+        self, alias: str, brief: str, stage: int, names: Mapping[str, str]
+    ) -> ModelCall:
         """What a participant is asked now; the cut is the same for all that have the
         same limit."""
         entries, everybody = list(self.entries), self.cast.participants
-        limit_of = self.models.limit_of
+        speaker, limit_of = everybody[alias], self.models.limit_of
 
         def prompt(limit: int) -> list[Json]:
-            own, heard = limit_of(participant.voice), entries
+            own, heard = limit_of(speaker.voice), entries
             if own < _ANY_LENGTH:
                 peers = [p for p in everybody.values() if limit_of(p.voice) == own]
                 fixed = max(tokens_of(f"{p.system}{p.voice.specs}") for p in peers)
                 room = limit - fixed - tokens_of(brief)
                 heard = shorten(entries, room, tuple(everybody))
-            return messages_for(participant, hide_speakers(heard, names), brief)
+            return messages_for(speaker, hide_speakers(heard, names), brief)
 
-        return prompt
+        clock = Deadline(self.settings.turn_timeout)
+        return ModelCall(alias, speaker.voice, prompt, clock, stage)
 
     async def _wait_in_view(
         self, sections: Mapping[str, Section], what: str, stage: int, quorum: int = 0
@@ -4954,13 +4950,13 @@ class Run:
 
     # -- a turn ------------------------------------------------------------------------
 
-    async def _take_turn(self, section: Section, brief: str, stage: int) -> Turn:
+    async def _take_turn(self, section: Section, call: ModelCall) -> Turn:
         """One participant's turn; its failure is part of it, and however it ends every
         tool call has an answer: the host would run an open one."""
         failure: str | None = "it was ended by an internal error"
         try:
             async with section.clock.running():
-                await self._speak_until_done(section, brief, stage)
+                await self._speak_until_done(section, call)
             failure = None
         except ModelFailure as error:
             failure = str(error)
@@ -4977,12 +4973,10 @@ class Run:
         self.ledger.turns += 1
         return section.turn()
 
-    async def _speak_until_done(self, section: Section, brief: str, stage: int) -> None:
+    async def _speak_until_done(self, section: Section, call: ModelCall) -> None:
         """Replies and tools, until there are no more; raises `ModelFailure`."""
-        participant, clock = section.participant, section.clock
-        alias, voice = participant.alias, participant.voice
-        prompt = self._prompt(participant, brief, section.names)
-        call = ModelCall(alias, voice, prompt, clock, stage, (), self.cast.parameters)
+        voice, chosen = call.voice, self.cast.parameters
+        call = replace(call, parameters=chosen, said=section.messages)
         if voice.legacy and voice.tools:
             runner = partial(self._run_legacy_tool, section)
             asked = self.models.messages(call)
@@ -4998,7 +4992,7 @@ class Run:
                 raise ModelFailure(f"it still called tools after {most} tool rounds")
             messages = self.models.messages(call) if reply.calls else []
             results = await self._run_tools(section, reply.calls, messages)
-            call = replace(call, said=[*call.said, *section.record(reply, results)])
+            section.record(reply, results)
             if not reply.calls:
                 break
 

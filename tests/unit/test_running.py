@@ -495,7 +495,8 @@ def test_what_a_participant_records_is_what_a_provider_expects() -> None:
     section = section_of(run)
     calls = [mmc.ToolCall("a", "look", '{"n": 1}'), mmc.ToolCall("b", "now", "")]
     results = [mmc.ToolResult("tall", images=("data:,x",)), mmc.ToolResult("noon")]
-    messages = section.record(said("Let me look.", *calls), results)
+    section.record(said("Let me look.", *calls), results)
+    messages = section.messages
     assert [message["role"] for message in messages] == [
         "assistant",
         "tool",
@@ -517,8 +518,9 @@ def test_arguments_that_are_no_json_object_are_not_sent_back(arguments: str) -> 
     run, _ = make_run()
     made = mmc.ToolCall("a", "look", arguments)
     result = mmc.ToolResult("Error: no", True)
-    messages = section_of(run).record(said("", made), [result])
-    sent = messages[0]["tool_calls"][0]["function"]["arguments"]
+    section = section_of(run)
+    section.record(said("", made), [result])
+    sent = section.messages[0]["tool_calls"][0]["function"]["arguments"]
     assert isinstance(json.loads(sent), dict)
 
 
