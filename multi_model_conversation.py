@@ -2670,7 +2670,7 @@ class Transcript:
         self.prefix = prefix
         self.in_order = in_order
         self._sections = 0
-        self.growing: set[int] = set()  # the sections that are not closed
+        self.growing: set[int] = set()  # the sections into which more may come
         self.late: set[int] = set()  # those for which nobody waits any more
 
     def open_section(self) -> int:
@@ -2678,10 +2678,6 @@ class Transcript:
         self._sections += 1
         self.growing.add(self._sections)
         return self._sections
-
-    def close_section(self, section: int) -> None:
-        """Nothing more comes into a section."""
-        self.growing.discard(section)
 
     def may_show(self, block: Block) -> bool:
         """Whether this block moves nothing: all that stands before it is there."""
@@ -2713,14 +2709,15 @@ def count_words(blocks: Iterable[Block]) -> str:
 
 
 def fold_drafts(
-    transcript: Transcript, outcome: int, ranking: int, marks: Mapping[str, str]
+    transcript: Transcript, ours: Mapping[str, Block], marks: Mapping[str, str]
 ) -> Iterator[tuple[Block, str]]:
     """Put the outcome, the conclusion and the ranking in front, and fold each draft in
     a line with its mark; gives the blocks that now read otherwise, and how."""
     # headings of speakers have the model; nobody speaks after the conclusion
     *drafts, conclusion = (b for b in transcript.blocks if "model" in b.fields)
-    for number in dict.fromkeys((outcome, conclusion.section, ranking)):
-        for block in transcript.of(number):
+    # two answers have no ranking
+    for first in filter(None, (ours["outcome"], conclusion, ours.get("ranking"))):
+        for block in transcript.of(first.section):
             fields = dict(block.fields)
             if "call_id" in fields:  # by which the page knows an item
                 fields["call_id"] += "_"
@@ -3795,7 +3792,7 @@ class Screen:
             section = section or self.transcript.open_section()
             self.ours[key] = self.add_line("", text, section, **fields)
             if self.can_replace:
-                self.transcript.close_section(section)
+                self.close(section)
 
     def show_progress(self, text: str = "") -> None:
         """The last line, which is replaced in place; without a text it goes away."""
@@ -3804,10 +3801,7 @@ class Screen:
 
     def fold(self) -> None:
         """The conclusion first; the drafts below it become one line each."""
-        outcome = self.ours["outcome"]
-        ranking = self.ours.get("ranking", outcome)  # two answers have none
-        ours = outcome.section, ranking.section
-        for block, text in fold_drafts(self.transcript, *ours, self.marks):
+        for block, text in fold_drafts(self.transcript, self.ours, self.marks):
             self.emitter.emit_replace(block, text)
 
     def notice(self, line: str) -> None:
@@ -3816,8 +3810,11 @@ class Screen:
 
     def fix(self) -> None:
         """What was published so far stays as it is: a client may have it."""
-        for block in self.ours.values():
-            self.transcript.close_section(block.section)
+        self.close(*(block.section for block in self.ours.values()))
+
+    def close(self, *sections: int) -> None:
+        """Nothing more comes into these; what stands below them may be seen."""
+        self.transcript.growing.difference_update(sections)
         self.emitter.nudge()
 
 
@@ -4134,6 +4131,7 @@ class Reply:
 
 
 _SKIP, _GO_ON = "Skip it", "Go on with what is there"  # answers of the person
+_EMPTY = 204  # No Content
 MOST_FAILURES = 2  # in a row, after which a model is not asked again
 MOST_IN_ALL = 5_000_000  # characters of all replies
 # Of this process, for all runs: places at a connection, and who has runs going.
@@ -4231,14 +4229,13 @@ class ModelCalls:
             reply = begin()
             try:
                 await self._read(call, reply, streams)
-                if reply.text or reply.calls:
-                    self._failures[model_id] = 0
-                    return reply
-                failure = ModelFailure("it gave an empty answer, asked twice")
-                empty = True
+                if not (reply.text or reply.calls):
+                    raise ModelFailure("it gave an empty answer, asked twice", _EMPTY)
+                self._failures[model_id] = 0
+                return reply
             except ModelFailure as error:
-                failure, empty = error, False
-                failure.midway = reply.spoke
+                failure, empty = error, error.status == _EMPTY
+                failure.midway = reply.spoke and not empty
             pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
             patient = waited + pause <= self.settings.busy_patience
             rejected = "stream_options" in str(failure) and not failure.midway
@@ -4463,8 +4460,7 @@ class Section:
         self.show_heading()
         if self.screen.can_replace:
             self.screen.transcript.late.add(self.number)
-            self.screen.transcript.close_section(self.number)
-            self.screen.emitter.nudge()
+            self.screen.close(self.number)
 
     def describe(self, busy: str = "") -> str:
         """A line on how far it is, where nothing of it is seen yet or its model is
@@ -4749,8 +4745,6 @@ class Run:
         who = ", ".join(step.aliases)
         if step.note:
             await self.host.show_status(f"{who} · {step.note}", done=True)
-        if len(step.aliases) > 1:
-            self.screen.show_progress(f"{PROGRESS}waiting for {who}")
         announced = len(step.aliases) == 1 or self.settings.all_at_once
         sections = {}
         for alias in step.aliases:
@@ -4777,7 +4771,6 @@ class Run:
     async def _judge(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
-        self.screen.show_progress(f"{PROGRESS}the members judge each other")
         voters = {}
         for paper in step.papers:
             call = self._call(paper.voter, paper.brief, stage, {})
@@ -4861,30 +4854,28 @@ class Run:
         time since its call was let in; shows each second who is not seen yet, of one
         alone only that its model is busy."""
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
-        begun = clock()
-        done: Json = {}
-        while waiting := [s for s in sections.values() if not s.task.done()]:
-            tasks, one = [s.task for s in waiting], asyncio.FIRST_COMPLETED
-            await asyncio.wait(tasks, timeout=1, return_when=one)
-            now = clock()
+        begun, busy = clock(), self.models.busy
+        await asyncio.sleep(0)  # all begin, and are let in where there is room
+        while True:
+            now, waiting = clock(), [s for s in sections.values() if not s.task.done()]
             ended = {who: s.task for who, s in sections.items() if s.task.done()}
             done = {who: task.result() for who, task in ended.items()}
             kept = [each for each in done.values() if not isinstance(each, str)]
             there = sum(isinstance(each, Ballot) or not each.failure for each in kept)
-            since = [s.clock.admitted_at for s in waiting if not s.task.done()]
+            since = [section.clock.admitted_at for section in waiting]
             late = all(at is not None and now - at > limit for at in since)
-            if (quorum and there >= quorum) or (late and there):
-                break
-            if there and since[1:]:
+            if not waiting or (quorum and there >= quorum) or (late and there):
+                self.screen.show_progress()
+                return done
+            if there and waiting[1:]:
                 self.models.enough.setdefault(stage, "")
             text = f"{PROGRESS}{there} of {len(sections)} {what} · {now - begun:.1f} s"
-            busy = self.models.busy
             for who, section in sections.items():
                 line = section.describe(busy.get(who, ""))
                 text += f"\n> {line}" if line else ""
             self.screen.show_progress(text if busy or len(sections) > 1 else "")
-        self.screen.show_progress()
-        return done
+            tasks, one = [s.task for s in waiting], asyncio.FIRST_COMPLETED
+            await asyncio.wait(tasks, timeout=1, return_when=one)
 
     # -- a turn ------------------------------------------------------------------------
 
@@ -4905,8 +4896,7 @@ class Run:
             if section in self.late and not stopped:
                 self.late.remove(section)
                 section.notice(f"{PROGRESS}not counted: the others had gone on")
-            self.screen.transcript.close_section(section.number)
-            self.screen.emitter.nudge()
+            self.screen.close(section.number)
             self.saver.due.set()
         self.ledger.turns += 1
         return section.turn()

@@ -1245,11 +1245,11 @@ def folded(transcript: mmc.Transcript, **marks: str) -> list[Json]:
             server = reduce_by_index(server, event)
 
     send()
-    outcome, ranking = (
-        next(b.section for b in transcript.blocks if sign in str(b.text))
-        for sign in "🏁🏆"
-    )
-    for block, text in mmc.fold_drafts(transcript, outcome, ranking, marks):
+    ours = {
+        name: next(b for b in transcript.blocks if sign in b.text)
+        for name, sign in (("outcome", "🏁"), ("ranking", "🏆"))
+    }
+    for block, text in mmc.fold_drafts(transcript, ours, marks):
         emitter.emit_replace(block, text)
     send()
     assert page == server == list(map(mmc.render_item, transcript.blocks))
@@ -1545,7 +1545,7 @@ class Table:
         elif verb in ("close", "late"):
             self.open.remove(section)
             self.transcript.late |= {section} if verb == "late" else set()
-            self.transcript.close_section(section)
+            self.transcript.growing.discard(section)
             self.emitter.nudge()
         elif verb == "progress":
             self.progress = self.progress or self.transcript.add(
@@ -1666,7 +1666,7 @@ def test_a_late_block_of_an_early_section_goes_before_the_later_ones() -> None:
     three = transcript.add("reasoning", "Ann", first)
     assert transcript.blocks == [one, three, two]
     assert transcript.may_show(one) and not transcript.may_show(two)
-    transcript.close_section(first)
+    transcript.growing.discard(first)
     assert transcript.may_show(two)
 
 
@@ -1787,7 +1787,7 @@ async def test_the_last_line_says_how_far_everybody_is_who_is_not_seen_yet() -> 
     reply = bob.begin_reply()
     reply.apply(mmc.TextDelta("Firs."))
     assert bob.describe() == "🔴 Bob · writing, 1 word"
-    run.screen.transcript.close_section(ann.number)
+    run.screen.close(ann.number)
     assert not bob.describe() and dan.describe()
     for end in ends.values():
         end.set()

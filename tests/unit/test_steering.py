@@ -190,7 +190,8 @@ def test_what_the_person_said_does_not_fold() -> None:
         [("message", "> 🏁 chaired by Ann")],
         [("message", "\n---\n\n### 🔵 Ann · conclusion"), ("message", "Oaks.")],
     )
-    for block, text in mmc.fold_drafts(transcript, 4, 3, {"Ann": "rank 1"}):
+    ours = {"outcome": transcript.of(4)[0], "ranking": transcript.of(3)[0]}
+    for block, text in mmc.fold_drafts(transcript, ours, {"Ann": "rank 1"}):
         block.replace(text)
     shown = mmc.render_markdown(transcript)
     assert "### 👤 Dana\n\nToo dear." in shown
