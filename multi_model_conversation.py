@@ -358,10 +358,9 @@ def merge_settings(
     """The settings of one run, under the admin's ceilings.
 
     What is `asked` in a question wins, then the presets of the `request`, then the
-    user's fields, then stored v2 fields, then the admin's. Choosing participants is one
-    decision in two fields: who fills only the list does not want the team text below
-    it. Its `model_fields_set` are the fields that are not the admin's. Raises
-    `ConversationError` where a stored or preset value cannot be read.
+    user's fields, then stored v2 fields, then the admin's; a list of participants takes
+    the place of a team below it. `model_fields_set` are the fields that are not the
+    admin's. Raises `ConversationError` where a value cannot be read.
     """
     own = user.model_dump(exclude_unset=True) if user else {}
     chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
@@ -3612,6 +3611,7 @@ async def resolve_cast(
 # ======================================================================================
 
 
+@dataclass(slots=True)
 class Emitter:
     """Makes the client's copy of the transcript follow the real one, at its pace.
 
@@ -3623,27 +3623,20 @@ class Emitter:
     it. So many items of the message stand `before` the transcript.
     """
 
-    def __init__(
-        self,
-        transcript: Transcript,
-        plan: Callable[[Block, int], Json | None],
-        interval: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.flushes = 0
-        self.before = 0
-        self._transcript = transcript
-        self._plan = plan
-        self._interval = interval
-        self._clock = clock
-        self._shown: set[Block] = set()  # also those that are held back
-        self._noted: set[Block] = set()
-        self._due = asyncio.Event()
-        self._nearly_due = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-        self._flushed_at = clock() - interval
-        self._cost = 1.0  # of the last flush, in intervals
-        self._closed = False
+    transcript: Transcript
+    plan: Callable[[Block, int], Json | None]
+    interval: float
+    clock: Callable[[], float] = time.monotonic
+    flushes: int = 0
+    before: int = 0
+    _shown: set[Block] = field(default_factory=set)  # also those that are held back
+    _noted: set[Block] = field(default_factory=set)
+    _due: asyncio.Event = field(default_factory=asyncio.Event)
+    _nearly_due: asyncio.Event = field(default_factory=asyncio.Event)
+    _timer: asyncio.TimerHandle | None = None
+    _flushed_at: float = float("-inf")
+    _cost: float = 1.0  # of the last flush, in intervals
+    _closed: bool = False
 
     def emit_replace(self, block: Block, text: str | None = None) -> None:
         """This block now reads `text`; without one, it has grown or changed."""
@@ -3669,7 +3662,7 @@ class Emitter:
     def close(self) -> None:
         """Nothing more will come: `frames` ends after the last, exact frame."""
         self._closed = True
-        self._transcript.in_order = False
+        self.transcript.in_order = False
         self._wake()
 
     def flush(self) -> list[Json]:
@@ -3682,11 +3675,11 @@ class Emitter:
         # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
         # characters of one, or a message of 60,000 cost one interval. The costliest
         # update waits for four: half a second is still seen to flow.
-        for block in self._transcript.blocks:
-            if block in noted and not self._transcript.may_show(block):
+        for block in self.transcript.blocks:
+            if block in noted and not self.transcript.may_show(block):
                 self._noted.add(block)
             elif block in noted:
-                events.append(self._plan(block, place))
+                events.append(self.plan(block, place))
                 block.mark_sent()
                 drawn += 0.3 + block.length / 5000
             if block.sent_fields is not None:
@@ -3706,7 +3699,7 @@ class Emitter:
             if not self._due.is_set():
                 continue
             self._due.clear()
-            self._flushed_at = self._clock()
+            self._flushed_at = self.clock()
             for event in self.flush():
                 yield event
             if self._closed and not self._noted:
@@ -3715,7 +3708,7 @@ class Emitter:
     def _set_timer(self) -> None:
         """See to it that there is a flush as soon as the interval is over."""
         if self._timer is None:
-            wait = self._flushed_at + self._interval * self._cost - self._clock()
+            wait = self._flushed_at + self.interval * self._cost - self.clock()
             if wait > 0:
                 loop = asyncio.get_running_loop()
                 self._timer = loop.call_later(wait, self._wake)
@@ -4380,15 +4373,13 @@ class Section:
         """It takes the next place; who is not announced is seen once it speaks."""
         if self.number:
             return
-        self.screen.fix()
-        self.number = self.screen.transcript.open_section()
-        blocks, alias = self.screen.transcript.blocks, self.participant.alias
-        first = all(block.fields.get("passing") for block in blocks)
-        rule = RULE if self.screen.continued or not first else ""
-        name = f"{alias}{ROLE}{self.role}" if self.role else alias
-        line = f"{rule}### {self.participant.colour} {name}"
-        model_id = self.participant.voice.model_id
-        self.screen.add_line(alias, line, self.number, model=model_id)
+        screen, me = self.screen, self.participant
+        screen.fix()
+        self.number = screen.transcript.open_section()
+        above = [b for b in screen.transcript.blocks if not b.fields.get("passing")]
+        line = RULE if screen.continued or above else ""
+        line += ROLE.join(filter(None, (f"### {me.colour} {me.alias}", self.role)))
+        screen.add_line(me.alias, line, self.number, model=me.voice.model_id)
 
     def add(self, kind: BlockKind, **fields: Any) -> Block:
         """A new block at the end of the section."""
@@ -4708,13 +4699,12 @@ class Run:
         screen.fix()
 
     def _describe_end(self, reason: str) -> str:
-        ledger = self.ledger
+        ledger, turns = self.ledger, self.ledger.turns
         seconds = time.monotonic() - ledger.begun
-        plural = "" if ledger.turns == 1 else "s"
-        parts = [reason, f"{ledger.turns} turn{plural}", f"{seconds:.1f} s"]
+        parts = [reason, f"{turns} turn{'s' * (turns != 1)}", f"{seconds:.1f} s"]
         if ledger.usage:
             parts.append(f"{ledger.usage['total_tokens']:,} tokens")
-        if ledger.calls != ledger.turns:
+        if ledger.calls != turns:
             parts.append(f"{ledger.calls} model calls")
         if self.cast.by_default:
             parts.append("choose who talks with the Valves button beside the input")
@@ -4731,10 +4721,8 @@ class Run:
         known = [k for k in _FIGURES if any(k in each for each in reports.values())]
         titles = " | ".join(_FIGURES[k][0] for k in known)
         lines = [f"| | {titles} |", "|---" * len(known) + "|---|"]
-        for alias, each in reports.items():
-            cells = (
-                _FIGURES[k][1].format(each[k]) if k in each else "–" for k in known
-            )
+        for alias, row in reports.items():
+            cells = [_FIGURES[k][1].format(row[k]) if k in row else "–" for k in known]
             lines.append(f"| {alias} | {' | '.join(cells)} |")
         return render_fold(line[2:], "\n".join(lines)) if known else line
 
