@@ -2757,7 +2757,7 @@ def render_item(block: Block) -> Json:
 def render_checkpoint(transcript: Transcript, is_over: bool = False) -> list[Json]:
     """The output as we store it: nothing in it goes on, and a last line tells a reader
     that the run did, unless it `is_over`; the host's own save takes its place."""
-    blocks = [b for b in transcript.blocks if is_over or not b.fields.get("passing")]
+    blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
     if not is_over:
         line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
         line.append(_SAVED)
@@ -3190,11 +3190,11 @@ class Host:
             return is_saved and bool(await Chats.is_chat_owner(chat_id, self.user.id))
         return False
 
-    async def save_output(self, items: list[Json], usage: Json) -> bool:
+    async def save_output(self, items: list[Json], usage: Json, done: bool) -> bool:
         """Store the output so far and its usage in the message, as one write; gives
         whether it is stored."""
         ids = self.metadata["chat_id"], self.metadata["message_id"]
-        message = {"output": items, **({"usage": usage} if usage else {})}
+        message = {"output": items, "done": done, **({"usage": usage} if usage else {})}
         with suppress(HostFailure), foreign_errors(HostFailure):
             save = Chats.upsert_message_to_chat_by_id_and_message_id
             writing = save(*ids, message, touch=False)
@@ -3855,8 +3855,9 @@ class Saver:
             await asyncio.sleep(1)
 
     async def _save(self, is_over: bool = False) -> bool:
-        items = render_checkpoint(self.transcript, is_over)
-        return await self.host.save_output([*(self.before or ()), *items], self.usage())
+        new = render_checkpoint(self.transcript, is_over)
+        items = [*(self.before or ()), *new]
+        return await self.host.save_output(items, self.usage(), is_over)
 
 
 @dataclass(slots=True)
