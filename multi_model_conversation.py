@@ -64,14 +64,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -291,7 +284,7 @@ class Settings(UserSettings):
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 125  # ms between two updates of the page
     all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
-    _is_cut: bool = PrivateAttr(default=False)  # more rounds were asked for
+    _is_cut: bool = False  # more rounds were asked for
 
 
 _V2_NAMES = {
@@ -4705,8 +4698,6 @@ class Run:
         parts = [reason, f"{turns} turn{'s' * (turns != 1)}", f"{seconds:.1f} s"]
         if ledger.usage:
             parts.append(f"{ledger.usage['total_tokens']:,} tokens")
-        if ledger.calls != turns:
-            parts.append(f"{ledger.calls} model calls")
         if self.cast.by_default:
             parts.append("choose who talks with the Valves button beside the input")
         return " · ".join(parts)
