@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from starlette.requests import Request
@@ -145,7 +146,8 @@ def make_run(
     **fields: Any,
 ) -> tuple[mmc.Run, ScriptedHost]:
     """A run of these participants on a scripted host, asked "Which tree?"."""
-    request = Request({"type": "http", "headers": [], "state": {}})
+    app = SimpleNamespace(state=SimpleNamespace(redis=None))
+    request = Request({"type": "http", "headers": [], "state": {}, "app": app})
     metadata = {"chat_id": "chat", "message_id": "message"} if in_chat else {}
     host = ScriptedHost(request, None, metadata, replies=list(replies))
     voice = mmc.Voice(
@@ -158,10 +160,9 @@ def make_run(
         for alias, colour in zip(aliases, mmc.COLOURS, strict=False)
     }
     settings = mmc.merge_settings(mmc.Settings(**fields), None)
-    transcript = mmc.Transcript("t")
+    transcript = mmc.Transcript("t", in_order=True)
     plan = mmc.plan_items if in_chat else mmc.plan_chunk
     emitter = mmc.Emitter(transcript, plan, 0.0)
-    emitter.in_order = True
     ledger = mmc.Ledger(host.add_usage)
     run = mmc.Run(
         host,

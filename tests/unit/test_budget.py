@@ -342,7 +342,8 @@ async def test_ballots_and_the_manager_keep_to_the_ceiling() -> None:
     run, host = long_run(
         text("?"), text('{"ranking": ["A"]}'), text("Bob"), max_prompt=3000
     )
-    ballot = await run._cast_ballot(paper, mmc.read_ranking, 1)
+    async with run.tasks:
+        (ballot,) = await run._judge(mmc.Judge((paper,), mmc.read_ranking), 1)
     assert isinstance(ballot, mmc.Ballot)
     assert await run._ask_manager(mmc.AskManager(ALIASES, "Cat"), 2) == "Bob"
     assert max(sizes(host)) <= 3000
