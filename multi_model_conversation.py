@@ -616,12 +616,12 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class AskManager:
-    """Step: ask the manager who is next. Answer: its text, or its failure."""
+    """Step: ask the manager who is next. Answer: who, "" where it ends it, and why; or
+    as what failed, "" where it could not be read."""
 
     candidates: tuple[str, ...]
     last: str | None
-    problem: str = ""
-    wrong_answer: str = ""
+    everybody: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1520,8 +1520,9 @@ def managed(agenda: Agenda) -> Mode:
     turns, wish = list[Turn](), GO_ON
     while _goes_on(agenda, turns, wish, len(turns) // len(aliases)):
         able = _still_able(agenda, turns, last)
-        step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
-        last, reason = yield from _choose_speaker(step, aliases)
+        others = tuple(alias for alias in able if alias != last)
+        step = AskManager(others or tuple(able), last, aliases)
+        last, reason = yield from _choose_speaker(step)
         if not last:
             ended = f"The manager ended it: {reason or 'no reason given'}"
             yield Publish("outcome", OUTCOME + ended)
@@ -1532,35 +1533,27 @@ def managed(agenda: Agenda) -> Mode:
     return (yield from _finish(agenda, turns, wish))
 
 
-def _choose_speaker(
-    step: AskManager, everybody: Sequence[str]
-) -> Steps[tuple[str, str]]:
-    """Who speaks next, "" where the manager ends it, and why. It is asked twice, then
-    the next in order speaks, and a line says why."""
+def _choose_speaker(step: AskManager) -> Steps[tuple[str, str]]:
+    """Who speaks next, "" where the manager ends it, and why; where it says nothing
+    that helps, the next in order, and a line says so."""
     first, *others = step.candidates
+    found: tuple[str, str] | str = ""
     # it may end it rather than let one alone go on, but not before anybody has spoken
-    tries = 2 if others else int(step.last is not None)
-    problem = ""
-    for _ in range(tries):
-        answer: str | ModelFailure = yield step
-        if isinstance(answer, ModelFailure):
-            problem = f"failed: {plain_line(answer).rstrip('.')}"
-            break
-        found = _read_choice(answer, step, everybody)
-        if not isinstance(found, str):
-            return found
-        step = replace(step, problem=found, wrong_answer=answer)
-        problem = "named nobody who may speak now"
+    if others or step.last is not None:
+        found = yield step
+    if not isinstance(found, str):
+        return found
     if not others:
         return first, "the only one left"
+    problem = "named nobody who may speak now"
+    if found:
+        problem = f"failed: {plain_line(found).rstrip('.')}"
     text = f"{NOTICE}The manager {problem}. So the next in order speaks."
     yield Publish(f"manager {problem}", text)
     return first, "next in order"
 
 
-def _read_choice(
-    answer: str, step: AskManager, everybody: Sequence[str]
-) -> tuple[str, str] | str:
+def read_choice(answer: str, step: AskManager) -> tuple[str, str] | str:
     """The manager's answer, JSON or a bare name -> its choice, or what is wrong."""
     verdict = _find_object(answer, "next", "done")
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
@@ -1569,7 +1562,7 @@ def _read_choice(
         return unspoken if step.last is None else ("", reason)
     # among all names: "Ann Lee", who may not speak now, is not "Ann", who may
     named = plain_line(verdict.get("next") or "") if verdict else answer
-    found = _find_names(named, everybody)
+    found = _find_names(named, step.everybody)
     if len(found) == 1 and found[0] in step.candidates:
         return found[0], reason
     listed = json.dumps(step.candidates, ensure_ascii=False)
@@ -2216,18 +2209,14 @@ def _without_images(message: Json) -> Json:
 def messages_for_manager(
     settings: Settings, entries: Sequence[Entry], step: AskManager
 ) -> list[Json]:
-    """What the manager is asked; a wrong answer comes back with what was wrong."""
+    """What the manager is asked."""
     values = {
         "history": "\n\n".join(map(render_entry, entries)),
         "last_speaker": step.last or "nobody yet",
         "participant_list": json.dumps(list(step.candidates), ensure_ascii=False),
     }
     prompt = fill_template(settings.manager_prompt, values)
-    messages = [{"role": "user", "content": prompt}]
-    if step.problem:
-        messages.append({"role": "assistant", "content": step.wrong_answer})
-        messages.append({"role": "user", "content": step.problem})
-    return messages
+    return [{"role": "user", "content": prompt}]
 
 
 def last_question(entries: Sequence[Entry]) -> str:
@@ -4800,31 +4789,33 @@ class Run:
             call = self._call(paper.voter, paper.brief, stage, {})
             speaker = self.cast.participants[paper.voter]
             voter = voters[paper.voter] = Section(self.screen, speaker, call.clock)
-            ballot = self._cast_ballot(call, paper, step.read)
+            ballot = self._ask_twice(call, partial(step.read, paper=paper))
             voter.task = self.tasks.create_task(ballot)
         done = await self._wait_in_view(voters, "judged", stage)
         await end_tasks(*(voter.task for voter in voters.values()))
-        return [done.get(who, "it was late") for who in voters]
+        given = (done.get(who, "it was late") for who in voters)
+        return [ballot or "it could not be read" for ballot in given]
 
-    async def _cast_ballot(
-        self, call: ModelCall, paper: BallotPaper, read: Callable[..., Ballot | str]
-    ) -> Ballot | str:
-        """A voter's ballot: asked, and asked again with what was wrong."""
+    async def _ask_twice(
+        self, call: ModelCall, read: Callable[[str], Result | str]
+    ) -> Result | str:
+        """What is read from an answer, asked for again with what was wrong; or why the
+        model failed, or "" where neither could be read."""
         for _ in range(2):
             try:
                 text = await self.models.text(call)
             except ModelFailure as failure:
                 return str(failure)
-            ballot = read(text, paper)
-            if isinstance(ballot, Ballot):
-                return ballot
+            found = read(text)
+            if not isinstance(found, str):
+                return found
             answer = {"role": "assistant", "content": text}
-            problem = {"role": "user", "content": ballot}
+            problem = {"role": "user", "content": found}
             call = replace(call, said=[answer, problem])
-        return "it could not be read"
+        return ""
 
-    async def _ask_manager(self, step: AskManager, stage: int) -> str | ModelFailure:
-        """The manager's answer, cut where it is plainly no JSON, or its failure."""
+    async def _ask_manager(self, step: AskManager, stage: int) -> tuple[str, str] | str:
+        """The manager's choice, from an answer cut where it is plainly no JSON."""
         settings, aliases = self.settings, tuple(self.cast.participants)
 
         def prompt(limit: int) -> list[Json]:
@@ -4833,11 +4824,9 @@ class Run:
             return messages_for_manager(settings, heard, step)
 
         clock = Deadline(settings.turn_timeout)
-        try:
-            call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
-            return await self.models.text(replace(call, enough=_MANAGER_READ))
-        except ModelFailure as failure:
-            return failure
+        call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
+        call = replace(call, enough=_MANAGER_READ)
+        return await self._ask_twice(call, partial(read_choice, step=step))
 
     async def _ask_person(self) -> str:
         """What the person wants; words of its own are shown, and read by all."""
