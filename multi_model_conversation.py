@@ -2638,12 +2638,6 @@ class Block:
         self.sent_fields = dict(self.fields)
 
 
-_SAVED = (
-    f"{PROGRESS}This is what was saved while the conversation went on. If nothing "
-    "follows, the server went down: *Continue Response*, or ask on."
-)
-
-
 LAST = sys.maxsize  # the section that stands below all others
 
 
@@ -2751,7 +2745,10 @@ def render_checkpoint(transcript: Transcript, is_over: bool = False) -> list[Jso
     blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
     if not is_over:
         line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
-        line.append(_SAVED)
+        line.append(
+            f"{PROGRESS}This is what was saved while the conversation went on. If "
+            "nothing follows, the server went down: *Continue Response*, or ask on."
+        )
         blocks.append(line)
     items = list(map(render_item, blocks))
     answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
@@ -3902,36 +3899,18 @@ class Saver:
 
 
 @dataclass(slots=True)
-class Figures:
-    """One speaker's model calls: how many, the usage of all, the seconds to the first
-    token of the first, and of those that streamed the seconds after it and tokens."""
-
-    calls: int = 0
-    usage: Json = field(default_factory=dict)
-    first_token: float | None = None
-    streaming: float = 0.0
-    streamed: int = 0
-
-    def report(self) -> Json:
-        """Usage, calls and speed, as far as they are known."""
-        report: Json = {**self.usage, "calls": self.calls}
-        if self.first_token is not None:
-            report["first_token_seconds"] = round(self.first_token, 3)
-        if self.streamed:
-            report["tokens_per_second"] = round(self.streamed / self.streaming, 1)
-        return report
-
-
-@dataclass(slots=True)
 class Ledger:
     """What a run cost: turns, and each speaker's model calls, tokens and times."""
 
     add_usage: Callable[[Json, Json], Json]  # the host's way to add up usage
     usage: Json = field(default_factory=dict)
-    figures: dict[str, Figures] = field(default_factory=dict)
+    # each speaker's usage, calls and, as far as they are known, times
+    shares: dict[str, Json] = field(default_factory=dict)
     turns: int = 0
     calls: int = 0
     begun: float = field(default_factory=time.monotonic)
+    # of calls that streamed: the tokens, and the seconds after the first one
+    _streamed: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def tokens(self) -> int:
         """How many tokens were used, as far as providers report them."""
@@ -3939,24 +3918,25 @@ class Ledger:
 
     def count_call(self, speaker: str, usage: Json, deadline: Deadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
-        figures = self.figures.setdefault(speaker, Figures())
+        share = self.shares.setdefault(speaker, {"calls": 0})
         self.calls += 1
-        figures.calls += 1
+        share["calls"] += 1
         counted = self.add_usage({}, usage) if usage else {}
         if counted:
             self.usage = self.add_usage(self.usage, counted)
-            figures.usage = self.add_usage(figures.usage, counted)
+            share |= self.add_usage(share, counted)
         if (first := deadline.first_at) is None:
             return
-        if figures.first_token is None:
-            figures.first_token = first - deadline.begun
+        share.setdefault("first_token_seconds", round(first - deadline.begun, 3))
         if (seconds := deadline.now() - first) > 0.2:  # a shorter one came all at once
-            figures.streaming += seconds
-            figures.streamed += counted.get("output_tokens", 0)
+            tokens, before = self._streamed.get(speaker, (0, 0.0))
+            tokens, seconds = tokens + counted.get("output_tokens", 0), before + seconds
+            self._streamed[speaker] = tokens, seconds
+            share |= {"tokens_per_second": round(tokens / seconds, 1)} if tokens else {}
 
     def report(self) -> Json:
         """The usage of the run, with everybody's share and speed; {} if none came."""
-        shares = {who: f.report() for who, f in self.figures.items() if f.usage}
+        shares = {who: dict(share) for who, share in self.shares.items()}
         whole = {**self.usage, "calls": self.calls, "participants": shares}
         return whole if self.usage else {}
 
@@ -4762,12 +4742,11 @@ class Run:
         line = f"{FIGURES}{ledger.calls} model call{'s' * (ledger.calls != 1)}"
         line += f" · {ledger.tokens():,} tokens" if usage else ""
         line += f" · cost {usage['cost']:.4f}" if "cost" in usage else ""
-        everybody = dict.fromkeys((*self.cast.participants, *ledger.figures))
-        reports = {a: ledger.figures.get(a, Figures()).report() for a in everybody}
-        known = [k for k in _FIGURES if any(k in each for each in reports.values())]
+        shares = dict.fromkeys(self.cast.participants, Json()) | ledger.shares
+        known = [k for k in _FIGURES if any(k in share for share in shares.values())]
         titles = " | ".join(_FIGURES[k][0] for k in known)
         lines = [f"| | {titles} |", "|---" * len(known) + "|---|"]
-        for alias, row in reports.items():
+        for alias, row in shares.items():
             cells = [_FIGURES[k][1].format(row[k]) if k in row else "–" for k in known]
             lines.append(f"| {alias} | {' | '.join(cells)} |")
         return render_fold(line[2:], "\n".join(lines)) if known else line
