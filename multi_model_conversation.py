@@ -5071,16 +5071,10 @@ class Pipe:
 
 
 def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
-    """The id of the mode that was picked, or a `ConversationError`."""
-    mode_id: str = body["model"].partition(".")[2]
-    if not mode_id:  # then as the switch of v2 was set
-        is_managed = getattr(user_settings, "UseGroupChatManager", False)
-        return "manager" if is_managed else "round_robin"
-    if mode_id not in MODES:
-        names = " or ".join(row.name for row in MODES.values())
-        mode_id = plain_line(mode_id)
-        raise ConversationError(f'There is no mode "{mode_id}": choose {names}')
-    return mode_id
+    """The id of the mode that was picked; without one as the switch of v2 was set."""
+    is_managed = getattr(user_settings, "UseGroupChatManager", False)
+    usual = "manager" if is_managed else "round_robin"
+    return body["model"].partition(".")[2] or usual
 
 
 async def _prepare(
