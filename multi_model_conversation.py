@@ -1290,11 +1290,7 @@ HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{MARKS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 # the host's own words, when it rebuilds the conversation
 TOOL_IMAGES = "Here are the images from the tool results above. Please analyze them."
-_NOTICE = re.compile(
-    rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}|{UNDERSTOOD}).*\n?"
-)
-_LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
-_UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
+_NOTICE = re.compile(rf"(?m)^> [{_SIGNS}].*\n?")
 
 
 def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
@@ -1634,8 +1630,13 @@ def _decide(agenda: Agenda, turns: Sequence[Turn], votes: bool, wish: str) -> Mo
     """Those who answered judge each other, and a chair concludes."""
     present = [turn for turn in turns if turn.text and turn.failure is None]
     members = [turn.alias for turn in present]
-    if len(members) < 2:
-        return (yield from _end_early(turns, members))
+    if not members:
+        reasons = _describe_failures(turns) or "nothing was said yet"
+        yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
+        return "Nobody could answer"
+    if len(members) == 1:
+        yield _outcome(turns, f"no conclusion, this is {members[0]}'s answer alone")
+        return f"Only {members[0]} answered"
     marks, result = dict.fromkeys(members, ""), ""
     if len(members) > 2 and wish != ENOUGH:  # of two there is nothing to rank
         marks, result = yield from _judge(agenda, present, votes)
@@ -1707,16 +1708,6 @@ def _conclude(agenda: Agenda, turns: Sequence[Turn], step: Speak) -> Mode:
         notes.append(f"{alias} failed")
     yield _outcome(turns, "nobody could write a conclusion")
     return f"No conclusion: {', '.join(notes)}"
-
-
-def _end_early(turns: Sequence[Turn], members: Sequence[str]) -> Mode:
-    """At most one has answered: there is nothing to rank or to conclude from."""
-    if members:
-        yield _outcome(turns, f"no conclusion, this is {members[0]}'s answer alone")
-        return f"Only {members[0]} answered"
-    reasons = _describe_failures(turns) or "nothing was said yet"
-    yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
-    return "Nobody could answer"
 
 
 def _describe_failures(turns: Sequence[Turn]) -> str:
@@ -1799,7 +1790,7 @@ def read_ranking(answer: str, paper: BallotPaper) -> Ballot | str:
     if places.keys() != everybody:
         places = {alias: -score for alias, score in scores.items()}
     if scores.keys() != everybody:
-        scores = dict.fromkeys(everybody, 5.0)
+        scores = dict.fromkeys(everybody, 5.0)  # the middle: it has places only
     if places.keys() != everybody:
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
@@ -1858,7 +1849,8 @@ def tally(
     fitted in turns (least squares): nobody gains by a lenient judge, by giving noughts,
     or by not meeting the best one on its own ballot. Half a value is doubt that a
     judge's level is more than chance; how far a judge is from the middle of all counts
-    up to where it moves the mean by `limit`: none outweighs all by exaggerating.
+    up to where it moves the mean by `limit`: none outweighs all by exaggerating. Less
+    would cost more right judges than wrong ones.
     """
     given = [value for ballot in ballots for value in ballot.values.values()]
     scores = dict.fromkeys(aliases, fmean(given or [0.0]))
@@ -2010,17 +2002,16 @@ def reply_authors(chain: Iterable[Json], own_models: set[str]) -> list[str | Non
             replies[-1].append(message)
     if not replies[-1]:
         replies.pop()
-    return [_author(reply, own_models) for reply in replies]
-
-
-def _author(reply: Sequence[Json], own_models: set[str]) -> str | None:
-    items = [item for each in reply for item in _part_of(each, "output", list)]
-    speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
-    models = {str(message.get("model")) for message in reply}
-    if not reply or models & own_models or any(isinstance(s, str) for s in speakers):
-        return None
-    name = reply[-1].get("modelName") or reply[-1].get("model") or ""
-    return clean_alias(str(name)) or "Assistant"
+    authors: list[str | None] = []
+    for reply in replies:
+        models = {str(message.get("model")) for message in reply}
+        items = [item for each in reply for item in _part_of(each, "output", list)]
+        speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
+        ours = models & own_models or any(isinstance(s, str) for s in speakers)
+        name = reply and (reply[-1].get("modelName") or reply[-1].get("model"))
+        known = clean_alias(str(name or "")) or "Assistant"
+        authors.append(known if reply and not ours else None)
+    return authors
 
 
 def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
@@ -2028,19 +2019,21 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
 
     What an `author` other than us wrote is one turn: nothing in it is a heading.
     """
-    sections = [("", author or "", list[Json]())]
+    own: list[Json] = []
+    sections = [("", author or "", own)]
     for message in messages:
         if message["role"] != "assistant":
-            sections[-1][2].append(message)
+            own.append(message)
             continue
         text = text_of(message["content"])
         pieces = [text] if author else HEADING.split(_NOTICE.sub("", unfold(text)))
         for at in range(0, len(pieces), 3):
             if at:
-                sections.append((pieces[at - 2], pieces[at - 1].strip(), []))
+                own = []
+                sections.append((pieces[at - 2], pieces[at - 1].strip(), own))
             if said := pieces[at].strip():
-                sections[-1][2].append({"role": "assistant", "content": said})
-        _add_tool_calls(sections[-1][2], message)
+                own.append({"role": "assistant", "content": said})
+        _add_tool_calls(own, message)
     for colour, title, own in sections:
         if (own or colour) and colour != SYSTEM_MARK:  # a silent one has a heading only
             texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
@@ -2105,6 +2098,9 @@ class NameFilter:
     Directly behind a word or a bracket of another kind they are code.
     """
 
+    _LETTERS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
+    _UNSURE = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
+
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names, self._held, self._before = names, "", ""
 
@@ -2113,10 +2109,10 @@ class NameFilter:
         if not self._names:
             return text
         text = self._held + text
-        unsure = None if final else _UNSURE_LETTERS.search(text)
+        unsure = None if final else self._UNSURE.search(text)
         cut = unsure.start() if unsure else len(text)
         self._held, known = text[cut:], self._before + text[:cut]
-        shown = _LETTERS_IN_BRACKETS.sub(self._name, known)[len(self._before) :]
+        shown = self._LETTERS.sub(self._name, known)[len(self._before) :]
         self._before = known[-1:]
         return shown
 
@@ -2273,7 +2269,7 @@ _LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
 
 
 def tokens_of(value: Any) -> int:
-    """About how many tokens a text or JSON has, rather too many than too few.
+    """About how many tokens a text, JSON or an entry has, rather too many than too few.
 
     Three ASCII letters or blanks count as one, and so do two bytes of anything else.
     """
@@ -2285,6 +2281,11 @@ def tokens_of(value: Any) -> int:
         if "image" in str(value.get("type")):
             return 1600  # what the costliest provider counts for a large one
         value = value.values()
+    label = 20  # of a speaker, or the line where something is left out
+    if isinstance(value, Question):
+        return label + tokens_of(value.content)
+    if isinstance(value, Turn):  # the speaker has tool results, which nobody else reads
+        return label + max(tokens_of(value.text), tokens_of(value.messages))
     return sum(map(tokens_of, value)) if isinstance(value, Iterable) else 1
 
 
@@ -2305,7 +2306,7 @@ def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list
     So much goes at a time that the cut stays where it is for some turns, and with it
     what providers' prompt caches hold.
     """
-    sizes, end = list(map(_size, entries)), len(entries)
+    sizes, end = list(map(tokens_of, entries)), len(entries)
     step = max(room // 3, 1)
     excess = -(-(sum(sizes) - room) // step) * step
     last = {getattr(entry, "alias", None): at for at, entry in enumerate(entries)}
@@ -2327,15 +2328,6 @@ def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list
     return shorter
 
 
-def _size(entry: Entry) -> int:
-    """The tokens of an entry for who reads most of it: the speaker has tool results."""
-    if isinstance(entry, Question):
-        size = tokens_of(entry.content)
-    else:
-        size = max(tokens_of(entry.text), tokens_of(entry.messages))
-    return size + 20  # a speaker's label, or the line where something is left out
-
-
 def squeeze(messages: list[Json], room: int) -> list[Json]:
     """Messages in so many tokens, if that can be: the longest texts but the system
     prompt lose their middle, with a line in its place."""
@@ -2354,15 +2346,13 @@ def _without_middle(value: Any, most: int) -> Any:
         return value | {key: _without_middle(value[key], most) for key in keys}
     if not isinstance(value, str):
         return value
-    return "\n\n".join(_cut_middle(text, most) for text in _BESIDE_LABELS.split(value))
-
-
-def _cut_middle(text: str, most: int) -> str:
-    if (size := tokens_of(text)) <= most:
-        return text
-    half = len(text) * most // size // 2
-    line = f"({len(text) - 2 * half:,} characters were left out here)"
-    return f"{text[:half]}\n{line}\n{text[-half:]}"
+    texts = _BESIDE_LABELS.split(value)
+    for at, text in enumerate(texts):
+        if (size := tokens_of(text)) > most:
+            half = len(text) * most // size // 2
+            line = f"({len(text) - 2 * half:,} characters were left out here)"
+            texts[at] = f"{text[:half]}\n{line}\n{text[-half:]}"
+    return "\n\n".join(texts)
 
 
 # -- what a question asks for ----------------------------------------------------------

@@ -83,7 +83,7 @@ def test_older_turns_go_from_the_middle_and_a_line_says_how_many() -> None:
         f"({gone} earlier turns were {LEFT_OUT}",
         *(f"Turn {at}" for at in range(gone, 60)),
     ]
-    assert 1800 < sum(map(mmc._size, shorter)) <= 3000
+    assert 1800 < sum(map(mmc.tokens_of, shorter)) <= 3000
 
 
 def test_the_last_round_the_question_and_last_turns_stay_however_little_room() -> None:
