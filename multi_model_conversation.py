@@ -4090,14 +4090,13 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
 
 class Reply:
     """What one model call says: `take` takes its events, and `end` is called once,
-    also where it broke off. `spoke`: it must not be asked for again."""
+    also where it broke off."""
 
     def __init__(self) -> None:
         self.text = ""
         self.calls: list[ToolCall] = []
         self.sources: list[Json] = []
         self.usage: Json = {}  # the last report of the call counts
-        self.spoke = False
         self.size = 0  # characters, of reasoning and arguments too
         self.said = 0  # of text alone
         self._parts: list[str] = []
@@ -4110,7 +4109,7 @@ class Reply:
                     event = replace(event, text=text[:room])
                 self.size += len(text)
             case ToolCallDelta():
-                self.size += len(event.name) + len(event.arguments)
+                self.size += 1 + len(event.name) + len(event.arguments)
             case SourceFound(source):
                 self.size += len(str(source))
         self.apply(event)
@@ -4121,11 +4120,8 @@ class Reply:
         """Note what it says."""
         match event:
             case TextDelta(text, "message"):
-                self.spoke = True
                 self.said += len(text)
                 self._parts.append(text)
-            case TextDelta() | ToolCallDelta():
-                self.spoke = True
             case UsageReport(usage):
                 self.usage |= usage
             case SourceFound(source):
@@ -4242,7 +4238,7 @@ class ModelCalls:
                 return reply
             except ModelFailure as error:
                 failure, empty = error, error.status == _EMPTY
-                failure.midway = reply.spoke and not empty
+                failure.midway = reply.size > 0 and not empty
             pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
             patient = waited + pause <= self.settings.busy_patience
             rejected = "stream_options" in str(failure) and not failure.midway
@@ -4527,7 +4523,6 @@ class ShownReply(Reply):
                 self._show(self._guard.feed(self._names.feed(text)))
             case ToolCallDelta():
                 self._pause()
-                self.spoke = True
                 call = self._pieces.feed(event)
                 if call not in self._cards:
                     self._cards[call] = self._section.add_card()
@@ -4556,7 +4551,6 @@ class ShownReply(Reply):
             text = text.lstrip()
         if not text:
             return
-        self.spoke = True
         if self._open is None:
             self._open = self._section.add(self._kind)
             self._opened_at = time.monotonic()
