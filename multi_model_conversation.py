@@ -2685,17 +2685,19 @@ def count_words(blocks: Iterable[Block]) -> str:
 def fold_drafts(
     transcript: Transcript, ours: Mapping[str, Block], marks: Mapping[str, str]
 ) -> Iterator[tuple[Block, str]]:
-    """Put the outcome, the conclusion and the ranking in front, and fold each draft in
-    a line with its mark; gives the blocks that now read otherwise, and how."""
+    """Put the outcome, the conclusion and the ranking before the drafts, and fold each
+    of these in a line with its mark; gives the blocks that now read otherwise, and how.
+    """
     # headings of speakers have the model; nobody speaks after the conclusion
     *drafts, conclusion = (b for b in transcript.blocks if "model" in b.fields)
+    place = drafts[0].section - 1  # behind our lines on what was understood
     # two answers have no ranking
     for first in filter(None, (ours["outcome"], conclusion, ours.get("ranking"))):
         for block in transcript.of(first.section):
             fields = dict(block.fields)
             if "call_id" in fields:  # by which the page knows an item
                 fields["call_id"] += "_"
-            moved = transcript.add(block.kind, block.speaker, **fields)
+            moved = transcript.add(block.kind, block.speaker, place, **fields)
             yield moved, block.text
             block.kind, block.fields = "message", {"status": "completed"}
             yield block, ""
@@ -4621,7 +4623,7 @@ class Run:
             reason = "Ended by an internal error, see the server's log"
             self.screen.notice(reason)
         finally:
-            self._show_end(reason)
+            self._show_end()
             self.screen.emitter.close()
             log.info("conversation ended: %d turns", self.ledger.turns)
             await host.show_status(self._describe_end(reason), done=True)
@@ -4698,7 +4700,7 @@ class Run:
                     result = None
         return f"Ended after {limit:,.0f} s, the time of a conversation"
 
-    def _show_end(self, reason: str) -> None:
+    def _show_end(self) -> None:
         """Put away what was only for the time being, and show what is now known."""
         screen, shows = self.screen, self.settings.show_figures
         screen.show_progress()

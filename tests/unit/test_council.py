@@ -1260,7 +1260,7 @@ def text_in(item: Json) -> str:
     return str(item["content"][0]["text"])
 
 
-def test_the_conclusion_moves_to_the_front_with_everything_of_it() -> None:
+def test_the_conclusion_moves_before_the_drafts_with_everything_of_it() -> None:
     transcript = transcript_of(
         [("message", "> ⚠️ Team line 2: no.")],
         [("message", "### 🔵 Ann"), ("reasoning", "Hm."), ("message", "Oaks & elms.")],
@@ -1279,19 +1279,19 @@ def test_the_conclusion_moves_to_the_front_with_everything_of_it() -> None:
         block.speaker = {2: "Ann", 3: "Bob", 6: "Bob"}.get(block.section, "")
     items = folded(transcript, Ann="rank 2", Bob="rank 1")
     assert [item["type"] for item in items] == [
-        *("message", "message", "function_call", "function_call_output"),
-        *("message", "message", "message", "message", "reasoning"),
+        *("message", "message", "message", "function_call", "function_call_output"),
+        *("message", "message", "message", "reasoning"),
         *("message", "message"),
     ]
-    assert [item["speaker"] for item in items[1:5]] == ["Bob"] * 4
-    assert {item["call_id"] for item in items[2:4]} == {"c1_"}
+    assert [item["speaker"] for item in items[2:6]] == ["Bob"] * 4
+    assert {item["call_id"] for item in items[3:5]} == {"c1_"}
     texts = [text_in(item) for item in items if item["type"] == "message"]
     assert [text.strip() for text in texts] == [
+        "> ⚠️ Team line 2: no.",
         "> 🏁 chaired by Bob",
         "---\n\n### 🔴 Bob · conclusion",
         "Firs it is.",
         "---\n\n### 🏆 Ranking\n\n| Bob |",
-        "> ⚠️ Team line 2: no.",
         mmc.render_fold("🔵 Ann · rank 2 · 3 words", "### 🔵 Ann\n\nOaks & elms."),
         mmc.render_fold(
             "🔴 Bob · opening · rank 1 · 1 word", "### 🔴 Bob · opening\n\nFirs."
