@@ -930,7 +930,7 @@ async def test_what_providers_charge_is_in_the_figures(talk: Talk) -> None:
         chunk = {"choices": [], "usage": {"cost": cost}}
         return Raw(f"data: {json.dumps(chunk)}\n\n".encode())
 
-    ben = odd("Ben", answer=[Text("oak."), charged(0.0125)])
+    ben = odd("Ben", answer=[Text("elm."), charged(0.0125)])
     cy = odd("Cy", answer=[Text("fir."), charged(0.5)])
     gather(talk, 3, Ben=ben, Cy=cy)
     reply = await talk.ask(QUESTION, COUNCIL)
