@@ -2,7 +2,7 @@
 title: Multi-Model Conversation
 author: The Multi-Model Conversation authors
 description: Two or more models answer each other, live, in one message.
-version: 0.4.0
+version: 0.5.0
 license: MIT
 required_open_webui_version: 0.11.0
 """
