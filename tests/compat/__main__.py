@@ -1,8 +1,8 @@
 """`make compat VERSIONS="0.11.0 0.12.4"`: the tests against these Open WebUI.
 
-Each version has an environment of its own, which is made once and kept in the user's
-cache. Only the server runs in it; the tests run in ours. What came of it becomes a row
-of `docs/compatibility.md`; rows of other versions stay as they are.
+Each version other than ours has an environment of its own, which is made once and kept
+in the user's cache. Only the server runs in it; the tests run in ours. What came of it
+becomes a row of `docs/compatibility.md`; rows of other versions stay as they are.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -35,6 +36,8 @@ def cache() -> Path:
 
 def environment_of(version: str) -> Path:
     """The folder of a version's environment, for our version of Python."""
+    if version == metadata.version("open-webui"):
+        return Path(sys.prefix)  # our own
     python = f"py{sys.version_info.major}.{sys.version_info.minor}"
     return cache() / f"open-webui-{version}-{python}"
 

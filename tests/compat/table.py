@@ -1,9 +1,10 @@
 """What came of the tests against a version, and its row in the document."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.versions import version_key
 
 BEGIN, END = "<!-- rows: make compat -->", "<!-- end of rows -->"
 HEAD = """\
@@ -65,20 +66,19 @@ class Row:
         return "\n  ".join((self.line(), *self.done_without, *bad))
 
 
-def version_key(version: str) -> list[int]:
-    """Sorts 0.9 before 0.12."""
-    return [int(part) for part in re.findall(r"\d+", version)]
+def row_key(line: str) -> tuple[list[int], list[int]]:
+    """What a row is about: an Open WebUI in a Python. Sorts 0.9 before 0.12."""
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    return version_key(cells[0]), version_key(cells[-2])
 
 
 def with_rows(text: str, rows: Iterable[Row]) -> str:
-    """The document with these rows in place of those of the same versions."""
+    """The document with these rows in place of those about the same."""
     before, _, rest = text.partition(BEGIN)
     table, _, after = rest.partition(END)
-    lines = {}
-    for line in table.strip().splitlines()[2:]:
-        lines[line.split("|")[1].strip()] = line
-    lines.update((row.version, row.line()) for row in rows)
-    in_order = [lines[version] for version in sorted(lines, key=version_key)]
+    lines = [*table.strip().splitlines()[2:], *(row.line() for row in rows)]
+    last = {str(row_key(line)): line for line in lines}
+    in_order = sorted(last.values(), key=row_key)
     return "\n".join((f"{before}{BEGIN}", HEAD, *in_order, f"{END}{after}"))
 
 

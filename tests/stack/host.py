@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from uuid import uuid4
 import httpx
 
 from tests.stack.waiting import wait_until
+from tests.versions import program
 
 Json = dict[str, Any]
 
@@ -149,11 +149,9 @@ class ServerProcess:
     def __init__(self, data_dir: Path, environment: Mapping[str, str], port: int):
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = data_dir / "server.log"
-        installed = Path(sys.executable).parent / "open-webui"
-        program = os.environ.get("MMC_OPEN_WEBUI", installed)  # or another version's
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [str(program), "serve", "--host", "127.0.0.1", "--port", str(port)],
+                [str(program()), "serve", "--host", "127.0.0.1", "--port", str(port)],
                 cwd=data_dir,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,

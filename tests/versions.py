@@ -1,0 +1,39 @@
+"""Which Open WebUI the tests run against, and what only a later one can do."""
+
+import os
+import re
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+
+def program() -> Path:
+    """The `open-webui` that is started: ours, or that of another version."""
+    installed = Path(sys.executable).parent / "open-webui"
+    return Path(os.environ.get("MMC_OPEN_WEBUI", installed))
+
+
+def version_key(version: str) -> list[int]:
+    """Sorts 0.9 before 0.12."""
+    return [int(part) for part in re.findall(r"\d+", version)]
+
+
+@cache
+def server_version() -> str:
+    """The version of what is started."""
+    environment = program().parents[1]
+    paths = [str(path) for path in environment.glob("lib/python*/site-packages")]
+    found = metadata.distributions(name="open-webui", path=paths)
+    return next(iter(found)).version
+
+
+def from_version(version: str, why: str) -> pytest.MarkDecorator:
+    """A test of what an older server cannot do, as docs/compatibility.md says.
+
+    `why` names what is missing there.
+    """
+    is_older = version_key(server_version()) < version_key(version)
+    return pytest.mark.skipif(is_older, reason=f"{why} from {version}")
