@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 INTEGRATION = "tests/integration"
 SMOKE = "tests/browser/test_conversation.py"
+TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadfile")  # as `make test` does
 SUITE_TIMEOUT = 3600.0
 """Seconds one suite may take against one version."""
 
@@ -69,8 +70,18 @@ def package_in(folder: Path) -> Package:
 
 
 def run_suite(program: Path, tests: str, report: Path) -> Outcome:
-    """Run tests against a server; its results, the names of what failed included."""
-    command = [sys.executable, "-m", "pytest", "-q", *tests.split()]
+    """Run tests against a server, two files at a time; what failed once more, alone."""
+    files = tests.split()
+    first = run_once(program, [*files, *TWO_AT_A_TIME], report)
+    if not first.failed:
+        return first
+    again = [*files, "--last-failed", "--last-failed-no-failures=none"]
+    return first.then(run_once(program, again, report))
+
+
+def run_once(program: Path, arguments: list[str], report: Path) -> Outcome:
+    """One run of pytest; its results, the names of what failed included."""
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
     environment = {**os.environ, "MMC_OPEN_WEBUI": str(program)}
     report.unlink(missing_ok=True)
     began = time.monotonic()

@@ -1,7 +1,7 @@
 """What came of the tests against a version, and its row in the document."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.versions import version_key
@@ -20,10 +20,25 @@ class Outcome:
     skipped: int = 0
     failed: tuple[str, ...] = ()
     seconds: float = 0.0
+    again: int = 0
+    """How many of those that passed did so only when they were run again."""
+
+    def then(self, second: "Outcome") -> "Outcome":
+        """With a run of just those that failed; itself where that ran others."""
+        if second.passed + len(second.failed) != len(self.failed):
+            return self
+        return replace(
+            self,
+            passed=self.passed + second.passed,
+            failed=second.failed,
+            seconds=self.seconds + second.seconds,
+            again=second.passed,
+        )
 
     def cell(self) -> str:
         """For the table."""
-        parts = [f"{self.passed} passed"]
+        again = f" ({self.again} of them when run again)" if self.again else ""
+        parts = [f"{self.passed} passed{again}"]
         parts += [f"**{len(self.failed)} failed**"] if self.failed else []
         parts += [f"{self.skipped} skipped"] if self.skipped else []
         return f"{', '.join(parts)} in {self.seconds:.0f} s"

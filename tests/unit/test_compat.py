@@ -47,6 +47,18 @@ def test_no_report_is_a_failure(tmp_path: Path) -> None:
     assert read_report(tmp_path / "none.xml", 1.0).failed
 
 
+def test_what_failed_is_run_again_and_the_table_says_so() -> None:
+    first = Outcome(5, 1, ("a", "b"), 20.0)
+    assert first.then(Outcome(1, 0, ("b",), 2.0)).cell() == (
+        "6 passed (1 of them when run again), **1 failed**, 1 skipped in 22 s"
+    )
+    assert first.then(Outcome(2)).cell() == (
+        "7 passed (2 of them when run again), 1 skipped in 20 s"
+    )
+    nothing_ran, did_not_start = Outcome(), Outcome(failed=("no start",))
+    assert first.then(nothing_ran) == first == first.then(did_not_start)
+
+
 def test_a_row_replaces_that_of_its_version_and_leaves_the_others() -> None:
     text = f"# Title\n\n{BEGIN}\n{HEAD}\n{END}\n\nText.\n"
     both = with_rows(text, [row("0.12.4"), row("0.9.1")])
