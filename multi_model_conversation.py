@@ -290,7 +290,7 @@ class Settings(UserSettings):
     silence_timeout: SkipJsonSchema[Seconds] = 60  # s a model may pause
     run_timeout: SkipJsonSchema[Seconds] = 3600  # s after which no step begins
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
-    flush_interval: SkipJsonSchema[float] = 100  # ms between two updates of the page
+    flush_interval: SkipJsonSchema[float] = 125  # ms between two updates of the page
     all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
     _is_cut: bool = PrivateAttr(default=False)  # more rounds were asked for
 
@@ -582,7 +582,6 @@ class Speak:
     role: str = ""  # stands behind the names in their headings
     quorum: int = 0  # so many answers, or the deadline, end it; who is late goes on
     joins: bool = True  # the turns become part of the conversation
-    concludes: bool = False  # it is the chair, shown only once it says something
     # letters that stand for the members: it reads no other names, and none of these
     # letters is shown
     names: Mapping[str, str] = field(default_factory=dict)
@@ -650,6 +649,7 @@ GO_ON, VOTE, ENOUGH = WISHES
 
 
 ReplyEvent = TextDelta | ToolCallDelta | UsageReport | SourceFound
+Cards = Mapping[str, ModelCard]  # by id
 Entry = Question | Turn
 Step = Speak | AskManager | AskPerson | Judge | Publish
 Steps = Generator[Step, Any, Result]  # takes the answers, gives what comes of them
@@ -1309,29 +1309,22 @@ _TRIO = {  # who one model alone is seated as
 }
 _TEAM_READ = 20  # lines or list entries; eight may sit, the rest would only be named
 _ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
-_OBJECTS_TRIED = 100  # each may be as long as the answer, and lie in the one before
-_NAMING_KEYS, _ENDING_KEYS = ("next", "speaker", "name"), ("done", "finished")
-_FITTINGS = 20  # each leaves at most a quarter of what was missing, where all judge
-_TELLING = 3  # values beyond those that any ballots fit; fewer show no agreement
-_MIDDLE = 5.0  # of 0 to 10: where a ballot has places only
-_MOST_MOVED = 0.8  # by one judge; less costs more right judges than wrong ones
-_LETTERS = tuple("ABCDEFGH")  # as many as seats, though nobody ranks itself
 _LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
 _ANSWER_LETTER = re.compile(r"\b(?:[Aa]nswer|[Rr]esponse) ([A-H])\b")
 _UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
 _PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
-_COMMAND_READ = 300  # characters of names, behind `/with` and before a colon
-_COMMAND = re.compile(
-    r"/(?:(?P<flag>vote|join)|rounds[^\S\n]++(?P<rounds>\d{1,3})"
-    rf"|with[^\S\n]++(?P<names>[^\n]{{1,{_COMMAND_READ}}}))(?!\S)"
+_NAME = r"[^\s,，]{1,100}+"
+_COMMAND = (
+    r"(/(?:(?P<flag>vote|join)|rounds[^\S\n]++(?P<rounds>\d{1,3})|with[^\S\n]++"
+    rf"(?P<names>{_NAME}(?:[^\S\n]*+[,，][^\S\n]*+{_NAME}){{0,19}}))(?!\S))"
 )
-_LAST_SLASH = re.compile(r"(?m)(?<!\S)(?=/rounds|/with)|^[^\S\n]*+(?=/vote|/join)")
-_REST_OF_LINE = re.compile(r"\A[^\S\n]*+\n?")
-_BEFORE_COLON = re.compile(rf"\s*+([^\s:：][^\n]{{0,{_COMMAND_READ}}}?)(?::(?=\s)|：)")
-_IMAGE_TOKENS = 1600  # what the costliest provider counts for a large one
+_FIRST_COMMAND = re.compile(rf"\A\s*+{_COMMAND}[^\S\n]*+\n?")
+_LAST_COMMAND = re.compile(  # what asks for no number and no name has its own line
+    rf"(?:(?:\A|\s)(?=/[rw])|(?:\A|\n)[^\S\n]*+(?=/[vj])){_COMMAND}\s*+\Z"
+)
+_BEFORE_COLON = re.compile(r"\s*+([^\s:：][^\n]{0,300}?)(?::(?=\s)|：)")
 _LETTERS_AND_BLANKS = f"{ascii_letters} ".encode()
 _LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is left out
-_LEAST_TOKENS = 100  # to which the middle of a text may be cut
 _TOO_LONG = re.compile(  # what providers say of a prompt
     r"(?i)context[ _](?:length|window|size|limit)|maximum (?:prompt|model|input) length"
     r"|(?:prompt|input|request|message)s? (?:\w{1,20} ){0,3}too (?:long|large)"
@@ -1340,10 +1333,7 @@ _TOO_LONG = re.compile(  # what providers say of a prompt
 )
 _BESIDE_LABELS = re.compile(r"\n\n(?=<message from=)|(?<=</message>)\n\n")
 _LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
-_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>")  # put in front
-_JSON_TYPES: dict[str, Any] = dict(
-    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
-)
+_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>\s*+")  # put in front
 
 
 def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
@@ -1375,7 +1365,7 @@ def unique_aliases(seats: Iterable[Seat]) -> Iterator[Seat]:
         yield replace(seat, alias=alias)
 
 
-def find_model(wanted: str, cards: Mapping[str, ModelCard]) -> ModelCard:
+def find_model(wanted: str, cards: Cards) -> ModelCard:
     """The model a user named, by id or by its unique name, or a `ConversationError`."""
     name = wanted.casefold()
     named = [card for card in cards.values() if card.name.casefold() == name]
@@ -1404,42 +1394,28 @@ def _plain_name(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.casefold())
 
 
-def _read_names(
-    line: str, cards: Mapping[str, ModelCard]
-) -> tuple[tuple[str, ...], int]:
-    """The models that a line begins with, parted by commas, and where they end.
-
-    A part of a name will do where no other has it. Names may have blanks: the longest
-    counts, and the rest of the line is text. Raises `ConversationError`.
-    """
+def _find_models(names: Iterable[str], cards: Cards) -> list[str]:
+    """The models that have these names, or parts of names that no other has; raises
+    `ConversationError`."""
     usual = {
         card.id: (_plain_name(card.id), _plain_name(card.name))
         for card in cards.values()
         if card.by_default and not card.is_self
     }
-
-    def fitting(words: str) -> list[str]:
-        plain = _plain_name(words)
-        same = [i for i, names in usual.items() if plain in names]
-        parts = (i for i, names in usual.items() if any(plain in n for n in names))
-        return same or list(parts if plain else ())
-
-    seats, end = [], 0
-    for item in re.finditer(r"[^,，\s][^,，]*", line):
-        ends = [word.end() for word in re.finditer(r"\S+", item[0])]
-        found = {at: fitting(item[0][:at]) for at in ends[:6]}
-        at = max((at for at, ids in found.items() if len(ids) == 1), default=ends[0])
-        if len(found[at]) > 1:
-            several = ", ".join(found[at][:5])
-            raise ConversationError(f'"{item[0][:at]}" may be any of {several}')
-        seats += found[at] or [find_model(item[0][:at], cards).id]
-        end = item.start() + at
-        if at < ends[-1]:
-            break
-    return tuple(dict.fromkeys(seats)), end
+    seats: list[str] = []
+    for name in names:
+        plain = _plain_name(name)
+        same = [i for i, known in usual.items() if plain in known]
+        parts = (i for i, known in usual.items() if plain in "\n".join(known))
+        found = same or list(parts if plain else ())
+        if len(found) > 1:
+            several = ", ".join(found[:5])
+            raise ConversationError(f'"{name}" may be any of {several}')
+        seats += found or [find_model(name, cards).id]
+    return list(dict.fromkeys(seats))
 
 
-def _read_seat(parts: Sequence[str], cards: Mapping[str, ModelCard]) -> Seat:
+def _read_seat(parts: Sequence[str], cards: Cards) -> Seat:
     """`Alias | model | persona` in parts, or a model alone -> a seat."""
     alias, model, persona = (*parts, "")[:3] if parts[1:] else ("", *parts, "")
     model, persona = model.strip(), persona.strip().replace("\\n", "\n")
@@ -1451,7 +1427,7 @@ def _read_seat(parts: Sequence[str], cards: Mapping[str, ModelCard]) -> Seat:
 
 
 def choose_seats(
-    settings: Settings, cards: Mapping[str, ModelCard]
+    settings: Settings, cards: Cards
 ) -> tuple[list[Seat], list[str], bool]:
     """Who takes part: the team text, else the list, else up to three models; one
     model alone in three roles. A line of the team that names no model gets one of the
@@ -1490,9 +1466,7 @@ def choose_seats(
     return seats[:most], problems, not many
 
 
-def choose_chair(
-    settings: Settings, cards: Mapping[str, ModelCard], seats: Sequence[Seat]
-) -> list[Seat]:
+def choose_chair(settings: Settings, cards: Cards, seats: Sequence[Seat]) -> list[Seat]:
     """The chair that is no member, where the setting names another model; or nobody."""
     wanted = settings.chair.strip()
     if wanted and wanted.casefold() not in {seat.alias.casefold() for seat in seats}:
@@ -1531,9 +1505,6 @@ class Agenda:
     models: Mapping[str, str] = field(default_factory=dict)  # alias -> its model
     judge: str = ""  # a chair that is no member
     tokens_used: Callable[[], int] = int
-
-
-_Choice = tuple[str, str]  # who speaks next, "" where the manager ends it, and why
 
 
 def _still_able(
@@ -1632,9 +1603,11 @@ def managed(agenda: Agenda) -> Mode:
     return (yield from _finish(agenda, turns, wish, finished))
 
 
-def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice]:
-    """The manager's choice; it is asked twice, then the next in order speaks, and a
-    line says why."""
+def _choose_speaker(
+    step: AskManager, everybody: Sequence[str]
+) -> Steps[tuple[str, str]]:
+    """Who speaks next, "" where the manager ends it, and why. It is asked twice, then
+    the next in order speaks, and a line says why."""
     first, *others = step.candidates
     # it may end it rather than let one alone go on, but not before anybody has spoken
     tries = 2 if others else int(step.last is not None)
@@ -1658,17 +1631,17 @@ def _choose_speaker(step: AskManager, everybody: Sequence[str]) -> Steps[_Choice
 
 def _read_choice(
     answer: str, step: AskManager, everybody: Sequence[str]
-) -> _Choice | str:
+) -> tuple[str, str] | str:
     """The manager's answer, JSON or a bare name -> its choice, or what is wrong."""
     answer = answer[-_ANSWER_READ:]
-    verdict = _find_object(answer, *_NAMING_KEYS, *_ENDING_KEYS) or _find_object(answer)
+    verdict = _find_object(answer, "next", "done")
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
-    if any(verdict.get(key) is True for key in _ENDING_KEYS):
+    if verdict.get("done") is True:
         unspoken = "Nobody has spoken yet, so it cannot be done."
         return unspoken if step.last is None else ("", reason)
-    named = next((verdict[key] for key in _NAMING_KEYS if verdict.get(key)), "")
     # among all names: "Ann Lee", who may not speak now, is not "Ann", who may
-    found = _find_names(plain_line(named) if verdict else answer, everybody)
+    named = plain_line(verdict.get("next") or "") if verdict else answer
+    found = _find_names(named, everybody)
     if len(found) == 1 and found[0] in step.candidates:
         return found[0], reason
     listed = json.dumps(step.candidates, ensure_ascii=False)
@@ -1678,7 +1651,8 @@ def _read_choice(
 def _find_object(text: str, *keys: str) -> Json:
     """The first JSON object in a text, with one of these keys if any; else {}."""
     starts = [found.start() for found in re.finditer(r'\{(?=\s*+")', text)]
-    for start in starts[-_OBJECTS_TRIED:]:
+    # each may be as long as the text, and lie in the one before
+    for start in starts[-100:]:
         with suppress(ValueError):
             value: Json = parse_json_at(text, start)[0]
             if not keys or not value.keys().isdisjoint(keys):
@@ -1702,9 +1676,8 @@ def council(agenda: Agenda) -> Mode:
     quorum = agenda.settings.quorum
     step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
     answers: list[Turn] = yield step
-    present = [turn for turn in answers if turn.failure is None]
     wish, _ = yield from _hear(agenda, answers, GO_ON, 1, 1)
-    return (yield from _decide(agenda, answers, present, False, wish))
+    return (yield from _decide(agenda, answers, False, wish))
 
 
 def debate(agenda: Agenda) -> Mode:
@@ -1717,37 +1690,49 @@ def debate(agenda: Agenda) -> Mode:
 
 def put_to_vote(agenda: Agenda, said: Iterable[Turn], wish: str = VOTE) -> Mode:
     """What each said last is judged, and a chair concludes."""
-    said = sorted(said, key=lambda turn: turn.text > "")  # silence replaces nothing
+    # a failure replaces nothing
+    said = sorted(said, key=lambda turn: turn.text > "" and turn.failure is None)
     latest = {turn.alias: turn for turn in said}
     turns = [latest[alias] for alias in agenda.aliases if alias in latest]
-    present = [turn for turn in turns if turn.text]
-    return (yield from _decide(agenda, turns, present, True, wish))
+    return (yield from _decide(agenda, turns, True, wish))
 
 
-def _decide(
-    agenda: Agenda,
-    turns: Sequence[Turn],
-    present: Sequence[Turn],
-    votes: bool,
-    wish: str,
-) -> Mode:
-    """Those who are present judge each other, unless the person has had enough, and a
-    chair concludes."""
+def _decide(agenda: Agenda, turns: Sequence[Turn], votes: bool, wish: str) -> Mode:
+    """Those who answered judge each other, and a chair concludes."""
+    present = [turn for turn in turns if turn.text and turn.failure is None]
     members = [turn.alias for turn in present]
     if len(members) < 2:
         return (yield from _end_early(turns, members))
-    # of two there is nothing to rank
-    judges = present if wish != ENOUGH and len(members) > 2 else ()
-    papers = tuple(ballot_papers(agenda, judges, votes))
-    step = Judge(papers, read_vote if votes else read_ranking)
-    judged: list[Ballot | str] = (yield step) if papers else []
+    marks, result = dict.fromkeys(members, ""), ""
+    if len(members) > 2 and wish != ENOUGH:  # of two there is nothing to rank
+        marks, result = yield from _judge(agenda, present, votes)
+    names = letters_for("", members, agenda.seed)
+    told = {
+        "question": agenda.question,
+        "answers": "" if votes else _render_letters(present, names),
+        "result": hide_names(result, names),
+    }
+    brief = fill_template(agenda.settings.conclusion_prompt, told)
+    step = Speak(
+        (), "concluding", brief, CONCLUSION, joins=False, names=names, marks=marks
+    )
+    return (yield from _conclude(agenda, turns, step))
+
+
+def _judge(
+    agenda: Agenda, present: Sequence[Turn], votes: bool
+) -> Steps[tuple[dict[str, str], str]]:
+    """All judge each other. Gives "rank 1" and so on by alias, the best first, and what
+    the ballots say."""
+    members = [turn.alias for turn in present]
+    papers = tuple(ballot_papers(agenda, present, votes))
+    judged: list[Ballot | str]
+    judged = yield Judge(papers, read_vote if votes else read_ranking)
     ballots = [ballot for ballot in judged if isinstance(ballot, Ballot)]
     standings = tally(members, ballots)
     if votes:
         standings.sort(key=lambda s: (-len(s.first_for), members.index(s.alias)))
-    none = "No ballots were asked for: you had heard enough."
-    table = render_standings(standings, votes) if wish != ENOUGH else none
-    parts = [table, describe_agreement(standings, ballots)]
+    parts = [render_standings(standings, votes), describe_agreement(standings, ballots)]
     for model in dict.fromkeys(agenda.models.values()):
         kin = [b.voter for b in ballots if agenda.models.get(b.voter) == model]
         if len(kin) > 1:
@@ -1757,29 +1742,18 @@ def _decide(
             reason = plain_line(lost, 120).removeprefix("it ").rstrip(".")
             parts.append(f"No ballot from {paper.voter}: {reason}.")
     result, why = "\n\n".join(filter(None, parts)), render_reasons(ballots, votes)
-    if len(members) > 2:
-        title = f"### {SYSTEM_MARK} {'Votes' if votes else 'Ranking'}"
-        who = f"Who {'voted for' if votes else 'ranked'} whom, and why"
-        fold = f"\n\n{render_fold(who, why)}" if ballots else ""
-        yield Publish("ranking", f"{RULE}{title}\n\n{result}{fold}")
-    names = letters_for("", members, agenda.seed)
-    told = {
-        "question": agenda.question,
-        "answers": "" if votes else _render_letters(present, names),
-        "result": hide_names(f"{result}\n\n{why}".rstrip(), names),
-    }
-    brief = fill_template(agenda.settings.conclusion_prompt, told)
-    concluding = Speak((), "concluding", brief, CONCLUSION, joins=False, names=names)
+    title, verb = ("Votes", "voted for") if votes else ("Ranking", "ranked")
+    fold = render_fold(f"Who {verb} whom, and why", why) if ballots else ""
+    text = f"{RULE}### {SYSTEM_MARK} {title}\n\n{result}\n\n{fold}"
+    yield Publish("ranking", text.rstrip())
     rank = "rank {}" if ballots else ""
     marks = {s.alias: rank.format(n) for n, s in enumerate(standings, 1)}
-    return (yield from _conclude(agenda, turns, marks, concluding))
+    return marks, f"{result}\n\n{why}".rstrip()
 
 
-def _conclude(
-    agenda: Agenda, turns: Sequence[Turn], marks: Mapping[str, str], step: Speak
-) -> Mode:
+def _conclude(agenda: Agenda, turns: Sequence[Turn], step: Speak) -> Mode:
     """The chair concludes; where it fails at once, the next best takes over."""
-    chair = agenda.settings.chair.strip()
+    chair, marks = agenda.settings.chair.strip(), step.marks
     wanted = [a for a in agenda.aliases if a.casefold() == chair.casefold()]
     notes = [
         f"{turn.alias} {'was late' if turn.late else 'failed'}"
@@ -1794,8 +1768,7 @@ def _conclude(
     for alias in filter(None, (agenda.judge, *members)):
         behind = f" ({', '.join(why + notes)})" if why + notes else ""
         yield _outcome(turns, f"chaired by {alias}{behind}")
-        step = replace(step, aliases=(alias,), concludes=True, marks=marks)
-        spoken: list[Turn] = yield step
+        spoken: list[Turn] = yield replace(step, aliases=(alias,))
         if spoken[0].text:
             return f"Chaired by {alias}{behind}"
         notes.append(f"{alias} failed")
@@ -1848,14 +1821,14 @@ def letters_for(voter: str, aliases: Iterable[str], seed: str) -> dict[str, str]
     """Letters for the others' answers, in an order of the voter's own."""
     others = [alias for alias in aliases if alias != voter]
     others.sort(key=lambda alias: sha256(f"{seed}\0{voter}\0{alias}".encode()).digest())
-    return dict(zip(_LETTERS, others, strict=False))
+    return dict(zip("ABCDEFGH", others, strict=False))  # as many as seats
 
 
 def _render_letters(turns: Sequence[Turn], names: Mapping[str, str]) -> str:
-    """Answers under letters in place of names."""
-    texts = {turn.alias: hide_names(turn.text, names) for turn in turns}
-    shown = (render_turn(Turn(letter, texts[a])) for letter, a in names.items())
-    return "\n\n".join(shown)
+    """Answers under letters in place of names, in their order."""
+    said = {turn.alias: turn for turn in turns}
+    hidden = hide_speakers((said[alias] for alias in names.values()), names)
+    return "\n\n".join(map(render_entry, hidden))
 
 
 def ballot_papers(
@@ -1885,7 +1858,7 @@ def read_ranking(answer: str, paper: BallotPaper) -> Ballot | str:
     point.
     """
     verdict = _find_object(answer[-_ANSWER_READ:], "ranking", "scores")
-    everybody = dict.fromkeys(paper.choices.values(), _MIDDLE)
+    everybody = dict.fromkeys(paper.choices.values(), 5.0)  # where it has places only
     scores = _read_letters(_part_of(verdict, "scores", dict), paper)
     places = _read_letters(verdict.get("ranking"), paper)
     if scores.keys() != everybody.keys():
@@ -1942,7 +1915,7 @@ def read_vote(answer: str, paper: BallotPaper) -> Ballot | str:
 
 
 def tally(
-    aliases: Sequence[str], ballots: Sequence[Ballot], limit: float = _MOST_MOVED
+    aliases: Sequence[str], ballots: Sequence[Ballot], limit: float = 0.8
 ) -> list[Standing]:
     """Everybody's standing, the best first; equal ones stay in the order of seats.
 
@@ -1955,7 +1928,7 @@ def tally(
     given = [value for ballot in ballots for value in ballot.values.values()]
     scores = dict.fromkeys(aliases, fmean(given or [0.0]))
     on = {alias: [b for b in ballots if alias in b.values] for alias in aliases}
-    for _ in range(_FITTINGS):
+    for _ in range(20):  # each leaves at most a quarter of what was missing
         levels = {}
         for ballot in ballots:
             above = sum(value - scores[a] for a, value in ballot.values.items())
@@ -1986,7 +1959,7 @@ def describe_agreement(standings: Sequence[Standing], ballots: Sequence[Ballot])
     spread, unexplained = (sum(pvariance(v) * len(v) for v in x) for x in (given, left))
     degrees = sum(map(len, given)) - len(given)
     free = degrees - len(standings) + 1
-    if free < _TELLING or not spread:
+    if free < 3 or not spread:  # values beyond those that any ballots fit
         return ""
     share = 1 - (unexplained / free) / (spread / degrees)
     limits = {"agree": 0.6, "agree partly": 0.25, "hardly agree": share}
@@ -2078,12 +2051,11 @@ def read_history(
             questions.append(Question(content))
             replies.append([])
     unanswered = [] if replies[-1] else [None]  # no reply behind the last question
-    known = [*[None] * len(replies), *authors, *unanswered]
+    known = [*[None] * len(replies), *authors, *unanswered][-len(replies) :]
     entries: list[Entry] = []
-    for at, reply in enumerate(replies):
-        turns = list(_read_reply(reply, known[at - len(replies)]))  # from the end
-        turns.sort(key=lambda turn: turn.concludes)  # it stands first once it is there
-        entries += turns
+    for at, (reply, author) in enumerate(zip(replies, known, strict=True)):
+        turns = sorted(_read_reply(reply, author), key=lambda turn: turn.concludes)
+        entries += turns  # a conclusion stands first once it is there
         entries += questions[at : at + 1]
     return "\n\n".join(filter(None, prompts)), entries
 
@@ -2107,15 +2079,13 @@ def reply_authors(chain: Iterable[Json], own_models: set[str]) -> list[str | Non
 
 
 def _author(reply: Sequence[Json], own_models: set[str]) -> str | None:
-    name: Any = None
-    for message in reply:
-        items, model = _part_of(message, "output", list), message.get("model")
-        speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
-        by_us = isinstance(model, str) and model in own_models
-        if by_us or any(isinstance(speaker, str) for speaker in speakers):
-            return None
-        name = message.get("modelName") or model
-    return (clean_alias(str(name or "")) or "Assistant") if reply else None
+    items = [item for each in reply for item in _part_of(each, "output", list)]
+    speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
+    models = {str(message.get("model")) for message in reply}
+    if not reply or models & own_models or any(isinstance(s, str) for s in speakers):
+        return None
+    name = reply[-1].get("modelName") or reply[-1].get("model") or ""
+    return clean_alias(str(name)) or "Assistant"
 
 
 def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
@@ -2129,15 +2099,12 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             sections[-1][2].append(message)
             continue
         text = text_of(message["content"])
-        parts = ["", "", *([text] if author else HEADING.split(unfold(text)))]
-        for colour, title, said in zip(
-            parts[::3], parts[1::3], parts[2::3], strict=True
-        ):
-            if colour:
-                sections.append((colour, title.strip(), []))
-            words = (said if author else _NOTICE.sub("", said)).strip()
-            if words:
-                sections[-1][2].append({"role": "assistant", "content": words})
+        pieces = [text] if author else HEADING.split(_NOTICE.sub("", unfold(text)))
+        for at in range(0, len(pieces), 3):
+            if at:
+                sections.append((pieces[at - 2], pieces[at - 1].strip(), []))
+            if said := pieces[at].strip():
+                sections[-1][2].append({"role": "assistant", "content": said})
         _add_tool_calls(sections[-1][2], message)
     for colour, title, own in sections:
         if (own or colour) and colour != SYSTEM_MARK:  # a silent one has a heading only
@@ -2145,8 +2112,7 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
             text = "\n\n".join(filter(None, texts))
             name, _, role = title.partition(ROLE)
             name = "" if colour == PERSON_MARK else name or "Assistant"
-            concludes = role == CONCLUSION
-            yield Turn(name, text, tuple(own), concludes=concludes)
+            yield Turn(name, text, tuple(own), concludes=role == CONCLUSION)
 
 
 def render_fold(title: str, text: str) -> str:
@@ -2239,25 +2205,25 @@ def hide_names(text: str, names: Mapping[str, str]) -> str:
 def hide_speakers(entries: Iterable[Entry], names: Mapping[str, str]) -> list[Entry]:
     """The same conversation, with the members' turns under letters."""
     letters = {alias: letter for letter, alias in names.items()}
-    return [
-        (
-            Turn(letters[entry.alias], hide_names(entry.text, names))
-            if isinstance(entry, Turn) and entry.alias in letters
-            else entry
-        )
-        for entry in entries
-    ]
+    hidden: list[Entry] = []
+    for entry in entries:
+        if isinstance(entry, Turn) and entry.alias in letters:
+            entry = Turn(letters[entry.alias], hide_names(entry.text, names))
+        hidden.append(entry)
+    return hidden
 
 
-def render_turn(turn: Turn) -> str:
-    """A turn as the others read it, labelled; its text cannot end or fake a label.
+def render_entry(entry: Entry) -> str:
+    """An entry as all read it, a turn labelled; its text cannot end or fake a label.
 
     What the person said stands as it is, like a question.
     """
-    if not turn.alias:
-        return turn.text
-    text = escape_labels(turn.text) or "(could not answer)"
-    return f'<message from="{turn.alias}">\n{text}\n</message>'
+    if isinstance(entry, Question):
+        return text_of(entry.content)
+    if not entry.alias:
+        return entry.text
+    text = escape_labels(entry.text) or "(could not answer)"
+    return f'<message from="{entry.alias}">\n{text}\n</message>'
 
 
 def escape_labels(text: str) -> str:
@@ -2276,7 +2242,7 @@ def tokens_of(value: Any) -> int:
         return 4 + len(data) // 3 + len(others) // 6
     if isinstance(value, Mapping):
         if "image" in str(value.get("type")):
-            return _IMAGE_TOKENS
+            return 1600  # what the costliest provider counts for a large one
         value = value.values()
     return sum(map(tokens_of, value)) if isinstance(value, Iterable) else 1
 
@@ -2298,10 +2264,14 @@ def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list
     So much goes at a time that the cut stays where it is for some turns, and with it
     what providers' prompt caches hold.
     """
-    sizes = list(map(_size, entries))
+    sizes, end = list(map(_size, entries)), len(entries)
     step = max(room // 3, 1)
     excess = -(-(sum(sizes) - room) // step) * step
-    rest = set(range(len(entries))) - _kept_whole(entries, aliases)
+    last = {getattr(entry, "alias", None): at for at, entry in enumerate(entries)}
+    # everybody's last turn, the last round, and of the question two entries, as the
+    # second may have been found on the web
+    kept = {*last.values(), last.get(None, 0) - 1, *range(end - len(aliases), end)}
+    rest = set(range(end)) - kept
     gone: set[int] = set()
     for at in sorted(rest, key=lambda at: (isinstance(entries[at], Question), at)):
         if excess <= 0:
@@ -2309,7 +2279,7 @@ def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list
         gone.add(at)
         excess -= sizes[at]
     shorter: list[Entry] = []
-    for is_gone, places in groupby(range(len(entries)), gone.__contains__):
+    for is_gone, places in groupby(range(end), gone.__contains__):
         some = [entries[at] for at in places]
         what = f"{len(some)} earlier turn{'s were' if some[1:] else ' was'}"
         shorter += [Question(f"({what} left out here)")] if is_gone else some
@@ -2323,20 +2293,11 @@ def _size(entry: Entry) -> int:
     return _LABEL_TOKENS + max(tokens_of(entry.text), tokens_of(entry.messages))
 
 
-def _kept_whole(entries: Sequence[Entry], aliases: Sequence[str]) -> set[int]:
-    """The places of the last round, of everybody's last turn, and of the question, of
-    which the last part may have been found on the web."""
-    last = {getattr(e, "alias", None): at for at, e in enumerate(entries)}
-    asked, end = last.get(None, 0), len(entries)
-    own = (last[alias] for alias in ("", *aliases) if alias in last)
-    return {asked - 1, asked, *own, *range(end - len(aliases), end)}
-
-
 def squeeze(messages: list[Json], room: int) -> list[Json]:
     """Messages in so many tokens, if that can be: the longest texts but the system
     prompt lose their middle, with a line in its place."""
-    most, shorter = max(room, 10 * _LEAST_TOKENS), messages
-    while tokens_of(shorter) > room and most > _LEAST_TOKENS:
+    most, shorter = max(room, 1000), messages
+    while tokens_of(shorter) > room and most > 100:
         most = most * 3 // 4
         shorter = _without_middle(messages, most)
     return shorter
@@ -2346,8 +2307,8 @@ def _without_middle(value: Any, most: int) -> Any:
     if isinstance(value, list):
         return [_without_middle(each, most) for each in value]
     if isinstance(value, dict) and value.get("role") != "system":
-        inner = {key: value[key] for key in ("content", "text") if key in value}
-        return value | {k: _without_middle(each, most) for k, each in inner.items()}
+        keys = value.keys() & {"content", "text"}
+        return value | {key: _without_middle(value[key], most) for key in keys}
     if not isinstance(value, str):
         return value
     return "\n\n".join(_cut_middle(text, most) for text in _BESIDE_LABELS.split(value))
@@ -2378,7 +2339,7 @@ def messages_for(
         if isinstance(entry, Question):
             heard.append(entry.content)
         elif entry.alias != participant.alias:
-            heard.append(render_turn(entry))
+            heard.append(render_entry(entry))
         elif entry.messages:
             _add_heard(messages, heard)
             messages.extend(entry.messages)
@@ -2416,12 +2377,8 @@ def messages_for_manager(
     settings: Settings, entries: Sequence[Entry], step: AskManager
 ) -> list[Json]:
     """What the manager is asked; a wrong answer comes back with what was wrong."""
-    history = "\n\n".join(
-        text_of(entry.content) if isinstance(entry, Question) else render_turn(entry)
-        for entry in entries
-    )
     values = {
-        "history": history,
+        "history": "\n\n".join(map(render_entry, entries)),
         "last_speaker": step.last or "nobody yet",
         "participant_list": json.dumps(list(step.candidates), ensure_ascii=False),
     }
@@ -2443,23 +2400,14 @@ def last_question(entries: Sequence[Entry]) -> str:
 class Commands:
     """What the last question asks for beside its text, and the last `/with` of all."""
 
-    rounds: int | None = None
-    seats: tuple[str, ...] = ()  # ids of models
+    settings: Json = field(default_factory=dict)  # in the place of the valves
     only: tuple[str, ...] = ()  # what stands before a colon, whether or not it is names
     vote: bool = False  # no new answers: what was said is put to the vote
-    join: bool = False  # the person who asks gets a seat
     problem: str = ""  # why a `/with` is no command
-
-    @property
-    def settings(self) -> Json:
-        """What they set in the place of the valves."""
-        asked = {"rounds": self.rounds, "participants": list(self.seats)}
-        asked |= {"join": True} if self.join else {}
-        return {name: value for name, value in asked.items() if value not in (None, [])}
 
 
 def read_commands(
-    entries: Sequence[Entry], cards: Mapping[str, ModelCard]
+    entries: Sequence[Entry], cards: Cards
 ) -> tuple[list[Entry], Commands]:
     """The conversation without the commands in its questions, and what they ask for.
 
@@ -2467,18 +2415,20 @@ def read_commands(
     nothing attached. The names in `Ann, Bob: ...` stay in the text, for all to know.
     """
     cleaned: list[Entry] = []
-    asked: Json = {}
+    fields: Json = {}
+    seats: list[str] = []
     for entry in entries:
         if isinstance(entry, Question):
             content, fields = _cut_question(entry.content, cards)
-            entry = Question(content)
-            asked = {"seats": asked.get("seats", ()), **fields}
+            entry, seats = Question(content), fields.pop("participants", seats)
         cleaned.append(entry)
-    return cleaned, Commands(**asked)
+    asked: Json = {"participants": seats} if seats else {}
+    asked |= {name: fields.pop(name) for name in ("rounds", "join") if name in fields}
+    return cleaned, Commands(asked, **fields)
 
 
 def _cut_question(
-    content: str | list[Json], cards: Mapping[str, ModelCard]
+    content: str | list[Json], cards: Cards
 ) -> tuple[str | list[Json], Json]:
     """A question without its commands, and the fields they set.
 
@@ -2487,9 +2437,6 @@ def _cut_question(
     if isinstance(content, str):
         own = _HOST_CONTEXT.sub("", content)
         left, fields = _cut_commands(own, cards)
-        names = _BEFORE_COLON.match(left)
-        if names and not _is_quoted(left[: names.start(1)]):
-            fields["only"] = tuple(map(str.strip, re.split("[,，]", names[1])))
         return content.removesuffix(own) + left, fields
     for at, part in enumerate(content):
         text = text_of([part])  # "" for an image
@@ -2499,43 +2446,34 @@ def _cut_question(
     return content, {}
 
 
-def _cut_commands(text: str, cards: Mapping[str, ModelCard]) -> tuple[str, Json]:
-    """A text without the commands at its start, and at its end; each counts once."""
-    asked: Json = {}
-    for at_end in (False, True):
-        left, fields = _cut_command(text, at_end, cards)
-        while fields and not fields.keys() & asked.keys():
-            text, asked = left, asked | fields
-            left, fields = _cut_command(text, at_end, cards)
-    return text, asked
+def _cut_commands(text: str, cards: Cards) -> tuple[str, Json]:
+    """A text without the commands at its start and at its end, each of which counts
+    once, and the fields they set."""
+    fields: Json = {}
+    for pattern in (_FIRST_COMMAND, _LAST_COMMAND):
+        while found := pattern.search(text):
+            asked = _read_command(found, cards)
+            if asked.keys() & fields.keys() or _is_quoted(text[: found.start(1)]):
+                break
+            fields |= asked
+            if "problem" not in asked:
+                text = text[: found.start()] + text[found.end() :]
+    names = _BEFORE_COLON.match(text)
+    if names and not _is_quoted(text[: names.start(1)]):
+        fields["only"] = tuple(map(str.strip, re.split("[,，]", names[1])))
+    return text, fields
 
 
-def _cut_command(
-    text: str, at_end: bool, cards: Mapping[str, ModelCard]
-) -> tuple[str, Json]:
-    """A text without the command at one of its ends, and the fields it sets."""
-    at = len(text) - len(text.lstrip())
-    if at_end:
-        tail = max(len(text.rstrip()) - 2 * _COMMAND_READ, 0)
-        at = max(
-            (slash.end() for slash in _LAST_SLASH.finditer(text, tail)), default=at
-        )
-    found = _COMMAND.match(text, at)
-    if not found or _is_quoted(text[:at]):
-        return text, {}
-    end = found.end()
-    fields: Json = {found["flag"]: True}
+def _read_command(found: re.Match[str], cards: Cards) -> Json:
+    if found["flag"]:
+        return {found["flag"]: True}
     if found["rounds"]:
-        fields = {"rounds": int(found["rounds"])}
-    elif found["names"]:
-        try:
-            seats, length = _read_names(found["names"], cards)
-        except ConversationError as error:
-            return text, {"problem": f"`/with` is read as text: {error}."}
-        end, fields = found.start("names") + length, {"seats": seats}
-    if not at_end:
-        return text[:at] + _REST_OF_LINE.sub("", text[end:], 1), fields
-    return (text, {}) if text[end:].strip() else (text[: max(at - 1, 0)], fields)
+        return {"rounds": int(found["rounds"])}
+    try:
+        names = re.split(r"\s*+[,，]\s*+", found["names"])
+        return {"participants": _find_models(names, cards)}
+    except ConversationError as error:
+        return {"problem": f"`/with` is read as text: {error}."}
 
 
 def choose_addressed(names: Sequence[str], aliases: Sequence[str]) -> tuple[str, ...]:
@@ -2546,17 +2484,17 @@ def choose_addressed(names: Sequence[str], aliases: Sequence[str]) -> tuple[str,
 
 
 def describe_table(
-    mode_id: str, agenda: Agenda, commands: Commands, cards: Mapping[str, ModelCard]
+    mode_id: str, agenda: Agenda, commands: Commands, cards: Cards
 ) -> str:
     """One line on what was understood of a question and of who sits at the table."""
-    settings, asked = agenda.settings, commands.rounds is not None
+    settings, asked = agenda.settings, "rounds" in commands.settings
     seats, models = list(agenda.models), list(set(agenda.models.values()))
     told = []
     if len(seats) == 1 and not settings.join:
         told.append(f"{seats[0]} is alone: a conversation needs at least two seats")
     elif len(models) == 1 < len(seats) and not settings.team.strip():
         told.append(f"{join_names(seats)} are all {plain_line(cards[models[0]].name)}")
-    elif commands.seats:
+    elif "participants" in commands.settings:
         told.append(f"In this chat: {join_names(seats)}")
     if len(agenda.aliases) < len(seats):
         told.append(f"Only {join_names(agenda.aliases)} may answer")
@@ -2596,6 +2534,10 @@ def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
 
 
 # -- tool arguments --------------------------------------------------------------------
+
+_JSON_TYPES: dict[str, Any] = dict(
+    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
+)
 
 
 def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
@@ -2835,13 +2777,15 @@ def render_item(block: Block) -> Json:
     return item | fields
 
 
-def render_checkpoint(transcript: Transcript) -> list[Json]:
-    """The output as it is stored in mid-run: nothing in it goes on, and a last line
-    tells a reader so; the host's own save takes its place."""
-    blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
-    line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
-    line.text.append(_SAVED)
-    items = [render_item(block) for block in (*blocks, line)]
+def render_checkpoint(transcript: Transcript, is_over: bool = False) -> list[Json]:
+    """The output as we store it: nothing in it goes on, and a last line tells a reader
+    that the run did, unless it `is_over`; the host's own save takes its place."""
+    blocks = [b for b in transcript.blocks if is_over or not b.fields.get("passing")]
+    if not is_over:
+        line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
+        line.text.append(_SAVED)
+        blocks.append(line)
+    items = list(map(render_item, blocks))
     answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
     for item in items:
         if item["type"] == "function_call" and item["call_id"] not in answered:
@@ -3621,7 +3565,7 @@ def _nobody_left(problems: Sequence[str]) -> ConversationError:
 
 
 def _choose_leader(
-    settings: Settings, seats: Sequence[Seat], cards: Mapping[str, ModelCard]
+    settings: Settings, seats: Sequence[Seat], cards: Cards
 ) -> tuple[str, str]:
     """The model that leads, and what is wrong with the one that should."""
     first = seats[0].model_id if seats else ""
@@ -3777,7 +3721,7 @@ class Emitter:
         # The page draws the noted blocks anew, and copies all. Tuned with row 12 of the
         # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
         # characters of one, or a message of 60,000 cost one interval. The costliest
-        # update waits for four: 0.4 s is still seen to flow.
+        # update waits for four: half a second is still seen to flow.
         for block in self._transcript.blocks:
             if block in noted and not self.may_send(block):
                 self._noted.add(block)
@@ -3921,8 +3865,9 @@ class Screen:
 class Saver:
     """Keeps what was said in the database, for the case that the server goes down.
 
-    One write a turn, and one every 20 s of a longer one; the host saves the whole at
-    the end, but not the usage of what was stopped. `before` is the output of the reply
+    One write a turn, and one every 20 s of a longer one; at the end the whole, as the
+    host does next: where its save meets a busy database, it gives up without a word,
+    and of what was stopped it forgets the usage. `before` is the output of the reply
     that is continued here.
     """
 
@@ -3935,7 +3880,6 @@ class Saver:
     before: list[Json] | None = field(default_factory=list)  # None: it cannot be read
     due: asyncio.Event = field(default_factory=asyncio.Event)  # a turn has ended
     may_save: bool = False
-    is_behind: bool = False  # the last write failed
 
     async def keep(self) -> None:
         """Save whenever it is due, until it is cancelled."""
@@ -3953,22 +3897,16 @@ class Saver:
             await self._save()
 
     async def finish(self, patience: float) -> None:
-        """The run is over: wait for a database that is away, so that the host's own
-        save, which comes next, finds it."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                while self.is_behind:
-                    await asyncio.sleep(1)
-                    await self._save()
+        """The run is over: for a database that is away or busy it waits so long."""
+        end = time.monotonic() + patience
+        while self.may_save and not await self._save(is_over=True):
+            if time.monotonic() > end:
+                return
+            await asyncio.sleep(1)
 
-    async def stop(self) -> None:
-        """The run was stopped: store the usage, which the host would forget."""
-        if self.may_save and self.usage():
-            await self._save()
-
-    async def _save(self) -> None:
-        items = [*(self.before or ()), *render_checkpoint(self.transcript)]
-        self.is_behind = not await self.host.save_output(items, self.usage())
+    async def _save(self, is_over: bool = False) -> bool:
+        items = render_checkpoint(self.transcript, is_over)
+        return await self.host.save_output([*(self.before or ()), *items], self.usage())
 
 
 @dataclass(slots=True)
@@ -4747,6 +4685,8 @@ class Run:
             self.screen.emitter.close()
             log.info("conversation ended: %d turns", self.ledger.turns)
             await host.show_status(self._describe_end(reason), done=True)
+            patience = 0 if was_cancelled() else self.settings.busy_patience
+            await self.saver.finish(patience)
 
     def go_on_after(self, items: list[Json] | None) -> None:
         """The message has these items already, which are saved with the new ones."""
@@ -4777,15 +4717,12 @@ class Run:
                     late = ", ".join(section.participant.alias for section in self.late)
                     waits = f"{ended} · waiting for {late}"
                     await self.host.show_status(waits, done=False)
-            await self.saver.finish(self.settings.busy_patience)
             can_fold = self.screen.can_replace and not self.screen.continued
             if self.screen.marks and can_fold and self.settings.fold_drafts:
                 self.screen.fold()
             return ended
         finally:
             await end_tasks(saving, seconds=WRITE_TIMEOUT)
-            if was_cancelled():
-                await self.saver.stop()
 
     async def _search_once(self) -> None:
         """Where the chat searches the web: once, shared with everybody."""
@@ -4885,7 +4822,8 @@ class Run:
             clock = Deadline(self.settings.turn_timeout)
             speaker = self.cast.participants[alias]
             section = Section(self.screen, speaker, clock, step.role, step.names)
-            if announced and not step.concludes:
+            # a chair's is shown once it says something
+            if announced and step.role != CONCLUSION:
                 section.show_heading()
             turn = self._take_turn(section, step.brief, stage)
             section.task = self.tasks.create_task(turn)

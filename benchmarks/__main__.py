@@ -1,6 +1,6 @@
 """Measure the plugin beside native chats and two rivals, and say which limits hold.
 
-python -m benchmarks               all rows, plots included; some 15 minutes
+python -m benchmarks               all rows, plots included; 15 minutes
 python -m benchmarks 5 11          these rows
 python -m benchmarks curve         the curve of the flush interval
 python -m benchmarks --quick       the rows that need no server

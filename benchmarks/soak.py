@@ -4,7 +4,8 @@ python -m benchmarks.soak              30 minutes, after a crowd of a hundred
 python -m benchmarks.soak --minutes 3
 
 Writes `docs/soak.svg` and the figures of `docs/reliability.md`; ends with 1 where the
-server holds more and more, or where a conversation was not as it should be.
+server holds more and more, or where a conversation was not as it should be. `soak.log`
+then has these conversations whole, and what the server logged.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from tests.stack.host import Account, Counts, OpenWebUI
 from tests.stack.page import Page, Reply, assert_same_text
 
 SEED = 20_260_101
+LOG = Path("soak.log")
 PEOPLE = 10
 CROWD = 100
 WORKERS = 6
@@ -144,7 +146,7 @@ class Soak:
                     await play(self, page)
                 self.done[kind] += 1
             except (TimeoutError, AssertionError) as error:
-                self.problems.append(f"{kind}: {error}"[:400])
+                self.problems.append(f"{time.strftime('%X')} {kind}: {error!r}")
             finally:
                 self.busy -= 1
 
@@ -175,7 +177,8 @@ async def faulty(soak: Soak, page: Page) -> None:
     fault = soak.chance.choice(PLAYED)
     reply = await soak.ask(page, fault)
     await reply.wait_idle(PATIENCE)
-    assert not reply.error and "internal error" not in reply.text, fault.name
+    said = f"{fault.name}: {reply.error}\n{reply.text}"
+    assert not reply.error and "internal error" not in reply.text, said
 
 
 async def stopped(soak: Soak, page: Page) -> None:
@@ -185,7 +188,7 @@ async def stopped(soak: Soak, page: Page) -> None:
     await asyncio.sleep(soak.chance.uniform(0, 2))
     await page.stop(reply)
     await reply.wait_idle(PATIENCE)
-    assert "internal error" not in reply.text
+    assert "internal error" not in reply.text, reply.text
 
 
 async def left(soak: Soak, page: Page) -> None:
@@ -202,7 +205,8 @@ async def left(soak: Soak, page: Page) -> None:
 async def finish(page: Page, reply: Reply) -> None:
     """See an answer end; what is shown is stored, and nothing failed."""
     await reply.wait_idle(PATIENCE)
-    assert not reply.error and "⚠️" not in reply.text, reply.text[-200:]
+    said = f"{reply.error}\n{reply.text}"
+    assert not reply.error and "⚠️" not in reply.text, said
     assert_same_text(reply, await page.stored(str(reply.chat.id), reply.id))
 
 
@@ -274,7 +278,7 @@ def soak_table(soak: Soak) -> str:
 
 def told_about(problems: Sequence[str]) -> list[str]:
     """The first problems, for the table's foot."""
-    return ["", *(f"- {problem.splitlines()[0]}" for problem in problems[:10])][
+    return ["", *(f"- {problem.splitlines()[0][:200]}" for problem in problems[:10])][
         : 11 if problems else 0
     ]
 
@@ -350,7 +354,9 @@ async def measure(host: OpenWebUI, people: Sequence[Account], minutes: float) ->
     write_part("soak", f"{on_machine()}\n\n{table}")
     (DOCS / "soak.svg").write_text(plots.draw(plots.SOAK, curves(soak.samples)))
     problems += soak.problems + grown(soak.samples)
-    print("\n".join([table, *problems]))
+    print("\n".join([table, *(problem[:400] for problem in problems)]))
+    if problems:
+        LOG.write_text("\n\n".join([*problems, host.log_tail(sys.maxsize)]))
     return bool(problems)
 
 

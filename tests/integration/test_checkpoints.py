@@ -1,6 +1,10 @@
 """What is stored while a conversation goes on: where, how often, and never too late."""
 
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +19,7 @@ from tests.integration.talk import (
 )
 from tests.stack.host import Account, OpenWebUI
 from tests.stack.page import Page, Reply
+from tests.stack.structured_output import get_output_text
 
 QUESTION = "Which tree?"
 SAVED = "This is what was saved"
@@ -114,3 +119,34 @@ async def assert_ended(talk: Talk, page: Page, reply: Reply) -> None:
     assert SAVED not in reply.text
     stored = await assert_stored(page, reply)
     assert stored["output"] == stored_row(talk.host.data_dir, reply)["output"]
+
+
+@contextmanager
+def no_last_save(data_dir: Path) -> Iterator[None]:
+    """The database refuses the save with which the host ends an answer."""
+    done = "SELECT count(*) FROM json_tree({}.chat) WHERE key = 'done' AND atom = 1"
+    ends = f"({done.format('NEW')}) > ({done.format('OLD')})"
+    with closing(sqlite3.connect(data_dir / "webui.db", timeout=30)) as database:
+        database.execute(
+            f"CREATE TRIGGER no_last_save BEFORE UPDATE ON chat WHEN {ends} "
+            "BEGIN SELECT RAISE(ABORT, 'not now'); END"
+        )
+        database.commit()
+        try:
+            yield
+        finally:
+            database.execute("DROP TRIGGER no_last_save")
+            database.commit()
+
+
+async def test_all_is_stored_where_the_save_of_the_host_fails(talk: Talk) -> None:
+    talk.seat("Ann | alice", "Ben | bob")
+    data_dir = talk.host.data_dir
+    with no_last_save(data_dir):
+        async with talk.page() as page:
+            reply = await page.ask(ROUND_ROBIN, QUESTION, background_tasks={})
+            await reply.wait_idle()
+    stored = stored_row(data_dir, reply)
+    assert not stored.get("done")
+    assert get_output_text(stored["output"]) == reply.text
+    assert SAVED not in reply.text and "Bob here." in reply.text

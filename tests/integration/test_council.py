@@ -42,6 +42,7 @@ from tests.stack.scripts import (
     Gate,
     Headers,
     Pause,
+    Raw,
     Reasoning,
     Script,
     Silence,
@@ -922,6 +923,22 @@ async def test_figures_are_in_the_usage_and_in_one_closing_line(talk: Talk) -> N
         f"| Cy | {cy['first_token_seconds']:.1f} s | {cy['tokens_per_second']:.0f} | "
         f"{cy['input_tokens']:,} | {cy['output_tokens']:,} |"
     )
+
+
+async def test_what_providers_charge_is_in_the_figures(talk: Talk) -> None:
+    def charged(cost: float) -> Raw:
+        chunk = {"choices": [], "usage": {"cost": cost}}
+        return Raw(f"data: {json.dumps(chunk)}\n\n".encode())
+
+    ben = odd("Ben", answer=[Text("oak."), charged(0.0125)])
+    cy = odd("Cy", answer=[Text("fir."), charged(0.5)])
+    gather(talk, 3, Ben=ben, Cy=cy)
+    reply = await talk.ask(QUESTION, COUNCIL)
+    assert reply.usage and reply.usage["cost"] == 0.5125
+    (line,) = lines(reply, "<summary>⏱️ ")
+    assert line.endswith(" tokens · cost 0.5125</summary>")
+    shown = [lines(reply, f"| {name} |")[-1].split(" | ")[-1] for name in NAMES[:3]]
+    assert shown == ["– |", "0.0125 |", "0.5000 |"]
 
 
 @pytest.mark.parametrize(

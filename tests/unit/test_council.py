@@ -85,7 +85,7 @@ class Room:
         return None
 
     def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
-        if step.concludes:
+        if step.role == mmc.CONCLUSION:
             if alias in self.chairless:
                 return mmc.Turn(alias, "", failure="it broke", concludes=True)
             return mmc.Turn(alias, f"So says {alias}.", concludes=True)
@@ -106,7 +106,11 @@ class Room:
     @property
     def chairs(self) -> list[str]:
         """Who was asked for a conclusion, in order."""
-        return [step.aliases[0] for step in self.of(mmc.Speak) if step.concludes]
+        return [
+            step.aliases[0]
+            for step in self.of(mmc.Speak)
+            if step.role == mmc.CONCLUSION
+        ]
 
 
 def ballot(voter: str, order: str, **remarks: str) -> mmc.Ballot:
@@ -144,7 +148,7 @@ def test_a_council_answers_at_once_ranks_and_concludes() -> None:
     assert outcome == mmc.Publish("outcome", "> 🏁 4 of 4 answered · chaired by Cat")
     assert isinstance(conclusion, mmc.Speak)
     assert conclusion.aliases == ("Cat",)
-    assert conclusion.concludes and not conclusion.joins
+    assert conclusion.role == mmc.CONCLUSION and not conclusion.joins
     ranks = {"Cat": "rank 1", "Bob": "rank 2", "Ann": "rank 3", "Dan": "rank 4"}
     assert conclusion.marks == ranks
 
@@ -227,7 +231,7 @@ def test_the_outcome_is_one_line_however_many_failed(
 def test_who_broke_off_half_way_has_not_answered() -> None:
     class HalfWay(Room):
         def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
-            if alias == "Bob" and not step.concludes:
+            if alias == "Bob" and step.role != mmc.CONCLUSION:
                 return mmc.Turn("Bob", "Half", failure="The connection broke.")
             return super().turn(alias, step)
 
@@ -426,7 +430,7 @@ def test_when_nobody_can_conclude_the_outcome_says_so() -> None:
 def test_a_chair_that_breaks_off_has_concluded() -> None:
     class BreaksOff(Room):
         def turn(self, alias: str, step: mmc.Speak) -> mmc.Turn:
-            if step.concludes:
+            if step.role == mmc.CONCLUSION:
                 return mmc.Turn(alias, "Half", failure="boom", concludes=True)
             return super().turn(alias, step)
 
@@ -520,7 +524,7 @@ def test_a_debate_begins_blind_goes_on_in_turns_and_ends_with_a_vote() -> None:
     room = Room(ranks={"Ann": "Cat Bob", "Bob": "Cat Ann", "Cat": "Ann Bob"})
     end = room.play(mmc.debate(agenda(ALL[:3], rounds=2)))
     assert end == "Chaired by Cat"
-    spoken = [step for step in room.of(mmc.Speak) if not step.concludes]
+    spoken = [step for step in room.of(mmc.Speak) if step.role != mmc.CONCLUSION]
     assert [s.aliases for s in spoken] == [ALL[:3], ("Ann",), ("Bob",), ("Cat",)]
     assert [s.role for s in spoken] == ["opening", "round 2 of 2", "", ""]
     assert all(step.joins and step.brief == mmc.DEBATE_PROMPT for step in spoken)
@@ -549,7 +553,7 @@ def test_a_debate_of_one_round_is_blind_and_needs_no_role() -> None:
 def test_who_is_late_in_the_opening_sits_out_the_rest() -> None:
     room = Room(silent={"Bob": "it was late"}, ranks={"Ann": "Cat"})
     room.play(mmc.debate(agenda(ALL[:3], rounds=3)))
-    spoken = [s.aliases for s in room.of(mmc.Speak) if not s.concludes]
+    spoken = [s.aliases for s in room.of(mmc.Speak) if s.role != mmc.CONCLUSION]
     assert spoken == [ALL[:3], *[("Ann",), ("Cat",)] * 2]
 
 
@@ -601,7 +605,9 @@ def test_with_no_valid_vote_the_members_stay_in_their_order() -> None:
 def test_who_fails_twice_sits_out_the_rest_of_a_debate_and_does_not_vote() -> None:
     room = Room(silent={"Bob": "boom"}, ranks={"Ann": "Cat Dan"})
     room.play(mmc.debate(agenda(ALL, rounds=3)))
-    spoken = ["".join(s.aliases) for s in room.of(mmc.Speak) if not s.concludes]
+    spoken = [
+        "".join(s.aliases) for s in room.of(mmc.Speak) if s.role != mmc.CONCLUSION
+    ]
     assert " ".join(spoken) == "AnnBobCatDan Ann Bob Cat Dan Ann Cat Dan"
     (vote,) = room.of(mmc.Judge)
     assert [paper.voter for paper in vote.papers] == ["Ann", "Cat", "Dan"]
@@ -1370,7 +1376,9 @@ def test_after_the_ceiling_a_debate_is_decided_as_after_its_last_round() -> None
     room = Room(ranks={"Ann": "Bob Cat"})
     wanted = agenda(ALL[:3], rounds=9, max_tokens=60)
     assert room.play(mmc.debate(spending(wanted, room, 10))) == "Chaired by Bob"
-    spoken = [step.aliases for step in room.of(mmc.Speak) if not step.concludes]
+    spoken = [
+        step.aliases for step in room.of(mmc.Speak) if step.role != mmc.CONCLUSION
+    ]
     assert spoken == [ALL[:3], ("Ann",), ("Bob",), ("Cat",)]
 
 

@@ -124,10 +124,18 @@ async def test_nothing_is_saved_after_the_end() -> None:
     run, host = keeping_run([text("Oaks."), text("Elms.")])
     await play(run)
     saved = len(host.saved)
-    assert saved <= 2
+    assert saved <= 3
     await asyncio.sleep(5 * HastySaver.EVERY)  # in which nothing must happen
     assert len(host.saved) == saved
     assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_the_last_write_is_the_whole_reply_without_the_line() -> None:
+    run, host = keeping_run([text("Oaks."), text("Elms.")], failures=[None])
+    await play(run)
+    shown = [mmc.render_item(block) for block in run.screen.transcript.blocks]
+    assert [i["id"] for i in host.saved[-1]] == [i["id"] for i in shown]
+    assert texts_of(host.saved[-1]) == texts_of(shown)
 
 
 async def test_what_was_there_before_stays_before_what_is_saved() -> None:

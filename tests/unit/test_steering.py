@@ -34,7 +34,7 @@ class Seated(Room):
         signs: dict[type, str] = {mmc.AskPerson: "?", mmc.Judge: "!"}
         return [
             "".join(alias[0] for alias in step.aliases).lower()
-            if isinstance(step, mmc.Speak) and step.concludes
+            if isinstance(step, mmc.Speak) and step.role == mmc.CONCLUSION
             else "".join(alias[0] for alias in step.aliases)
             if isinstance(step, mmc.Speak)
             else signs[type(step)]
@@ -72,6 +72,13 @@ def test_after_each_round_the_person_is_asked(
     mode: str, says: list[str], happened: str
 ) -> None:
     assert seated(mode, *says)[0] == happened
+
+
+def test_who_has_heard_enough_gets_the_conclusion_and_no_ranking() -> None:
+    room = Seated("Enough, conclude")
+    room.play(mmc.round_robin(agenda(TRIO, join=True)))
+    assert [shown.key for shown in room.of(mmc.Publish)] == ["outcome"]
+    assert "No valid ballots" not in room.of(mmc.Speak)[-1].brief
 
 
 def test_what_the_person_says_is_answered_up_to_the_ceiling() -> None:
@@ -210,7 +217,19 @@ def test_a_vote_is_on_what_each_said_last() -> None:
     assert room.play(mmc.put_to_vote(agenda(TRIO), said)) == "Chaired by Bob"
     (judged,) = room.of(mmc.Judge)
     assert [paper.voter for paper in judged.papers] == list(TRIO)
-    assert all(step.concludes for step in room.of(mmc.Speak))  # nobody answers anew
+    assert all(
+        step.role == mmc.CONCLUSION for step in room.of(mmc.Speak)
+    )  # nobody answers anew
+
+
+def test_a_vote_is_on_what_was_said_whole() -> None:
+    said = [mmc.Turn(alias, f"{alias}'s tree.") for alias in TRIO]
+    said += [mmc.Turn(alias, "Hal", failure="boom") for alias in ("Ann", "Zoe")]
+    room = Room()
+    room.play(mmc.put_to_vote(agenda((*TRIO, "Zoe")), said))
+    (judged,) = room.of(mmc.Judge)
+    assert [paper.voter for paper in judged.papers] == list(TRIO)
+    assert room.outcomes[0].startswith("> 🏁 3 of 4 answered · Zoe failed: boom")
 
 
 def test_there_is_no_vote_on_nothing() -> None:
@@ -276,5 +295,5 @@ def test_each_of_ours_is_read_as_a_command() -> None:
 
     assert read(OURS[0]).only == ("Ann",)
     assert read(OURS[1]).vote
-    assert read(ROUND_MORE).rounds == 1
+    assert read(ROUND_MORE).settings == {"rounds": 1}
     assert read("Cat, Dan: please answer, too.").only == ("Cat", "Dan")
