@@ -1302,38 +1302,8 @@ TOOL_IMAGES = "Here are the images from the tool results above. Please analyze t
 _NOTICE = re.compile(
     rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}|{UNDERSTOOD}).*\n?"
 )
-_TRIO = {  # who one model alone is seated as
-    "Optimist": "You look for what could work, and make it concrete.",
-    "Sceptic": "You look for what could go wrong, and are fair about it.",
-    "Engineer": "You count what it takes: time, money, what breaks first.",
-}
-_TEAM_READ = 20  # lines or list entries; eight may sit, the rest would only be named
-_ANSWER_READ = 20_000  # characters at the end of an answer, where a verdict stands
 _LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
-_ANSWER_LETTER = re.compile(r"\b(?:[Aa]nswer|[Rr]esponse) ([A-H])\b")
 _UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
-_PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
-_NAME = r"[^\s,，]{1,100}+"
-_COMMAND = (
-    r"(/(?:(?P<flag>vote|join)|rounds[^\S\n]++(?P<rounds>\d{1,3})|with[^\S\n]++"
-    rf"(?P<names>{_NAME}(?:[^\S\n]*+[,，][^\S\n]*+{_NAME}){{0,19}}))(?!\S))"
-)
-_FIRST_COMMAND = re.compile(rf"\A\s*+{_COMMAND}[^\S\n]*+\n?")
-_LAST_COMMAND = re.compile(  # what asks for no number and no name has its own line
-    rf"(?:(?:\A|\s)(?=/[rw])|(?:\A|\n)[^\S\n]*+(?=/[vj])){_COMMAND}\s*+\Z"
-)
-_BEFORE_COLON = re.compile(r"\s*+([^\s:：][^\n]{0,300}?)(?::(?=\s)|：)")
-_LETTERS_AND_BLANKS = f"{ascii_letters} ".encode()
-_LABEL_TOKENS = 20  # of a speaker's label, or of the line where something is left out
-_TOO_LONG = re.compile(  # what providers say of a prompt
-    r"(?i)context[ _](?:length|window|size|limit)|maximum (?:prompt|model|input) length"
-    r"|(?:prompt|input|request|message)s? (?:\w{1,20} ){0,3}too (?:long|large)"
-    r"|too many tokens|tokens exceed|exceeds? the (?:\w{1,20} ){1,5}tokens"
-    r"|tokens must be ="
-)
-_BESIDE_LABELS = re.compile(r"\n\n(?=<message from=)|(?<=</message>)\n\n")
-_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
-_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>\s*+")  # put in front
 
 
 def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
@@ -1389,32 +1359,6 @@ def find_model(wanted: str, cards: Cards) -> ModelCard:
     return card
 
 
-def _plain_name(name: str) -> str:
-    """A name without what people write one way or another: "GPT 4.1" is "gpt-4.1"."""
-    return re.sub(r"[\W_]+", "", name.casefold())
-
-
-def _find_models(names: Iterable[str], cards: Cards) -> list[str]:
-    """The models that have these names, or parts of names that no other has; raises
-    `ConversationError`."""
-    usual = {
-        card.id: (_plain_name(card.id), _plain_name(card.name))
-        for card in cards.values()
-        if card.by_default and not card.is_self
-    }
-    seats: list[str] = []
-    for name in names:
-        plain = _plain_name(name)
-        same = [i for i, known in usual.items() if plain in known]
-        parts = (i for i, known in usual.items() if plain in "\n".join(known))
-        found = same or list(parts if plain else ())
-        if len(found) > 1:
-            several = ", ".join(found[:5])
-            raise ConversationError(f'"{name}" may be any of {several}')
-        seats += found or [find_model(name, cards).id]
-    return list(dict.fromkeys(seats))
-
-
 def _read_seat(parts: Sequence[str], cards: Cards) -> Seat:
     """`Alias | model | persona` in parts, or a model alone -> a seat."""
     alias, model, persona = (*parts, "")[:3] if parts[1:] else ("", *parts, "")
@@ -1426,14 +1370,12 @@ def _read_seat(parts: Sequence[str], cards: Cards) -> Seat:
     return Seat(alias, card.id, persona)
 
 
-def choose_seats(
-    settings: Settings, cards: Cards
-) -> tuple[list[Seat], list[str], bool]:
+def choose_seats(settings: Settings, cards: Cards) -> tuple[list[Seat], list[str]]:
     """Who takes part: the team text, else the list, else up to three models; one
     model alone in three roles. A line of the team that names no model gets one of the
     list, or of all, in turn.
 
-    With a sentence for each seat that could not be taken, and if nobody was chosen.
+    With a sentence for each seat that could not be taken.
     """
     lines = enumerate(map(str.strip, settings.team.split("\n")), 1)
     wanted = [
@@ -1448,22 +1390,28 @@ def choose_seats(
     stand_ins = cycle(listed or usual)
     seats: list[Seat] = []
     problems: list[str] = []
-    for where, parts in wanted[:_TEAM_READ] or [("", [each]) for each in usual[:3]]:
+    most_read = 20  # eight may sit, the rest would only be named
+    for where, parts in wanted[:most_read] or [("", [each]) for each in usual[:3]]:
         if parts[1:] and not parts[1].strip():
             parts[1] = next(stand_ins, "")
         try:
             seats.append(_read_seat(parts, cards))
         except ConversationError as error:
             problems.append(f"{where}: {error}.")
-    most, many = settings.max_participants, len(wanted)
+    most = settings.max_participants
     if len(seats) == 1 and not settings.team.strip():
-        trio = list(_TRIO.items())[:most]
-        seats = [replace(seats[0], alias=alias, persona=text) for alias, text in trio]
+        trio = {
+            "Optimist": "You look for what could work, and make it concrete.",
+            "Sceptic": "You look for what could go wrong, and are fair about it.",
+            "Engineer": "You count what it takes: time, money, what breaks first.",
+        }
+        seats = [replace(seats[0], alias=a, persona=trio[a]) for a in trio][:most]
     seats = list(unique_aliases(seats))
     problems += [f"{s.alias}: at most {most} may take part." for s in seats[most:]]
-    if many > _TEAM_READ:
-        problems.append(f"Only the first {_TEAM_READ} of {many} seats were read.")
-    return seats[:most], problems, not many
+    if len(wanted) > most_read:
+        many = len(wanted)
+        problems.append(f"Only the first {most_read} of {many} seats were read.")
+    return seats[:most], problems
 
 
 def choose_chair(settings: Settings, cards: Cards, seats: Sequence[Seat]) -> list[Seat]:
@@ -1524,7 +1472,7 @@ def _still_able(
     return [alias for alias in rotated if failures[alias] < FAILURES_ALLOWED]
 
 
-def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str, finished: str) -> Mode:
+def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str) -> Mode:
     """Why a conversation ended that no manager ended; first, what the person wants."""
     if wish in (VOTE, ENOUGH):
         return (yield from put_to_vote(agenda, turns, wish))
@@ -1534,7 +1482,23 @@ def _finish(agenda: Agenda, turns: Sequence[Turn], wish: str, finished: str) -> 
         return "Ended: the ceiling on tokens is reached"
     if not _still_able(agenda, turns):
         return "Ended: nobody is left who can answer"
-    return finished
+    rounds = max(agenda.settings.rounds, len(turns) // len(agenda.aliases))
+    return f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
+
+
+def _goes_on(agenda: Agenda, turns: Sequence[Turn], wish: str, done: int) -> bool:
+    """Whether a round follows these; also one that answers what the person said."""
+    if wish in (VOTE, ENOUGH) or not _still_able(agenda, turns):
+        return False
+    settings = agenda.settings
+    return done < (settings.rounds if wish in ("", GO_ON) else settings.max_rounds)
+
+
+def _hear(agenda: Agenda, turns: Sequence[Turn], wish: str = GO_ON) -> Steps[str]:
+    """What the person who has a seat wants; who gave no answer is not asked again."""
+    if agenda.settings.join and wish and _still_able(agenda, turns):
+        wish = yield AskPerson()
+    return wish
 
 
 def _take_rounds(
@@ -1542,53 +1506,33 @@ def _take_rounds(
 ) -> Steps[tuple[list[Turn], str]]:
     """Everybody speaks once per round, in order, and in a blind first round at the same
     time; gives all turns, and what the person wants in the end."""
-    rounds, turns = agenda.settings.rounds, list[Turn]()
-    number, wish = 0, GO_ON
-    while number < rounds:
+    number, turns, wish = 0, list[Turn](), GO_ON
+    while _goes_on(agenda, turns, wish, number):
         number += 1
+        rounds = max(number, agenda.settings.rounds)
         role = f"round {number} of {rounds}" if rounds > 1 else ""
         if blind and number == 1:
-            role = "opening" if rounds > 1 else ""
-            turns += yield Speak(agenda.aliases, "opening", brief, role)
+            turns += yield Speak(agenda.aliases, "opening", brief, role and "opening")
         else:
             for alias in _still_able(agenda, turns, agenda.last):
                 turns += yield Speak((alias,), brief=brief, role=role)
                 role = ""
-        wish, rounds = yield from _hear(agenda, turns, wish, number, rounds)
+        wish = yield from _hear(agenda, turns, wish)
     return turns, wish
-
-
-def _hear(
-    agenda: Agenda, turns: Sequence[Turn], wish: str, done: int, rounds: int
-) -> Steps[tuple[str, int]]:
-    """What the person who has a seat wants after a round, and how many rounds there are
-    then: what it says is answered. Who gave no answer is not asked again."""
-    settings = agenda.settings
-    if not (settings.join and wish and _still_able(agenda, turns)):
-        return wish, rounds
-    wish = yield AskPerson()
-    if wish in (VOTE, ENOUGH):
-        return wish, done
-    more = done + (wish not in ("", GO_ON))
-    return wish, max(rounds, min(more, settings.max_rounds))
 
 
 def round_robin(agenda: Agenda) -> Mode:
     """Everybody once per round, in order."""
     turns, wish = yield from _take_rounds(agenda)
-    rounds = max(agenda.settings.rounds, len(turns) // len(agenda.aliases))
-    finished = f"Finished after {rounds} round{'s' if rounds > 1 else ''}"
-    return (yield from _finish(agenda, turns, wish, finished))
+    return (yield from _finish(agenda, turns, wish))
 
 
 def managed(agenda: Agenda) -> Mode:
     """A manager picks each next speaker, and may end the conversation."""
-    aliases, last, turns = agenda.aliases, agenda.last, list[Turn]()
-    rounds, wish = agenda.settings.rounds, GO_ON
-    while len(turns) < rounds * len(aliases):
+    aliases, last = agenda.aliases, agenda.last
+    turns, wish = list[Turn](), GO_ON
+    while _goes_on(agenda, turns, wish, len(turns) // len(aliases)):
         able = _still_able(agenda, turns, last)
-        if not able:
-            break
         step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
         last, reason = yield from _choose_speaker(step, aliases)
         if not last:
@@ -1597,10 +1541,8 @@ def managed(agenda: Agenda) -> Mode:
             return ended
         turns += yield Speak((last,), reason)
         if len(turns) % len(aliases) == 0:
-            done = len(turns) // len(aliases)
-            wish, rounds = yield from _hear(agenda, turns, wish, done, rounds)
-    finished = "Finished: all turns were taken"
-    return (yield from _finish(agenda, turns, wish, finished))
+            wish = yield from _hear(agenda, turns, wish)
+    return (yield from _finish(agenda, turns, wish))
 
 
 def _choose_speaker(
@@ -1633,7 +1575,6 @@ def _read_choice(
     answer: str, step: AskManager, everybody: Sequence[str]
 ) -> tuple[str, str] | str:
     """The manager's answer, JSON or a bare name -> its choice, or what is wrong."""
-    answer = answer[-_ANSWER_READ:]
     verdict = _find_object(answer, "next", "done")
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
     if verdict.get("done") is True:
@@ -1649,13 +1590,14 @@ def _read_choice(
 
 
 def _find_object(text: str, *keys: str) -> Json:
-    """The first JSON object in a text, with one of these keys if any; else {}."""
+    """The first JSON object in a text that has one of these keys, or {}."""
+    text = text[-20_000:]  # where a verdict stands
     starts = [found.start() for found in re.finditer(r'\{(?=\s*+")', text)]
     # each may be as long as the text, and lie in the one before
     for start in starts[-100:]:
         with suppress(ValueError):
             value: Json = parse_json_at(text, start)[0]
-            if not keys or not value.keys().isdisjoint(keys):
+            if not value.keys().isdisjoint(keys):
                 return value
     return {}
 
@@ -1676,7 +1618,7 @@ def council(agenda: Agenda) -> Mode:
     quorum = agenda.settings.quorum
     step = Speak(agenda.aliases, "answering", quorum=quorum, joins=False)
     answers: list[Turn] = yield step
-    wish, _ = yield from _hear(agenda, answers, GO_ON, 1, 1)
+    wish = yield from _hear(agenda, answers)
     return (yield from _decide(agenda, answers, False, wish))
 
 
@@ -1807,6 +1749,8 @@ def _outcome(turns: Sequence[Turn], what: str) -> Publish:
 
 # -- ballots ---------------------------------------------------------------------------
 
+_PLACE = re.compile(r"\b[A-H](?:\s?[=&,/]\s?[A-H])*\b")
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -1857,15 +1801,15 @@ def read_ranking(answer: str, paper: BallotPaper) -> Ballot | str:
     A score for each or a place for each will do; of both, a place counts as much as a
     point.
     """
-    verdict = _find_object(answer[-_ANSWER_READ:], "ranking", "scores")
-    everybody = dict.fromkeys(paper.choices.values(), 5.0)  # where it has places only
+    verdict = _find_object(answer, "ranking", "scores")
     scores = _read_letters(_part_of(verdict, "scores", dict), paper)
     places = _read_letters(verdict.get("ranking"), paper)
-    if scores.keys() != everybody.keys():
-        scores = everybody
-    elif places.keys() != everybody.keys():
+    everybody = set(paper.choices.values())
+    if places.keys() != everybody:
         places = {alias: -score for alias, score in scores.items()}
-    if places.keys() != everybody.keys():
+    if scores.keys() != everybody:
+        scores = dict.fromkeys(everybody, 5.0)
+    if places.keys() != everybody:
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
     values = {}
@@ -1896,7 +1840,7 @@ def _read_letters(given: Any, paper: BallotPaper) -> dict[str, float]:
 
 def _read_remark(said: object, names: Mapping[str, str]) -> str:
     """What a judge wrote on an answer, as one harmless line, with names for letters."""
-    text = _ANSWER_LETTER.sub(r"[\1]", str(said))
+    text = re.sub(r"\b(?:[Aa]nswer|[Rr]esponse) ([A-H])\b", r"[\1]", str(said))
     line = plain_line(NameFilter(names).feed(text, final=True), 200)
     guard = ForgeryGuard()
     return guard.feed(line) + guard.close()
@@ -1904,7 +1848,7 @@ def _read_remark(said: object, names: Mapping[str, str]) -> str:
 
 def read_vote(answer: str, paper: BallotPaper) -> Ballot | str:
     """A voter's answer -> its ballot, or what is wrong with it."""
-    verdict = _find_object(answer[-_ANSWER_READ:], "vote")
+    verdict = _find_object(answer, "vote")
     found = _find_names(plain_line(verdict.get("vote") or ""), paper.choices)
     if len(found) != 1:
         listed = json.dumps(list(paper.choices), ensure_ascii=False)
@@ -2231,97 +2175,6 @@ def escape_labels(text: str) -> str:
     return re.sub(r"(?i)<(?=[^\w<]*+message\b)", "&lt;", text)
 
 
-def tokens_of(value: Any) -> int:
-    """About how many tokens a text or JSON has, rather too many than too few.
-
-    Three ASCII letters or blanks count as one, and so do two bytes of anything else.
-    """
-    if isinstance(value, str):
-        data = value.encode("utf-8", "replace")
-        others = data.translate(None, _LETTERS_AND_BLANKS)
-        return 4 + len(data) // 3 + len(others) // 6
-    if isinstance(value, Mapping):
-        if "image" in str(value.get("type")):
-            return 1600  # what the costliest provider counts for a large one
-        value = value.values()
-    return sum(map(tokens_of, value)) if isinstance(value, Iterable) else 1
-
-
-def read_limit(reason: str) -> int | None:
-    """The tokens a model takes, by its provider's words about a prompt that is too
-    long: 0 if no number is among them, and None if they are about something else."""
-    if not _TOO_LONG.search(reason):
-        return None
-    found = {re.sub("[,_]", "", number[0]) for number in _LARGE_NUMBER.finditer(reason)}
-    # beside the limit mostly stands what was sent, which is more
-    return sorted(map(int, found))[-2:][0] if found else 0
-
-
-def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list[Entry]:
-    """The conversation of these participants in so many tokens, if that can be: a line
-    stands where older turns, and if need be older questions, are left out.
-
-    So much goes at a time that the cut stays where it is for some turns, and with it
-    what providers' prompt caches hold.
-    """
-    sizes, end = list(map(_size, entries)), len(entries)
-    step = max(room // 3, 1)
-    excess = -(-(sum(sizes) - room) // step) * step
-    last = {getattr(entry, "alias", None): at for at, entry in enumerate(entries)}
-    # everybody's last turn, the last round, and of the question two entries, as the
-    # second may have been found on the web
-    kept = {*last.values(), last.get(None, 0) - 1, *range(end - len(aliases), end)}
-    rest = set(range(end)) - kept
-    gone: set[int] = set()
-    for at in sorted(rest, key=lambda at: (isinstance(entries[at], Question), at)):
-        if excess <= 0:
-            break
-        gone.add(at)
-        excess -= sizes[at]
-    shorter: list[Entry] = []
-    for is_gone, places in groupby(range(end), gone.__contains__):
-        some = [entries[at] for at in places]
-        what = f"{len(some)} earlier turn{'s were' if some[1:] else ' was'}"
-        shorter += [Question(f"({what} left out here)")] if is_gone else some
-    return shorter
-
-
-def _size(entry: Entry) -> int:
-    """The tokens of an entry for who reads most of it: the speaker has tool results."""
-    if isinstance(entry, Question):
-        return _LABEL_TOKENS + tokens_of(entry.content)
-    return _LABEL_TOKENS + max(tokens_of(entry.text), tokens_of(entry.messages))
-
-
-def squeeze(messages: list[Json], room: int) -> list[Json]:
-    """Messages in so many tokens, if that can be: the longest texts but the system
-    prompt lose their middle, with a line in its place."""
-    most, shorter = max(room, 1000), messages
-    while tokens_of(shorter) > room and most > 100:
-        most = most * 3 // 4
-        shorter = _without_middle(messages, most)
-    return shorter
-
-
-def _without_middle(value: Any, most: int) -> Any:
-    if isinstance(value, list):
-        return [_without_middle(each, most) for each in value]
-    if isinstance(value, dict) and value.get("role") != "system":
-        keys = value.keys() & {"content", "text"}
-        return value | {key: _without_middle(value[key], most) for key in keys}
-    if not isinstance(value, str):
-        return value
-    return "\n\n".join(_cut_middle(text, most) for text in _BESIDE_LABELS.split(value))
-
-
-def _cut_middle(text: str, most: int) -> str:
-    if (size := tokens_of(text)) <= most:
-        return text
-    half = len(text) * most // size // 2
-    line = f"({len(text) - 2 * half:,} characters were left out here)"
-    return f"{text[:half]}\n{line}\n{text[-half:]}"
-
-
 def messages_for(
     participant: Participant, entries: Sequence[Entry], brief: str = ""
 ) -> list[Json]:
@@ -2394,6 +2247,146 @@ def last_question(entries: Sequence[Entry]) -> str:
     """The text of the question that is being answered."""
     asked = (text_of(e.content) for e in reversed(entries) if isinstance(e, Question))
     return next(asked, "")
+
+
+def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
+    """A model's answer to the host's question what may be asked after a reply of these
+    items, with up to three questions of ours behind its own; the host takes five."""
+    texts = (text_of(i.get("content")) for i in output if i.get("type") == "message")
+    reply = {"role": "assistant", "content": "\n\n".join(texts)}
+    turns = list(_read_reply([reply], None))
+    of_members = [turn for turn in turns if turn.alias and not turn.concludes]
+    said = list(dict.fromkeys(turn.alias for turn in of_members if turn.text))
+    silent = dict.fromkeys(t.alias for t in of_members if t.alias not in said)
+    ours = [f"{', '.join(silent)}: please answer, too."] if silent else []
+    if said[1:]:
+        ours.append(f"{said[0]}: answer what {said[-1]} said.")
+        if not any(turn.concludes for turn in turns):
+            ours += ["/vote Who is right?", "/rounds 1 Take up what was said."]
+    listed = _part_of(_find_object(answer, "follow_ups"), "follow_ups", list)
+    theirs = [each for each in listed if isinstance(each, str)][: max(5 - len(ours), 2)]
+    return json.dumps({"follow_ups": [*theirs, *ours[:3]]}, ensure_ascii=False)
+
+
+# -- prompts inside a budget -----------------------------------------------------------
+
+_LETTERS_AND_BLANKS = f"{ascii_letters} ".encode()
+_TOO_LONG = re.compile(  # what providers say of a prompt
+    r"(?i)context[ _](?:length|window|size|limit)|maximum (?:prompt|model|input) length"
+    r"|(?:prompt|input|request|message)s? (?:\w{1,20} ){0,3}too (?:long|large)"
+    r"|too many tokens|tokens exceed|exceeds? the (?:\w{1,20} ){1,5}tokens"
+    r"|tokens must be ="
+)
+_BESIDE_LABELS = re.compile(r"\n\n(?=<message from=)|(?<=</message>)\n\n")
+_LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
+
+
+def tokens_of(value: Any) -> int:
+    """About how many tokens a text or JSON has, rather too many than too few.
+
+    Three ASCII letters or blanks count as one, and so do two bytes of anything else.
+    """
+    if isinstance(value, str):
+        data = value.encode("utf-8", "replace")
+        others = data.translate(None, _LETTERS_AND_BLANKS)
+        return 4 + len(data) // 3 + len(others) // 6
+    if isinstance(value, Mapping):
+        if "image" in str(value.get("type")):
+            return 1600  # what the costliest provider counts for a large one
+        value = value.values()
+    return sum(map(tokens_of, value)) if isinstance(value, Iterable) else 1
+
+
+def read_limit(reason: str) -> int | None:
+    """The tokens a model takes, by its provider's words about a prompt that is too
+    long: 0 if no number is among them, and None if they are about something else."""
+    if not _TOO_LONG.search(reason):
+        return None
+    found = {re.sub("[,_]", "", number[0]) for number in _LARGE_NUMBER.finditer(reason)}
+    # beside the limit mostly stands what was sent, which is more
+    return sorted(map(int, found))[-2:][0] if found else 0
+
+
+def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list[Entry]:
+    """The conversation of these participants in so many tokens, if that can be: a line
+    stands where older turns, and if need be older questions, are left out.
+
+    So much goes at a time that the cut stays where it is for some turns, and with it
+    what providers' prompt caches hold.
+    """
+    sizes, end = list(map(_size, entries)), len(entries)
+    step = max(room // 3, 1)
+    excess = -(-(sum(sizes) - room) // step) * step
+    last = {getattr(entry, "alias", None): at for at, entry in enumerate(entries)}
+    # everybody's last turn, the last round, and of the question two entries, as the
+    # second may have been found on the web
+    kept = {*last.values(), last.get(None, 0) - 1, *range(end - len(aliases), end)}
+    rest = set(range(end)) - kept
+    gone: set[int] = set()
+    for at in sorted(rest, key=lambda at: (isinstance(entries[at], Question), at)):
+        if excess <= 0:
+            break
+        gone.add(at)
+        excess -= sizes[at]
+    shorter: list[Entry] = []
+    for is_gone, places in groupby(range(end), gone.__contains__):
+        some = [entries[at] for at in places]
+        what = f"{len(some)} earlier turn{'s were' if some[1:] else ' was'}"
+        shorter += [Question(f"({what} left out here)")] if is_gone else some
+    return shorter
+
+
+def _size(entry: Entry) -> int:
+    """The tokens of an entry for who reads most of it: the speaker has tool results."""
+    if isinstance(entry, Question):
+        size = tokens_of(entry.content)
+    else:
+        size = max(tokens_of(entry.text), tokens_of(entry.messages))
+    return size + 20  # a speaker's label, or the line where something is left out
+
+
+def squeeze(messages: list[Json], room: int) -> list[Json]:
+    """Messages in so many tokens, if that can be: the longest texts but the system
+    prompt lose their middle, with a line in its place."""
+    most, shorter = max(room, 1000), messages
+    while tokens_of(shorter) > room and most > 100:
+        most = most * 3 // 4
+        shorter = _without_middle(messages, most)
+    return shorter
+
+
+def _without_middle(value: Any, most: int) -> Any:
+    if isinstance(value, list):
+        return [_without_middle(each, most) for each in value]
+    if isinstance(value, dict) and value.get("role") != "system":
+        keys = value.keys() & {"content", "text"}
+        return value | {key: _without_middle(value[key], most) for key in keys}
+    if not isinstance(value, str):
+        return value
+    return "\n\n".join(_cut_middle(text, most) for text in _BESIDE_LABELS.split(value))
+
+
+def _cut_middle(text: str, most: int) -> str:
+    if (size := tokens_of(text)) <= most:
+        return text
+    half = len(text) * most // size // 2
+    line = f"({len(text) - 2 * half:,} characters were left out here)"
+    return f"{text[:half]}\n{line}\n{text[-half:]}"
+
+
+# -- what a question asks for ----------------------------------------------------------
+
+_NAME = r"[^\s,，]{1,100}+"
+_COMMAND = (
+    r"(/(?:(?P<flag>vote|join)|rounds[^\S\n]++(?P<rounds>\d{1,3})|with[^\S\n]++"
+    rf"(?P<names>{_NAME}(?:[^\S\n]*+[,，][^\S\n]*+{_NAME}){{0,19}}))(?!\S))"
+)
+_FIRST_COMMAND = re.compile(rf"\A\s*+{_COMMAND}[^\S\n]*+\n?")
+_LAST_COMMAND = re.compile(  # what asks for no number and no name has its own line
+    rf"(?:(?:\A|\s)(?=/[rw])|(?:\A|\n)[^\S\n]*+(?=/[vj])){_COMMAND}\s*+\Z"
+)
+_BEFORE_COLON = re.compile(r"\s*+([^\s:：][^\n]{0,300}?)(?::(?=\s)|：)")
+_HOST_CONTEXT = re.compile(r"(?s)\A.*</(?:context|attached_files)>\s*+")  # put in front
 
 
 @dataclass(frozen=True, slots=True)
@@ -2476,6 +2469,32 @@ def _read_command(found: re.Match[str], cards: Cards) -> Json:
         return {"problem": f"`/with` is read as text: {error}."}
 
 
+def _plain_name(name: str) -> str:
+    """A name without what people write one way or another: "GPT 4.1" is "gpt-4.1"."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def _find_models(names: Iterable[str], cards: Cards) -> list[str]:
+    """The models that have these names, or parts of names that no other has; raises
+    `ConversationError`."""
+    usual = {
+        card.id: (_plain_name(card.id), _plain_name(card.name))
+        for card in cards.values()
+        if card.by_default and not card.is_self
+    }
+    seats: list[str] = []
+    for name in names:
+        plain = _plain_name(name)
+        same = [i for i, known in usual.items() if plain in known]
+        parts = (i for i, known in usual.items() if plain in "\n".join(known))
+        found = same or list(parts if plain else ())
+        if len(found) > 1:
+            several = ", ".join(found[:5])
+            raise ConversationError(f'"{name}" may be any of {several}')
+        seats += found or [find_model(name, cards).id]
+    return list(dict.fromkeys(seats))
+
+
 def choose_addressed(names: Sequence[str], aliases: Sequence[str]) -> tuple[str, ...]:
     """Those who are addressed, where every one of the names is one of theirs."""
     known = {_plain_name(alias) or alias: alias for alias in aliases}
@@ -2514,30 +2533,7 @@ def _is_quoted(before: str) -> bool:
     return bool(in_code) or line.lstrip().startswith(">")
 
 
-def add_follow_ups(answer: str, output: Sequence[Json]) -> str:
-    """A model's answer to the host's question what may be asked after a reply of these
-    items, with up to three questions of ours behind its own; the host takes five."""
-    texts = (text_of(i.get("content")) for i in output if i.get("type") == "message")
-    reply = {"role": "assistant", "content": "\n\n".join(texts)}
-    turns = list(_read_reply([reply], None))
-    of_members = [turn for turn in turns if turn.alias and not turn.concludes]
-    said = list(dict.fromkeys(turn.alias for turn in of_members if turn.text))
-    silent = dict.fromkeys(t.alias for t in of_members if t.alias not in said)
-    ours = [f"{', '.join(silent)}: please answer, too."] if silent else []
-    if said[1:]:
-        ours.append(f"{said[0]}: answer what {said[-1]} said.")
-        if not any(turn.concludes for turn in turns):
-            ours += ["/vote Who is right?", "/rounds 1 Take up what was said."]
-    listed = _part_of(_find_object(answer, "follow_ups"), "follow_ups", list)
-    theirs = [each for each in listed if isinstance(each, str)][: max(5 - len(ours), 2)]
-    return json.dumps({"follow_ups": [*theirs, *ours[:3]]}, ensure_ascii=False)
-
-
 # -- tool arguments --------------------------------------------------------------------
-
-_JSON_TYPES: dict[str, Any] = dict(
-    string=str, integer=int, number=(int, float), boolean=bool, array=list, object=dict
-)
 
 
 def parse_arguments(call: ToolCall, spec: Mapping[str, Any]) -> Json:
@@ -2582,11 +2578,13 @@ def _read_arguments(given: object) -> Json | None:
 
 def _has_type(value: Any, wanted: str) -> bool:
     """Whether a JSON value is of a JSON schema's type; unknown types accept all."""
+    kinds: dict[str, Any] = dict(string=str, integer=int, number=(int, float))
+    kinds |= dict(boolean=bool, array=list, object=dict)
     if isinstance(value, bool):
-        return wanted == "boolean" or wanted not in _JSON_TYPES
+        return wanted == "boolean" or wanted not in kinds
     if wanted == "integer" and isinstance(value, float):
         return value.is_integer()
-    return isinstance(value, _JSON_TYPES.get(wanted, object))
+    return isinstance(value, kinds.get(wanted, object))
 
 
 # ======================================================================================
@@ -2780,7 +2778,7 @@ def render_item(block: Block) -> Json:
 def render_checkpoint(transcript: Transcript, is_over: bool = False) -> list[Json]:
     """The output as we store it: nothing in it goes on, and a last line tells a reader
     that the run did, unless it `is_over`; the host's own save takes its place."""
-    blocks = [b for b in transcript.blocks if is_over or not b.fields.get("passing")]
+    blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
     if not is_over:
         line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
         line.text.append(_SAVED)
@@ -3214,11 +3212,11 @@ class Host:
             return is_saved and bool(await Chats.is_chat_owner(chat_id, self.user.id))
         return False
 
-    async def save_output(self, items: list[Json], usage: Json) -> bool:
+    async def save_output(self, items: list[Json], usage: Json, done: bool) -> bool:
         """Store the output so far and its usage in the message, as one write; gives
         whether it is stored."""
         ids = self.metadata["chat_id"], self.metadata["message_id"]
-        message = {"output": items, **({"usage": usage} if usage else {})}
+        message = {"output": items, "done": done, **({"usage": usage} if usage else {})}
         with suppress(HostFailure), foreign_errors(HostFailure):
             save = Chats.upsert_message_to_chat_by_id_and_message_id
             writing = save(*ids, message, touch=False)
@@ -3601,7 +3599,7 @@ async def resolve_cast(
     What cannot be looked up costs its seat or its tool, with a line that says so.
     Raises `ConversationError` where nobody is left who could take part.
     """
-    seats, problems, by_default = choose_seats(settings, cards)
+    seats, problems = choose_seats(settings, cards)
     chairs = choose_chair(settings, cards, seats)
     leader, misled = _choose_leader(settings, seats, cards)
     asked = (*(seat.model_id for seat in (*seats, *chairs)), leader)
@@ -3637,7 +3635,7 @@ async def resolve_cast(
         participants,
         usable.get(leader, usable[present[0].model_id]),
         tuple(dict.fromkeys(problems)),
-        by_default,
+        not (settings.team.strip() or settings.participants),
         chosen,
         "".join(seat.alias for seat in chairs),
     )
@@ -3907,8 +3905,9 @@ class Saver:
             await asyncio.sleep(1)
 
     async def _save(self, is_over: bool = False) -> bool:
-        items = render_checkpoint(self.transcript, is_over)
-        return await self.host.save_output([*(self.before or ()), *items], self.usage())
+        new = render_checkpoint(self.transcript, is_over)
+        items = [*(self.before or ()), *new]
+        return await self.host.save_output(items, self.usage(), is_over)
 
 
 @dataclass(slots=True)
@@ -5258,7 +5257,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
     """A title, tags, follow-ups and the like; raises `ConversationError`."""
     try:
         cards = await host.model_cards(body["model"].split(".")[0])
-        seats, _, _ = choose_seats(settings, cards)
+        seats, _ = choose_seats(settings, cards)
         if not seats:
             raise ConversationError("There is no participant to ask.")
         card = cards[seats[0].model_id]

@@ -146,7 +146,7 @@ async def follow(page: Page, reply: Reply, told: list[str], crowd: Crowd) -> Non
         stored = await page.stored(str(reply.chat.id), reply.id)
         assert_same_text(reply, stored)
     except (TimeoutError, AssertionError) as error:
-        crowd.problems.append(f"{mark}: {error}"[:500])
+        crowd.problems.append(f"{mark}: {error}")
     crowd.problems += [f"{mark}: {found}" for found in wrong_with(reply, told, mark)]
 
 

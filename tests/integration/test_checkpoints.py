@@ -122,19 +122,20 @@ async def assert_ended(talk: Talk, page: Page, reply: Reply) -> None:
 
 
 @contextmanager
-def no_last_save(data_dir: Path) -> Iterator[None]:
-    """The database refuses the save with which the host ends an answer."""
-    done = "SELECT count(*) FROM json_tree({}.chat) WHERE key = 'done' AND atom = 1"
-    ends = f"({done.format('NEW')}) > ({done.format('OLD')})"
+def no_last_save(data_dir: Path) -> Iterator[sqlite3.Connection]:
+    """The database refuses to write into a chat whose answers have all ended."""
+    running = "SELECT 1 FROM json_tree(OLD.chat) WHERE key = 'done' AND atom = 0"
     with closing(sqlite3.connect(data_dir / "webui.db", timeout=30)) as database:
         database.execute(
-            f"CREATE TRIGGER no_last_save BEFORE UPDATE ON chat WHEN {ends} "
+            "CREATE TRIGGER no_last_save BEFORE UPDATE OF chat ON chat "
+            f"WHEN OLD.chat LIKE '%\"done\"%' AND NOT EXISTS ({running}) "
             "BEGIN SELECT RAISE(ABORT, 'not now'); END"
         )
         database.commit()
         try:
-            yield
+            yield database
         finally:
+            database.rollback()
             database.execute("DROP TRIGGER no_last_save")
             database.commit()
 
@@ -142,11 +143,14 @@ def no_last_save(data_dir: Path) -> Iterator[None]:
 async def test_all_is_stored_where_the_save_of_the_host_fails(talk: Talk) -> None:
     talk.seat("Ann | alice", "Ben | bob")
     data_dir = talk.host.data_dir
-    with no_last_save(data_dir):
+    with no_last_save(data_dir) as database:
         async with talk.page() as page:
             reply = await page.ask(ROUND_ROBIN, QUESTION, background_tasks={})
             await reply.wait_idle()
+        with pytest.raises(sqlite3.IntegrityError, match="not now"):
+            again = "UPDATE chat SET chat = chat WHERE id = ?"
+            database.execute(again, [reply.chat.id])
     stored = stored_row(data_dir, reply)
-    assert not stored.get("done")
+    assert stored["done"] and stored["output"][0]["id"].endswith("_0")
     assert get_output_text(stored["output"]) == reply.text
     assert SAVED not in reply.text and "Bob here." in reply.text

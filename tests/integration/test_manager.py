@@ -42,7 +42,7 @@ async def test_the_most_turns_are_rounds_times_participants(talk: Talk) -> None:
     talk.seat(*TEAM, rounds=2, manager_model="manager")
     reply = await talk.ask("Oaks or birches?", MANAGER)
     assert len(headings(reply)) == 6
-    assert last_status(reply).startswith("Finished: all turns were taken · 6 turns")
+    assert last_status(reply).startswith("Finished after 2 rounds · 6 turns")
 
 
 async def test_a_talk_of_two_can_be_ended_too(talk: Talk) -> None:

@@ -45,19 +45,18 @@ def test_a_team_seats_one_model_several_times_in_the_order_of_its_lines() -> Non
             mmc.Seat("Cat", "elm-1", "You | hope.\nA lot."),
         ],
         [],
-        False,
     )
 
 
 def test_a_line_without_a_model_gets_one_in_turn() -> None:
     team = "Ann | | You hope.\nBob | fir-1\nCat |\nDan | |"
-    seats, problems, _ = mmc.choose_seats(settings(team=team), CARDS)
+    seats, problems = mmc.choose_seats(settings(team=team), CARDS)
     assert [seat.model_id for seat in seats] == ["oak-1", "fir-1", "elm-1", "fir-1"]
     listed = settings(team=team, participants=["gone", "ash-1", "elm-1"])
-    seats, problems, _ = mmc.choose_seats(listed, CARDS)
+    seats, problems = mmc.choose_seats(listed, CARDS)
     assert [seat.model_id for seat in seats] == ["ash-1", "fir-1", "elm-1", "ash-1"]
     assert problems == []
-    seats, problems, _ = mmc.choose_seats(settings(team="Ann | | You hope."), {})
+    seats, problems = mmc.choose_seats(settings(team="Ann | | You hope."), {})
     assert seats == []
     assert problems == [
         "Team line 1: it names no model: write `Alias | model id | persona`."
@@ -65,7 +64,7 @@ def test_a_line_without_a_model_gets_one_in_turn() -> None:
 
 
 def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
-    seats, problems, _ = mmc.choose_seats(settings(team="oak-1\neLM\n| fir-1"), CARDS)
+    seats, problems = mmc.choose_seats(settings(team="oak-1\neLM\n| fir-1"), CARDS)
     assert [(seat.alias, seat.model_id) for seat in seats] == [
         ("Oak", "oak-1"),
         ("Elm", "elm-1"),
@@ -97,14 +96,13 @@ def test_a_model_may_be_named_by_its_id_or_its_name_alone() -> None:
 def test_a_wrong_line_is_named_with_what_is_wrong_and_the_others_are_seated(
     team: str, problem: str
 ) -> None:
-    seats, problems, by_default = mmc.choose_seats(settings(team=team), CARDS)
+    seats, problems = mmc.choose_seats(settings(team=team), CARDS)
     assert [seat.alias for seat in seats] == ["Ann"]
     assert problems == [problem]
-    assert not by_default
 
 
 def test_a_ticked_model_that_is_gone_is_named() -> None:
-    seats, problems, _ = mmc.choose_seats(
+    seats, problems = mmc.choose_seats(
         settings(participants=["elm-1", "yew", "oak-1"]), CARDS
     )
     assert [seat.alias for seat in seats] == ["Elm", "Oak"]
@@ -116,43 +114,43 @@ def test_a_ticked_model_that_is_gone_is_named() -> None:
 
 def test_a_ticked_model_is_found_whatever_its_id_contains() -> None:
     cards = {"a|b": mmc.ModelCard("a|b", "Odd"), "#": mmc.ModelCard("#", "Hash")}
-    seats, problems, _ = mmc.choose_seats(settings(participants=["a|b", "#"]), cards)
+    seats, problems = mmc.choose_seats(settings(participants=["a|b", "#"]), cards)
     assert [seat.model_id for seat in seats] == ["a|b", "#"]
     assert problems == []
 
 
 def test_with_nothing_chosen_three_usual_models_sit_down_but_never_the_pipe() -> None:
     cards = dict(reversed(CARDS.items()))
-    seats, problems, by_default = mmc.choose_seats(settings(), cards)
+    seats, problems = mmc.choose_seats(settings(), cards)
     assert [seat.model_id for seat in seats] == ["twin-2", "twin-1", "ash-1"]
-    assert (problems, by_default) == ([], True)
+    assert problems == []
 
 
 @pytest.mark.parametrize("chosen", [{"participants": ["elm-1"]}, {}])
 def test_one_model_alone_is_seated_in_three_roles(chosen: dict[str, Any]) -> None:
     cards = CARDS if chosen else {"elm-1": CARDS["elm-1"]}
-    seats, problems, by_default = mmc.choose_seats(settings(**chosen), cards)
+    seats, problems = mmc.choose_seats(settings(**chosen), cards)
     assert [seat.alias for seat in seats] == ["Optimist", "Sceptic", "Engineer"]
     assert {seat.model_id for seat in seats} == {"elm-1"}
     assert len({seat.persona for seat in seats}) == 3
-    assert (problems, by_default) == ([], not chosen)
+    assert problems == []
 
 
 def test_fewer_roles_than_seats_that_are_allowed_are_no_problem() -> None:
     chosen = settings(participants=["elm-1"], max_participants=2)
-    seats, problems, _ = mmc.choose_seats(chosen, CARDS)
+    seats, problems = mmc.choose_seats(chosen, CARDS)
     assert [seat.alias for seat in seats] == ["Optimist", "Sceptic"]
     assert problems == []
 
 
 def test_a_team_of_one_is_what_was_asked_for() -> None:
-    seats, _, _ = mmc.choose_seats(settings(team="elm-1"), CARDS)
+    seats, _ = mmc.choose_seats(settings(team="elm-1"), CARDS)
     assert [seat.alias for seat in seats] == ["Elm"]
 
 
 def test_lines_of_a_team_that_begin_with_a_hash_are_comments() -> None:
     team = "# Our team\nAnn | oak-1\n  # Bob | elm-1\nCat | yew | #1\n#"
-    seats, problems, _ = mmc.choose_seats(settings(team=team), CARDS)
+    seats, problems = mmc.choose_seats(settings(team=team), CARDS)
     assert [seat.alias for seat in seats] == ["Ann"]
     assert len(problems) == 1 and problems[0].startswith("Team line 4: ")
 
@@ -161,7 +159,7 @@ def test_a_misspelt_model_is_answered_with_one_the_user_may_use() -> None:
     cards = {**CARDS, "yew-1": mmc.ModelCard("yew-1", "Conversation", is_self=True)}
     for wanted, meant in [("olm-1", "elm-1"), ("EMBEDING", "embed"), ("yew-2", None)]:
         team = f"Ann | {wanted}"
-        _, (problem,), _ = mmc.choose_seats(settings(team=team), cards)
+        _, (problem,) = mmc.choose_seats(settings(team=team), cards)
         assert (f'did you mean "{meant}"' in problem) == (meant is not None)
         assert "yew-1" not in problem
 
@@ -171,17 +169,17 @@ def test_a_misspelt_model_is_told_from_a_thousand() -> None:
     names = [f"provider-{n % 7}/gpt-{n}-{kinds[n % 4]}" for n in range(1000)]
     cards = {name: mmc.ModelCard(name, name) for name in names}
     for wanted in ("provider-4/gtp-333-large", "Provider-4/gpt-333-lrge"):
-        _, (problem,), _ = mmc.choose_seats(settings(team=f"Ann | {wanted}"), cards)
+        _, (problem,) = mmc.choose_seats(settings(team=f"Ann | {wanted}"), cards)
         assert 'did you mean "provider-4/gpt-333-large"' in problem
 
 
 def test_with_no_model_at_all_nobody_sits_down() -> None:
-    assert mmc.choose_seats(settings(), {}) == ([], [], True)
+    assert mmc.choose_seats(settings(), {}) == ([], [])
 
 
 def test_those_over_the_ceiling_are_named() -> None:
     team = "\n".join(f"P{n} | oak-1" for n in range(1, 11))
-    seats, problems, _ = mmc.choose_seats(settings(team=team), CARDS)
+    seats, problems = mmc.choose_seats(settings(team=team), CARDS)
     assert len(seats) == 8
     assert problems == [
         "P9: at most 8 may take part.",
@@ -191,7 +189,7 @@ def test_those_over_the_ceiling_are_named() -> None:
 
 def test_of_a_team_of_thousands_only_the_first_are_read_and_that_is_said() -> None:
     for chosen in ({"team": "yew\n" * 5000}, {"participants": ["yew"] * 5000}):
-        seats, problems, _ = mmc.choose_seats(settings(**chosen), CARDS)
+        seats, problems = mmc.choose_seats(settings(**chosen), CARDS)
         assert seats == []
         assert len(problems) == 21
         assert problems[-1] == "Only the first 20 of 5000 seats were read."
@@ -221,7 +219,7 @@ def test_an_alias_is_fit_for_a_heading_and_a_label(
     given_alias: str, alias: str
 ) -> None:
     team = f"{given_alias} | oak-1"
-    (seat,), _, _ = mmc.choose_seats(settings(team=team), CARDS)
+    (seat,), _ = mmc.choose_seats(settings(team=team), CARDS)
     assert seat.alias == alias
 
 
@@ -506,7 +504,7 @@ def test_with_one_candidate_left_a_wrong_answer_is_not_sent_back() -> None:
     )
     assert speakers(steps) == "Bob Ann Bob Ann"
     assert len(asked(steps)) == 4
-    assert why == "Finished: all turns were taken"
+    assert why == "Finished after 2 rounds"
 
 
 def test_one_alone_begins_unasked_and_the_manager_may_end_it_then() -> None:
@@ -541,7 +539,7 @@ def test_it_cannot_be_done_before_anybody_spoke() -> None:
     )
     assert asked(steps)[1].problem == "Nobody has spoken yet, so it cannot be done."
     assert speakers(steps) == "Ann Bob Cat"
-    assert why == "Finished: all turns were taken"
+    assert why == "Finished after 1 round"
 
 
 def test_who_fails_twice_is_no_candidate_of_the_manager_any_more() -> None:

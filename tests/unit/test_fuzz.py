@@ -290,7 +290,7 @@ def stored_settings(user: Json, request: Json, rounds: int | None) -> None:
 
 def seats(team: str, ticked: list[str]) -> None:
     settings = mmc.Settings(team=team, participants=ticked)
-    chosen, problems, _ = mmc.choose_seats(settings, CARDS)
+    chosen, problems = mmc.choose_seats(settings, CARDS)
     aliases = [seat.alias for seat in chosen]
     assert len(set(map(str.casefold, aliases))) == len(aliases) <= 8
     for alias in aliases:

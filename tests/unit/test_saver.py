@@ -19,18 +19,20 @@ class KeepingHost(ScriptedHost):
 
     saved: list[list[Json]] = field(default_factory=list)
     usages: list[Json] = field(default_factory=list)
+    ended: list[bool] = field(default_factory=list)
     failures: list[None] = field(default_factory=list)
     is_ours: bool = True
 
     async def may_save(self) -> bool:
         return self.is_ours
 
-    async def save_output(self, items: list[Json], usage: Json) -> bool:
+    async def save_output(self, items: list[Json], usage: Json, done: bool) -> bool:
         if self.failures:
             self.failures.pop()
             return False
         self.saved.append(items)
         self.usages.append(usage)
+        self.ended.append(done)
         return True
 
     def texts(self) -> list[str]:
@@ -136,6 +138,7 @@ async def test_the_last_write_is_the_whole_reply_without_the_line() -> None:
     shown = [mmc.render_item(block) for block in run.screen.transcript.blocks]
     assert [i["id"] for i in host.saved[-1]] == [i["id"] for i in shown]
     assert texts_of(host.saved[-1]) == texts_of(shown)
+    assert host.ended == [*[False] * (len(host.ended) - 1), True]
 
 
 async def test_what_was_there_before_stays_before_what_is_saved() -> None:

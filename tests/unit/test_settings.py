@@ -197,9 +197,9 @@ def test_who_ticks_only_a_list_does_not_get_the_admins_team() -> None:
 
 def test_who_writes_a_team_gets_it_whatever_is_ticked() -> None:
     user = {"team": "Ann | oak", "participants": ["elm"]}
-    seats, problems, by_default = mmc.choose_seats(merged({}, user), CARDS)
+    seats, problems = mmc.choose_seats(merged({}, user), CARDS)
     assert [seat.alias for seat in seats] == ["Ann"]
-    assert (problems, by_default) == ([], False)
+    assert problems == []
 
 
 TOLD_OF_A_TEAM = [  # the admin's, the user's, the host's presets; what is quoted
@@ -244,7 +244,7 @@ def test_an_admin_is_told_all_of_his_team() -> None:
 
 
 def test_a_users_team_wins_over_the_admins_list() -> None:
-    seats, _, _ = mmc.choose_seats(
+    seats, _ = mmc.choose_seats(
         merged({"participants": ["elm"]}, {"team": "Ann | oak"}), CARDS
     )
     assert [seat.model_id for seat in seats] == ["oak"]
@@ -291,7 +291,7 @@ def test_stored_v2_valves_are_understood() -> None:
     assert settings.manager_prompt == mmc.MANAGER_PROMPT  # the admin's alone
     assert settings.temperature == 0.3
     assert (settings.top_k, settings.top_p) == (20, 0.9)
-    seats, problems, _ = mmc.choose_seats(settings, CARDS)
+    seats, problems = mmc.choose_seats(settings, CARDS)
     assert problems == []
     assert seats == [
         mmc.Seat("Ann", "oak", "You like trees.\nVery much | so."),
@@ -365,7 +365,7 @@ def test_v2_participants_without_an_alias_have_one_and_empty_places_are_left_out
     None
 ):
     stored = {"Participant1Model": "", "Participant2Model": "elm"}
-    seats, problems, _ = mmc.choose_seats(merged({}, stored), CARDS)
+    seats, problems = mmc.choose_seats(merged({}, stored), CARDS)
     assert problems == []
     assert [seat.model_id for seat in seats] == ["elm"]
     assert seats[0].alias
@@ -378,7 +378,7 @@ def test_a_v2_persona_of_several_lines_stays_one_participants(ending: str) -> No
         "Participant1Alias": "Ann",
         "Participant1SystemMessage": f"First.{ending}Second.",
     }
-    seats, problems, _ = mmc.choose_seats(merged({}, stored), CARDS)
+    seats, problems = mmc.choose_seats(merged({}, stored), CARDS)
     assert problems == []
     assert [seat.alias for seat in seats] == ["Ann"]
     assert re.fullmatch(r"First\.\s+Second\.", seats[0].persona)
@@ -386,7 +386,7 @@ def test_a_v2_persona_of_several_lines_stays_one_participants(ending: str) -> No
 
 def test_a_user_of_v2_stays_under_the_new_ceilings() -> None:
     settings = merged({"max_rounds": 2, "max_participants": 1}, V2_STORED)
-    seats, problems, _ = mmc.choose_seats(settings, CARDS)
+    seats, problems = mmc.choose_seats(settings, CARDS)
     assert settings.rounds == 2
     assert [seat.alias for seat in seats] == ["Ann"]
     assert problems == ["Bob: at most 1 may take part."]
@@ -478,7 +478,7 @@ TWO = "Ann | oak | You hope; always.\nBob | elm"
 )
 def test_a_preset_team_is_read_however_it_fits_into_one_line(typed: Any) -> None:
     merged = mmc.merge_settings(mmc.Settings(), None, {"team": typed})
-    seats, problems, _ = mmc.choose_seats(merged, CARDS)
+    seats, problems = mmc.choose_seats(merged, CARDS)
     assert problems == []
     assert [seat.alias for seat in seats] == ["Ann", "Bob"]
     assert seats[0].persona == "You hope; always."
@@ -487,7 +487,7 @@ def test_a_preset_team_is_read_however_it_fits_into_one_line(typed: Any) -> None
 def test_a_persona_of_a_preset_keeps_its_line_breaks() -> None:
     for typed in (["Ann | oak | One.\nTwo."], "Ann | oak | One.\\nTwo."):
         merged = mmc.merge_settings(mmc.Settings(), None, {"team": typed})
-        (seat,), _, _ = mmc.choose_seats(merged, CARDS)
+        (seat,), _ = mmc.choose_seats(merged, CARDS)
         assert seat.persona == "One.\nTwo."
 
 
