@@ -37,3 +37,17 @@ def from_version(version: str, why: str) -> pytest.MarkDecorator:
     """
     is_older = version_key(server_version()) < version_key(version)
     return pytest.mark.skipif(is_older, reason=f"{why} from {version}")
+
+
+# What docs/compatibility.md lists under "What is reduced where".
+REPLACES = from_version("0.11.1", "items are put between others and replaced")
+SMALL_EVENTS = from_version("0.11.1", "the page is sent what is new")
+RELOADS = from_version("0.11.1", "a page that is reloaded gets what streams")
+APPROVES = from_version("0.11.1", "a chat can be set to ask before a tool runs")
+PREFERS_THE_CHATS = from_version("0.11.1", "a request's parameters go before a model's")
+LONG_LINES = from_version("0.11.1", "a line of a reply may be longer than 64 kB")
+LISTS_ANEW = from_version("0.11.1", "models are listed anew when a page asks")
+ENDS_ITEMS = from_version("0.11.4", "a Stop marks what was cut off")
+CARDS = from_version("0.12.0", "a card asks above the input and is taken back")
+SHARES = from_version("0.12.0", "a chat is shared for others to write in it")
+PASSES_RETRY_AFTER = from_version("0.12.0", "a function is told `Retry-After`")

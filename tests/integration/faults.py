@@ -16,6 +16,8 @@ from functools import cache
 from itertools import repeat
 from typing import Literal
 
+import pytest
+
 from tests.stack.behaviours import manager, refuses, says, with_tasks
 from tests.stack.prompts import (
     fresh_results,
@@ -41,6 +43,7 @@ from tests.stack.scripts import (
     Text,
     ToolCall,
 )
+from tests.versions import LONG_LINES, PASSES_RETRY_AFTER
 
 MODES = ("round_robin", "manager", "council", "debate")
 
@@ -124,6 +127,7 @@ class Fault:
     seat: Seat = "one"
     limit: float = 15.0
     heavy: bool = False
+    marks: tuple[pytest.MarkDecorator, ...] = ()
 
     @property
     def model(self) -> str:
@@ -358,7 +362,8 @@ def busy() -> list[Fault]:
 
     def fault(name: str, what: str, calls: int, code: int = 429, **more: str) -> Fault:
         behaviour = refuses(code, said, **more)
-        return Fault(name, what, behaviour, (calls,) * 4, said, limit=20)
+        marks = (PASSES_RETRY_AFTER,) if calls == 1 else ()
+        return Fault(name, what, behaviour, (calls,) * 4, said, limit=20, marks=marks)
 
     well = at_turns(plays(WELL))
     return [
@@ -645,6 +650,7 @@ def odd() -> list[Fault]:
             said="leaf leaf",
             limit=60,
             heavy=True,
+            marks=(LONG_LINES,),
         ),
         Fault(
             "many-chunks",
@@ -663,6 +669,7 @@ def odd() -> list[Fault]:
             "one piece of its answer has over 32 MB",
             limit=60,
             heavy=True,
+            marks=(LONG_LINES,),
         ),
     ]
 

@@ -20,6 +20,7 @@ from tests.integration.talk import (
 )
 from tests.stack.host import Json, OpenWebUI
 from tests.stack.page import error_text
+from tests.versions import LISTS_ANEW, PREFERS_THE_CHATS
 
 QUESTION = "Should we plant oaks or birches?"
 
@@ -37,6 +38,7 @@ async def test_nothing_configured_seats_three_and_says_how_to_choose(
     assert last_status(reply).startswith("Finished after 2 rounds · 6 turns · ")
 
 
+@LISTS_ANEW
 async def test_neither_arenas_nor_the_pipe_nor_what_is_based_on_it_come_by_default(
     talk: Talk, host: OpenWebUI
 ) -> None:
@@ -305,6 +307,7 @@ async def test_a_chats_system_prompt_reaches_everybody(talk: Talk) -> None:
         assert [m["role"] for m in sent].count("system") == 1
 
 
+@PREFERS_THE_CHATS
 @pytest.mark.parametrize("valve", [None, 0.9])
 async def test_a_models_own_parameters_stay_unless_the_valve_is_set(
     talk: Talk, valve: float | None

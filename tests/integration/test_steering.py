@@ -15,10 +15,12 @@ from tests.integration.talk import (
 from tests.integration.test_council import COUNCIL, gather, model, of_stage
 from tests.integration.test_council import seats as seats  # a model for each seat
 from tests.stack.page import Call
+from tests.versions import CARDS, REPLACES
 
 QUESTION = "Which tree lasts?"
 
 
+@CARDS
 async def test_what_the_person_adds_is_read_now_and_in_the_next_question(
     talk: Talk,
 ) -> None:
@@ -42,6 +44,7 @@ async def test_what_the_person_adds_is_read_now_and_in_the_next_question(
         assert "/join" not in seen.text and name not in seen.text
 
 
+@REPLACES
 async def test_a_vote_asks_for_no_new_answers(talk: Talk) -> None:
     gather(talk, 3)
     async with talk.page() as page:
