@@ -56,8 +56,9 @@ demo: .venv/ready
 cluster: .venv/ready
 	@exec $(RUN) -m tests.cluster
 
+# The first test has the start of everything in its time.
 test-cluster: .venv/ready
-	$(RUN) -m pytest tests/cluster
+	$(RUN) -m pytest tests/cluster -o timeout=360
 
 compat: .venv/ready
 	$(RUN) -m tests.compat $(VERSIONS)

@@ -47,7 +47,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import (
-    ExitStack,
+    AsyncExitStack,
     aclosing,
     asynccontextmanager,
     contextmanager,
@@ -2839,7 +2839,7 @@ def plan_chunk(block: Block, place: int) -> Json | None:
 # ======================================================================================
 
 if sys.modules.get("open_webui"):  # there is none where the unit tests run
-    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL, VERSION
+    from open_webui.env import BYPASS_MODEL_ACCESS_CONTROL, REDIS_KEY_PREFIX, VERSION
     from open_webui.internal.db import get_db
     from open_webui.main import app
     from open_webui.models.chats import Chats
@@ -2876,6 +2876,20 @@ _SAMPLING_NAMES = (  # the host's
 SAMPLING = tuple(_SAMPLING_NAMES.split())  # what a chat's controls set for the models
 
 WRITE_TIMEOUT = 15  # s for a write of the host's; SQLite itself waits for 5
+LEASE = 60  # s after which a place among all workers is free when its worker died
+_REDIS_TIMEOUT = 2  # s for a look at these places; without an answer we go on
+# Who has or awaits a place, by arrival and by end of the lease -> how many go before me
+_QUEUE = """
+local time = redis.call('TIME')
+local now = time[1] + time[2] / 1000000
+for _, dead in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], 0, now)) do
+  for _, key in ipairs(KEYS) do redis.call('ZREM', key, dead) end
+end
+redis.call('ZADD', KEYS[1], 'NX', now, ARGV[1])
+redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
+for _, key in ipairs(KEYS) do redis.call('EXPIRE', key, ARGV[2]) end
+return redis.call('ZRANK', KEYS[1], ARGV[1])
+"""
 MOST_RESULT = 200_000  # characters of a tool's result; a prompt holds no more
 INNER_RUN = "multi_model_conversation_inner"  # marks the requests of a running one
 _AWAY = "Open WebUI's database does not answer"
@@ -3166,6 +3180,41 @@ class Host:
         with foreign_errors(ModelFailure):
             await get_all_models(self.request, user=self.user)
             return await ask(self._inner_request(), payload, self.user)
+
+    @asynccontextmanager
+    async def place(self, of: str, most: int, waits: bool) -> AsyncIterator[bool]:
+        """One of so many places that all workers have together; gives whether there is
+        one for us, at once or, who `waits`, when those before have left.
+
+        The host's Redis keeps them, each for `LEASE` seconds unless it is renewed. With
+        no Redis, or none that answers, there is a place: each worker counts its own.
+        """
+        redis = self.request.app.state.redis if most > 0 else None
+        if redis is None:
+            yield True
+            return
+        key, me = f"{REDIS_KEY_PREFIX}:{own_function_id()}:{{{of}}}", uuid4().hex
+
+        async def ask(command: str, *about: Any) -> int:
+            with suppress(HostFailure), foreign_errors(HostFailure):
+                async with asyncio.timeout(_REDIS_TIMEOUT):
+                    return int(await getattr(redis, command)(*about))
+            return 0
+
+        async def keep() -> None:
+            while True:
+                await asyncio.sleep(LEASE / 3)
+                await ask(*queue)
+
+        queue = ("eval", _QUEUE, 2, key, f"{key}:until", me, LEASE)
+        keeping = asyncio.create_task(keep())
+        try:
+            while (before := await ask(*queue)) >= most and waits:
+                await asyncio.sleep(0.5)  # s
+            yield before < most
+        finally:
+            await end_tasks(keeping)
+            await ask("zrem", key, me)
 
     @staticmethod
     def add_usage(total: Json, report: Json) -> Json:
@@ -4061,6 +4110,7 @@ class ConnectionGate:
         self._changed = asyncio.Event()
         self._model = ""
         self._stage = 0  # for which the last place is kept
+        self.door = asyncio.Lock()  # of who asks for a place among all workers
 
     async def enter(self, stage: int, model_id: str) -> None:
         """Wait for a place."""
@@ -4184,30 +4234,31 @@ class Reply:
 _SKIP, _GO_ON = "Skip it", "Go on with what is there"  # answers of the person
 MOST_FAILURES = 2  # in a row, after which a model is not asked again
 MOST_IN_ALL = 5_000_000  # characters of all replies
-# Of this process, for all runs: places at a connection, and who has runs going.
+# Of this process, for all runs: places at a connection, and runs going by ceiling.
 _CALLS_IN_ALL: WeakValueDictionary[tuple[str, int], ConnectionGate]
 _CALLS_IN_ALL = WeakValueDictionary()
 _RUNS: Counter[str] = Counter()
 
 
-@contextmanager
-def counted_run(user_id: str, settings: Settings) -> Iterator[None]:
+@asynccontextmanager
+async def counted_run(host: Host, settings: Settings) -> AsyncIterator[None]:
     """One more run, unless there are as many as may be; raises `ConversationError`."""
-    busy = ""
-    if 0 < settings.max_runs <= _RUNS.total():
-        busy = (
-            "As many conversations are going as there may be at a time. Wait a little"
-        )
-    if 0 < settings.max_runs_per_user <= _RUNS[user_id]:
-        busy = "You have as many conversations going as you may have at a time. Wait "
-        busy += "until one ends, or stop one"
-    if busy:
-        raise ConversationError(f"{busy}, and ask again.")
-    _RUNS[user_id] += 1
-    try:
+    own = "You have as many conversations going as you may have at a time. Wait until "
+    own += "one ends, or stop one"
+    all_ = "As many conversations are going as there may be at a time. Wait a little"
+    runs_of_user = f"runs of {getattr(host.user, 'id', '')}"
+    async with AsyncExitStack() as held:
+        for runs, most, busy in (
+            (runs_of_user, settings.max_runs_per_user, own),
+            ("runs", settings.max_runs, all_),
+        ):
+            is_full = 0 < most <= _RUNS[runs]
+            _RUNS[runs] += 1
+            held.callback(_RUNS.subtract, [runs])
+            place = host.place(runs, most, waits=False)
+            if is_full or not await held.enter_async_context(place):
+                raise ConversationError(f"{busy}, and ask again.")
         yield
-    finally:
-        _RUNS[user_id] -= 1
 
 
 @dataclass(slots=True)
@@ -4349,11 +4400,15 @@ class ModelCalls:
         places = settings.calls_in_all or 1_000_000
         of_all = (voice.connection, places)
         in_all = _CALLS_IN_ALL.setdefault(of_all, ConnectionGate(places))
-        with ExitStack() as held:
+        async with AsyncExitStack() as held:
             with call.clock.paused():
                 for each, stage in ((gate, call.stage), (in_all, 0)):
                     await each.enter(stage, voice.model_id)
                     held.callback(each.leave)
+                calls = f"calls of {voice.connection}"
+                place = self.host.place(calls, settings.calls_in_all, waits=True)
+                async with in_all.door:
+                    await held.enter_async_context(place)
             first = settings.first_token_timeout if streams else call.clock.seconds
             deadline = Deadline(first, settings.silence_timeout)
             self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
@@ -4671,7 +4726,7 @@ class Run:
         """The whole conversation, shown on the screen, whose emitter it closes."""
         host, reason = self.host, "Stopped"
         try:
-            with counted_run(getattr(host.user, "id", ""), self.settings):
+            async with counted_run(host, self.settings):
                 reason = await self._converse(mode)
         except ConversationError as error:
             reason = "Not begun"

@@ -1,11 +1,11 @@
 """Many conversations at once on a cluster, beside as many plain chats.
 
-    python -m benchmarks.cluster [conversations [tokens of a turn [tokens a second]]]
+    python -m benchmarks.cluster [conversations [tokens [tokens a second [seconds]]]]
 
-prints a table: each side asks that many questions (200) through the balancer, spread
-over three servers that share PostgreSQL and Redis. A conversation has two participants
-with a turn each (100 tokens at 10 tokens/s); a plain chat has one model that says as
-much.
+prints a table: each side asks that many questions (200) within so many seconds (30)
+through the balancer, spread over three servers that share PostgreSQL and Redis. A
+conversation has two participants with a turn each (60 tokens at 2 tokens/s); a plain
+chat has one model that says as much.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.measure import (
@@ -36,7 +36,7 @@ from tests.stack.page import Page, Reply
 PAGES = 20
 """Sockets at most."""
 TIMEOUT = 100.0
-"""Seconds one side may take."""
+"""Seconds one side may take longer than at best."""
 READS = "MODELS._refresh_cache"
 
 
@@ -45,8 +45,9 @@ class Size:
     """How much is asked for."""
 
     conversations: int = 200
-    tokens: int = 100
-    pace: int = 10
+    tokens: int = 60
+    pace: int = 2
+    spread: int = 30  # s in which they begin
 
     @property
     def member(self) -> str:
@@ -63,11 +64,16 @@ class Size:
         """Whom each side asks."""
         return {"ours": f"{FUNCTION_ID}.round_robin", "native": self.single}
 
+    @property
+    def seconds(self) -> float:
+        """How long a conversation takes at best."""
+        return 2 * self.tokens / self.pace
+
     def describe(self) -> str:
         """For the title."""
-        seconds = 2 * self.tokens / self.pace
         said = f"{2 * self.tokens} tokens each at {self.pace} tokens/s"
-        return f"{self.conversations} at once, {said}: {seconds:g} s at best"
+        asked = f"{self.conversations} asked in {self.spread} s"
+        return f"{asked}, {said}: {self.seconds:g} s each at best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,7 @@ class Load:
     """What one side's conversations cost."""
 
     replies: Sequence[Reply]
+    lost: Sequence[str]
     seconds: float
     before: State
     after: State
@@ -117,6 +124,7 @@ class Load:
             "errors, or not ended": sum(
                 bool(r.error) or not r.done for r in self.replies
             ),
+            "sockets lost": len(self.lost),
             "all ended after, s": self.seconds,
             "median conversation, s": percentile(ends, 0.5) if ends else 0.0,
             "first character, median, s": percentile(waits, 0.5) if waits else 0.0,
@@ -161,6 +169,7 @@ def state(cluster: Cluster) -> State:
         name: sum(cpu_seconds(one.pid) + ended_seconds(one.pid) for one in those)
         for name, those in processes.items()
     }
+    cpu["the pages, all in one process"] = time.process_time()
     return State(counts, sum(cluster.redis.calls().values()), cpu)
 
 
@@ -176,8 +185,9 @@ def process_of(service: Service) -> subprocess.Popen[bytes]:
     return service.process
 
 
-async def crowd(cluster: Cluster, model: str, count: int) -> Load:
-    """Ask so many questions, each as soon as the one before is taken."""
+async def crowd(cluster: Cluster, model: str, size: Size) -> Load:
+    """Ask all questions, spread over their time."""
+    count = size.conversations
     before = await asyncio.to_thread(state, cluster)
     admin = cluster.replicas[0].admin
     async with AsyncExitStack() as opened:
@@ -187,19 +197,23 @@ async def crowd(cluster: Cluster, model: str, count: int) -> Load:
         ]
         began = time.monotonic()
 
-        async def ask_in(page: Page, questions: int) -> list[Reply]:
-            return [
-                await page.send(model, "Talk.", background_tasks={})
-                for _ in range(questions)
-            ]
+        async def ask_in(page: Page, questions: Sequence[int]) -> list[Reply]:
+            asked = []
+            for number in questions:
+                due = began + number * size.spread / count
+                await asyncio.sleep(due - time.monotonic())
+                asked.append(await page.send(model, "Talk.", background_tasks={}))
+            return asked
 
-        shares = [len(range(at, count, len(pages))) for at in range(len(pages))]
+        shares = [range(at, count, len(pages)) for at in range(len(pages))]
         asked = await asyncio.gather(*map(ask_in, pages, shares))
         replies = [reply for some in asked for reply in some]
-        waits = (reply.wait_idle(TIMEOUT) for reply in replies)
+        waits = (reply.wait_idle(size.seconds + TIMEOUT) for reply in replies)
         await asyncio.gather(*waits, return_exceptions=True)
         seconds = time.monotonic() - began
-    return Load(replies, seconds, before, await asyncio.to_thread(state, cluster))
+        lost = [reason for page in pages for reason in page.lost]
+    after = await asyncio.to_thread(state, cluster)
+    return Load(replies, lost, seconds, before, after)
 
 
 def show(figures: dict[str, dict[str, float]]) -> str:
@@ -218,11 +232,11 @@ async def main(size: Size) -> int:
     print(size.describe(), flush=True)
     with stack(size) as cluster:
         for model in size.sides.values():
-            await crowd(cluster, model, 3)
+            await crowd(cluster, model, replace(size, conversations=3, spread=0))
         for side, model in size.sides.items():
-            load = await crowd(cluster, model, size.conversations)
+            load = await crowd(cluster, model, size)
             figures[side] = load.rows(2 * size.tokens)
-            print(f"{side}: {load.seconds:.1f} s", flush=True)
+            print(f"{side}: {load.seconds:.1f} s", *load.lost, flush=True)
     print(f"\n{show(figures)}")
     return 0
 

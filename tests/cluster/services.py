@@ -28,6 +28,9 @@ START_TIMEOUT = 30.0
 """Seconds a service may take from its start to its first answer."""
 STOP_TIMEOUT = 10.0
 """Seconds a service may take to end."""
+BASE = "/tmp"
+"""Where services keep what they have. `TMPDIR` may be closed to `DATABASE_USER`, or too
+long for the path of a socket."""
 DATABASE = "openwebui"
 DATABASE_USER = "postgres"
 """Whom PostgreSQL runs as, where we are the superuser: it refuses to be that."""
@@ -54,7 +57,8 @@ class Service(ABC):
 
     def __init__(self) -> None:
         self.port = free_port()
-        self.directory = Path(tempfile.mkdtemp(prefix=f"{type(self).__name__}-"))
+        prefix = f"{type(self).__name__}-"
+        self.directory = Path(tempfile.mkdtemp(prefix=prefix, dir=BASE))
         self.log_path = self.directory / "service.log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -175,7 +179,8 @@ class PostgreSQL(Service):
         return False
 
     def __enter__(self) -> Self:
-        how = ["-U", DATABASE_USER, "--auth=trust", "--no-sync", "--encoding=UTF8"]
+        how = ["-U", DATABASE_USER, "--auth=trust", "--no-sync"]
+        how += ["--encoding=UTF8", "--locale=C"]  # whatever this machine speaks
         subprocess.run(
             [str(find_program("initdb")), "-D", str(self.data), *how],
             check=True,

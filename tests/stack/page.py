@@ -465,12 +465,14 @@ class Page:
         self._models: dict[str, Json] = {}
         self._config: Json = {}
         self._heart: asyncio.Task[None] | None = None
+        self.lost: list[str] = []  # why the socket was, each time
         self._socket = socketio.AsyncClient(
             reconnection=False,
             serializer=SizedPacket,
             websocket_extra_options={"max_msg_size": 0},
         )
         self._socket.on("events", self._on_event)
+        self._socket.on("disconnect", self._note_loss)
         self._http = httpx.AsyncClient(
             base_url=host.url,
             headers={"Authorization": f"Bearer {account.token}"},
@@ -495,15 +497,23 @@ class Page:
             transports=["websocket"],
             auth=token,
         )
+        # Who has had nothing to answer for 30 s is given up by the library; the server
+        # asks every 25 s, under load later, and a browser waits for 45 s.
+        self._socket.eio.ping_timeout = 40
         await self._socket.call("user-join", {"auth": token})
 
     async def __aexit__(self, *exc: object) -> None:
         if self._heart:
             self._heart.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            lost = socketio.exceptions.BadNamespaceError
+            with contextlib.suppress(asyncio.CancelledError, lost):
                 await self._heart
         await self._socket.disconnect()
         await self._http.aclose()
+
+    async def _note_loss(self, reason: str) -> None:
+        if reason != self._socket.reason.CLIENT_DISCONNECT:
+            self.lost.append(reason)
 
     async def lose_socket(self) -> None:
         """The connection breaks; what is sent meanwhile is lost."""

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from starlette.requests import Request
@@ -145,7 +146,8 @@ def make_run(
     **fields: Any,
 ) -> tuple[mmc.Run, ScriptedHost]:
     """A run of these participants on a scripted host, asked "Which tree?"."""
-    request = Request({"type": "http", "headers": [], "state": {}})
+    app = SimpleNamespace(state=SimpleNamespace(redis=None))
+    request = Request({"type": "http", "headers": [], "state": {}, "app": app})
     metadata = {"chat_id": "chat", "message_id": "message"} if in_chat else {}
     host = ScriptedHost(request, None, metadata, replies=list(replies))
     voice = mmc.Voice(

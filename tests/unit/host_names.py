@@ -78,7 +78,7 @@ FUNCTIONS: dict[str, dict[str, str]] = {
 """Module -> what is called there -> how: by position, and after `*` by name."""
 
 VALUES: dict[str, tuple[str, ...]] = {
-    "open_webui.env": ("BYPASS_MODEL_ACCESS_CONTROL", "VERSION"),
+    "open_webui.env": ("BYPASS_MODEL_ACCESS_CONTROL", "REDIS_KEY_PREFIX", "VERSION"),
     "open_webui.internal.db": ("get_db",),
     "open_webui.main": ("app",),
     "open_webui.models.groups": ("GroupMember.group_id", "GroupMember.user_id"),
@@ -95,7 +95,7 @@ WITH_FALLBACK = (
 )
 """What 0.11.0 does not have yet, and the plugin does without there."""
 
-APP_STATE = ("MODELS",)
+APP_STATE = ("MODELS", "redis")
 """What is read of `app.state`."""
 
 REQUEST_STATE = ("bypass_filter", "bypass_system_prompt", "metadata", "model_id")

@@ -2,6 +2,9 @@
 
 import asyncio
 import logging
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +16,10 @@ Json = dict[str, Any]
 LONG = "x" * 50_000
 
 
-def counting(**fields: Any) -> mmc.Settings:
-    """Settings with these ceilings."""
-    return mmc.Settings(**fields)
+async def count(run: mmc.Run, stack: AsyncExitStack, user_id: str) -> None:
+    """One more conversation of this user, going until the stack ends."""
+    host = replace(run.host, user=SimpleNamespace(id=user_id))
+    await stack.enter_async_context(mmc.counted_run(host, run.settings))
 
 
 def ask(run: mmc.Run, alias: str = "Ann") -> mmc.ModelCall:
@@ -41,42 +45,39 @@ def shown(run: mmc.Run) -> str:
 # -- how many run at a time ------------------------------------------------------------
 
 
-def test_a_user_has_only_so_many_conversations_and_others_have_theirs() -> None:
-    one = counting(max_runs_per_user=1)
-    with mmc.counted_run("Ann", one):
-        with (
-            pytest.raises(mmc.ConversationError, match="as you may have at a time"),
-            mmc.counted_run("Ann", one),
-        ):
-            raise AssertionError("it was let in")
-        with mmc.counted_run("Bob", one):
-            pass
-    with mmc.counted_run("Ann", one):
-        pass
+async def test_a_user_has_only_so_many_conversations_and_others_have_theirs() -> None:
+    run, _ = make_run(max_runs_per_user=1)
+    async with AsyncExitStack() as going:
+        await count(run, going, "Ann")
+        with pytest.raises(mmc.ConversationError, match="as you may have at a time"):
+            await count(run, going, "Ann")
+        await count(run, going, "Bob")
+    async with AsyncExitStack() as going:
+        await count(run, going, "Ann")
 
 
-def test_only_so_many_run_in_all_whoever_asks() -> None:
-    two = counting(max_runs=2)
-    with mmc.counted_run("Ann", two), mmc.counted_run("Bob", two):
-        with (
-            pytest.raises(mmc.ConversationError, match="Wait a little"),
-            mmc.counted_run("Cat", two),
-        ):
-            raise AssertionError("it was let in")
-        with mmc.counted_run("Cat", counting()):
-            pass
+async def test_only_so_many_run_in_all_whoever_asks() -> None:
+    run, _ = make_run(max_runs=2)
+    async with AsyncExitStack() as going:
+        await count(run, going, "Ann")
+        await count(run, going, "Bob")
+        for _ in range(2):
+            with pytest.raises(mmc.ConversationError, match="Wait a little"):
+                await count(run, going, "Cat")
+        await count(make_run()[0], going, "Cat")
 
 
-def test_a_conversation_that_breaks_gives_its_place_back() -> None:
-    one = counting(max_runs_per_user=1)
+async def test_a_conversation_that_breaks_gives_its_place_back() -> None:
+    run, _ = make_run(max_runs_per_user=1)
     for _ in range(2):
-        with pytest.raises(KeyError), mmc.counted_run("Ann", one):
-            raise KeyError
+        with pytest.raises(KeyError):
+            async with mmc.counted_run(run.host, run.settings):
+                raise KeyError
 
 
 async def test_who_may_not_begin_is_told_and_no_model_is_asked() -> None:
     run, host = make_run(max_runs_per_user=1)
-    with mmc.counted_run("", run.settings):
+    async with mmc.counted_run(host, run.settings):
         status = await converse(run)
     assert status.startswith("Not begun · 0 turns")
     assert "> ⚠️ You have as many conversations going" in shown(run)
