@@ -20,7 +20,7 @@ from tests.integration.talk import (
 )
 from tests.stack.host import Json, OpenWebUI
 from tests.stack.page import error_text
-from tests.versions import LISTS_ANEW, PREFERS_THE_CHATS
+from tests.versions import PREFERS_THE_CHATS
 
 QUESTION = "Should we plant oaks or birches?"
 
@@ -38,7 +38,6 @@ async def test_nothing_configured_seats_three_and_says_how_to_choose(
     assert last_status(reply).startswith("Finished after 2 rounds · 6 turns · ")
 
 
-@LISTS_ANEW
 async def test_neither_arenas_nor_the_pipe_nor_what_is_based_on_it_come_by_default(
     talk: Talk, host: OpenWebUI
 ) -> None:

@@ -15,7 +15,7 @@ from tests.integration.talk import (
 from tests.integration.test_council import COUNCIL, gather, model, of_stage
 from tests.integration.test_council import seats as seats  # a model for each seat
 from tests.stack.page import Call
-from tests.versions import CARDS, REPLACES
+from tests.versions import CARDS, REPLACES, TELLS_TASKS
 
 QUESTION = "Which tree lasts?"
 
@@ -59,7 +59,7 @@ async def test_a_vote_asks_for_no_new_answers(talk: Talk) -> None:
     assert headings(second) == ["🔴 Ben · conclusion", "🏆 Votes"]
 
 
-@pytest.mark.parametrize("temporary", [False, True])
+@pytest.mark.parametrize("temporary", [False, pytest.param(True, marks=TELLS_TASKS)])
 async def test_follow_ups_of_ours_stand_behind_the_hosts(
     talk: Talk, temporary: bool
 ) -> None:

@@ -21,7 +21,7 @@ from tests.stack.host import Json
 from tests.stack.page import Call, Reply
 from tests.stack.prompts import offered_tools, text_of
 from tests.stack.scripts import Body, Script, Text, ToolCall
-from tests.versions import APPROVES
+from tests.versions import APPROVES, KEEPS_BOTH
 
 
 def tool_messages(messages: list[Json]) -> list[str]:
@@ -213,6 +213,7 @@ async def test_a_tool_knows_the_user_and_the_conversation(
     assert results(reply) == ["Uma User, 2 messages"]
 
 
+@KEEPS_BOTH
 async def test_what_tools_show_reaches_the_page(talk: Talk, garden: str) -> None:
     def uses_all(body: Body) -> Script:
         if any(message["role"] == "tool" for message in body["messages"]):

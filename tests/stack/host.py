@@ -16,14 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Literal, Self
 from uuid import uuid4
 
 import httpx
 
 from tests.stack.waiting import wait_until
-from tests.versions import program
+from tests.versions import program, server_version
 
 Json = dict[str, Any]
 
@@ -314,8 +314,11 @@ class Api:
     ) -> list[Json]:
         """The models this account may choose from.
 
-        The host remembers for a second what connections list; `refresh` asks them.
+        The host remembers for a second what connections list; `refresh` asks them,
+        but with 0.11.0 only when that second is over.
         """
+        if refresh and server_version() == "0.11.0":
+            sleep(1.1)
         path = f"/api/models{'?refresh=true' if refresh else ''}"
         found: list[Json] = self.request("GET", path, account=account)["data"]
         return found
