@@ -64,14 +64,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -232,8 +225,7 @@ class Settings(UserSettings):
     """
 
     chair: str = _setting(
-        "",
-        "Alias, or any model's id, of who concludes. None: the best ranked.",
+        "", "Alias, or any model's id, of who concludes. None: the best ranked."
     )
     remember_drafts: bool = _setting(
         False, "Whether a second question sees all drafts, not only the conclusions."
@@ -292,7 +284,7 @@ class Settings(UserSettings):
     busy_patience: SkipJsonSchema[float] = 30  # s in which a busy model is asked again
     flush_interval: SkipJsonSchema[float] = 125  # ms between two updates of the page
     all_at_once: SkipJsonSchema[bool] = False  # parallel answers push each other about
-    _is_cut: bool = PrivateAttr(default=False)  # more rounds were asked for
+    _is_cut: bool = False  # more rounds were asked for
 
 
 _V2_NAMES = {
@@ -359,10 +351,9 @@ def merge_settings(
     """The settings of one run, under the admin's ceilings.
 
     What is `asked` in a question wins, then the presets of the `request`, then the
-    user's fields, then stored v2 fields, then the admin's. Choosing participants is one
-    decision in two fields: who fills only the list does not want the team text below
-    it. Its `model_fields_set` are the fields that are not the admin's. Raises
-    `ConversationError` where a stored or preset value cannot be read.
+    user's fields, then stored v2 fields, then the admin's; a list of participants takes
+    the place of a team below it. `model_fields_set` are the fields that are not the
+    admin's. Raises `ConversationError` where a value cannot be read.
     """
     own = user.model_dump(exclude_unset=True) if user else {}
     chosen = {name: own[name] for name in UserSettings.model_fields if name in own}
@@ -1299,11 +1290,7 @@ HEADING = re.compile(rf"(?m)^(?:---\n+)?### ([{MARKS}]) (.+)$")
 FAILURES_ALLOWED = 2  # turns in a row, after which a participant sits out the rest
 # the host's own words, when it rebuilds the conversation
 TOOL_IMAGES = "Here are the images from the tool results above. Please analyze them."
-_NOTICE = re.compile(
-    rf"(?m)^(?:{NOTICE}|{PROGRESS}|{FIGURES}|{OUTCOME}|{UNDERSTOOD}).*\n?"
-)
-_LETTERS_IN_BRACKETS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
-_UNSURE_LETTERS = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
+_NOTICE = re.compile(rf"(?m)^> [{_SIGNS}].*\n?")
 
 
 def _part_of(value: Mapping[str, Any], key: str, kind: type[Result]) -> Result:
@@ -1643,8 +1630,13 @@ def _decide(agenda: Agenda, turns: Sequence[Turn], votes: bool, wish: str) -> Mo
     """Those who answered judge each other, and a chair concludes."""
     present = [turn for turn in turns if turn.text and turn.failure is None]
     members = [turn.alias for turn in present]
-    if len(members) < 2:
-        return (yield from _end_early(turns, members))
+    if not members:
+        reasons = _describe_failures(turns) or "nothing was said yet"
+        yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
+        return "Nobody could answer"
+    if len(members) == 1:
+        yield _outcome(turns, f"no conclusion, this is {members[0]}'s answer alone")
+        return f"Only {members[0]} answered"
     marks, result = dict.fromkeys(members, ""), ""
     if len(members) > 2 and wish != ENOUGH:  # of two there is nothing to rank
         marks, result = yield from _judge(agenda, present, votes)
@@ -1716,16 +1708,6 @@ def _conclude(agenda: Agenda, turns: Sequence[Turn], step: Speak) -> Mode:
         notes.append(f"{alias} failed")
     yield _outcome(turns, "nobody could write a conclusion")
     return f"No conclusion: {', '.join(notes)}"
-
-
-def _end_early(turns: Sequence[Turn], members: Sequence[str]) -> Mode:
-    """At most one has answered: there is nothing to rank or to conclude from."""
-    if members:
-        yield _outcome(turns, f"no conclusion, this is {members[0]}'s answer alone")
-        return f"Only {members[0]} answered"
-    reasons = _describe_failures(turns) or "nothing was said yet"
-    yield Publish("outcome", f"{NOTICE}Nobody could answer: {reasons}")
-    return "Nobody could answer"
 
 
 def _describe_failures(turns: Sequence[Turn]) -> str:
@@ -2019,17 +2001,16 @@ def reply_authors(chain: Iterable[Json], own_models: set[str]) -> list[str | Non
             replies[-1].append(message)
     if not replies[-1]:
         replies.pop()
-    return [_author(reply, own_models) for reply in replies]
-
-
-def _author(reply: Sequence[Json], own_models: set[str]) -> str | None:
-    items = [item for each in reply for item in _part_of(each, "output", list)]
-    speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
-    models = {str(message.get("model")) for message in reply}
-    if not reply or models & own_models or any(isinstance(s, str) for s in speakers):
-        return None
-    name = reply[-1].get("modelName") or reply[-1].get("model") or ""
-    return clean_alias(str(name)) or "Assistant"
+    authors: list[str | None] = []
+    for reply in replies:
+        models = {str(message.get("model")) for message in reply}
+        items = [item for each in reply for item in _part_of(each, "output", list)]
+        speakers = [item.get("speaker") for item in items if isinstance(item, dict)]
+        ours = models & own_models or any(isinstance(s, str) for s in speakers)
+        name = reply and (reply[-1].get("modelName") or reply[-1].get("model"))
+        known = clean_alias(str(name or "")) or "Assistant"
+        authors.append(known if reply and not ours else None)
+    return authors
 
 
 def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
@@ -2114,6 +2095,9 @@ class NameFilter:
     Directly behind a word or a bracket of another kind they are code.
     """
 
+    _LETTERS = re.compile(r"(?<![\w)\]])(?:\[[A-H](?:, ?[A-H])*\]){1,8}")
+    _UNSURE = re.compile(r"(?:\[[A-H, ]{0,30}\]){0,8}(?:\[[A-H, ]{0,30})?\Z")
+
     def __init__(self, names: Mapping[str, str]) -> None:
         self._names, self._held, self._before = names, "", ""
 
@@ -2122,10 +2106,10 @@ class NameFilter:
         if not self._names:
             return text
         text = self._held + text
-        unsure = None if final else _UNSURE_LETTERS.search(text)
+        unsure = None if final else self._UNSURE.search(text)
         cut = unsure.start() if unsure else len(text)
         self._held, known = text[cut:], self._before + text[:cut]
-        shown = _LETTERS_IN_BRACKETS.sub(self._name, known)[len(self._before) :]
+        shown = self._LETTERS.sub(self._name, known)[len(self._before) :]
         self._before = known[-1:]
         return shown
 
@@ -2282,7 +2266,7 @@ _LARGE_NUMBER = re.compile(r"(?<![\w.,-])(?<!by )\d[\d,_]{3,11}(?![\w-]|\.\d)")
 
 
 def tokens_of(value: Any) -> int:
-    """About how many tokens a text or JSON has, rather too many than too few.
+    """About how many tokens a text, JSON or an entry has, rather too many than too few.
 
     Three ASCII letters or blanks count as one, and so do two bytes of anything else.
     """
@@ -2294,6 +2278,11 @@ def tokens_of(value: Any) -> int:
         if "image" in str(value.get("type")):
             return 1600  # what the costliest provider counts for a large one
         value = value.values()
+    label = 20  # of a speaker, or the line where something is left out
+    if isinstance(value, Question):
+        return label + tokens_of(value.content)
+    if isinstance(value, Turn):  # the speaker has tool results, which nobody else reads
+        return label + max(tokens_of(value.text), tokens_of(value.messages))
     return sum(map(tokens_of, value)) if isinstance(value, Iterable) else 1
 
 
@@ -2314,7 +2303,7 @@ def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list
     So much goes at a time that the cut stays where it is for some turns, and with it
     what providers' prompt caches hold.
     """
-    sizes, end = list(map(_size, entries)), len(entries)
+    sizes, end = list(map(tokens_of, entries)), len(entries)
     step = max(room // 3, 1)
     excess = -(-(sum(sizes) - room) // step) * step
     last = {getattr(entry, "alias", None): at for at, entry in enumerate(entries)}
@@ -2336,15 +2325,6 @@ def shorten(entries: Sequence[Entry], room: int, aliases: Sequence[str]) -> list
     return shorter
 
 
-def _size(entry: Entry) -> int:
-    """The tokens of an entry for who reads most of it: the speaker has tool results."""
-    if isinstance(entry, Question):
-        size = tokens_of(entry.content)
-    else:
-        size = max(tokens_of(entry.text), tokens_of(entry.messages))
-    return size + 20  # a speaker's label, or the line where something is left out
-
-
 def squeeze(messages: list[Json], room: int) -> list[Json]:
     """Messages in so many tokens, if that can be: the longest texts but the system
     prompt lose their middle, with a line in its place."""
@@ -2363,15 +2343,13 @@ def _without_middle(value: Any, most: int) -> Any:
         return value | {key: _without_middle(value[key], most) for key in keys}
     if not isinstance(value, str):
         return value
-    return "\n\n".join(_cut_middle(text, most) for text in _BESIDE_LABELS.split(value))
-
-
-def _cut_middle(text: str, most: int) -> str:
-    if (size := tokens_of(text)) <= most:
-        return text
-    half = len(text) * most // size // 2
-    line = f"({len(text) - 2 * half:,} characters were left out here)"
-    return f"{text[:half]}\n{line}\n{text[-half:]}"
+    texts = _BESIDE_LABELS.split(value)
+    for at, text in enumerate(texts):
+        if (size := tokens_of(text)) > most:
+            half = len(text) * most // size // 2
+            line = f"({len(text) - 2 * half:,} characters were left out here)"
+            texts[at] = f"{text[:half]}\n{line}\n{text[-half:]}"
+    return "\n\n".join(texts)
 
 
 # -- what a question asks for ----------------------------------------------------------
@@ -2599,48 +2577,12 @@ _DELTA_TYPES: dict[BlockKind, str] = {
 }
 
 
-class GrowingText:
-    """A text that grows by pieces, and what of it was sent; `append` is O(1)."""
-
-    __slots__ = ("_parts", "_sent", "length")
-
-    def __init__(self) -> None:
-        self.length = 0
-        self._parts: list[str] = []
-        self._sent: int | None = 0  # so many of these; None: another text
-
-    def append(self, piece: str) -> None:
-        """Add a piece at the end."""
-        self._parts.append(piece)
-        self.length += len(piece)
-
-    def replace(self, text: str) -> None:
-        """Read `text` from now on; a text that only grew stays a growth."""
-        now = str(self)
-        if text.startswith(now):
-            self.append(text[len(now) :])
-        else:
-            self._parts, self._sent, self.length = [text], None, len(text)
-
-    def unsent(self) -> str | None:
-        """What was not sent; None if what was sent is no longer a beginning."""
-        return None if self._sent is None else "".join(self._parts[self._sent :])
-
-    def mark_sent(self) -> None:
-        """All was sent; the pieces that are new become one: thousands cost memory."""
-        known = self._sent or 0
-        self._parts[known:] = ["".join(self._parts[known:])]
-        self._sent = len(self._parts)
-
-    def __str__(self) -> str:
-        return "".join(self._parts)
-
-
 @dataclass(slots=True, eq=False)
 class Block:
     """One visible part of the message: a heading or text, reasoning, a call, a result.
 
-    `text` grows; `fields` are the other keys of its item and change as a whole.
+    Its text grows by pieces; `fields` are the other keys of its item and change as a
+    whole.
     """
 
     kind: BlockKind
@@ -2649,11 +2591,37 @@ class Block:
     section: int
     fields: Json
     sent_fields: Json | None = None  # None: the client does not have the block
-    text: GrowingText = field(default_factory=GrowingText)
+    length: int = 0
+    _pieces: list[str] = field(default_factory=list)
+    _sent: int | None = 0  # so many of these; None: the client has another text
+
+    @property
+    def text(self) -> str:
+        """What it reads now."""
+        return "".join(self._pieces)
+
+    def append(self, piece: str) -> None:
+        """Add a piece at the end, in O(1)."""
+        self._pieces.append(piece)
+        self.length += len(piece)
+
+    def replace(self, text: str) -> None:
+        """Read `text` from now on; a text that only grew stays a growth."""
+        now = self.text
+        if text.startswith(now):
+            self.append(text[len(now) :])
+        else:
+            self._pieces, self._sent, self.length = [text], None, len(text)
+
+    def unsent(self) -> str | None:
+        """What was not sent; None if what was sent is no longer a beginning."""
+        return None if self._sent is None else "".join(self._pieces[self._sent :])
 
     def mark_sent(self) -> None:
-        """The client has all of it."""
-        self.text.mark_sent()
+        """The client has all; the new pieces become one: thousands cost memory."""
+        known = self._sent or 0
+        self._pieces[known:] = ["".join(self._pieces[known:])]
+        self._sent = len(self._pieces)
         self.sent_fields = dict(self.fields)
 
 
@@ -2669,15 +2637,17 @@ LAST = sys.maxsize  # the section that stands below all others
 class Transcript:
     """The blocks of one reply, in the order in which they are read.
 
-    They stand in sections, which may grow at the same time. `prefix` begins the ids of
-    the blocks, which must be unique in the whole message.
+    They stand in sections, which may grow at the same time; `in_order`, each is seen
+    only after those above it, so that nothing moves. `prefix` begins the ids of the
+    blocks, which must be unique in the whole message.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, in_order: bool = False) -> None:
         self.blocks: list[Block] = []
         self.prefix = prefix
+        self.in_order = in_order
         self._sections = 0
-        self.growing: set[int] = set()  # the sections that are not closed
+        self.growing: set[int] = set()  # the sections into which more may come
         self.late: set[int] = set()  # those for which nobody waits any more
 
     def open_section(self) -> int:
@@ -2686,13 +2656,9 @@ class Transcript:
         self.growing.add(self._sections)
         return self._sections
 
-    def close_section(self, section: int) -> None:
-        """Nothing more comes into a section."""
-        self.growing.discard(section)
-
-    def is_next(self, block: Block) -> bool:
-        """Whether all that stands before this block is there: then it moves nothing."""
-        if block.section == LAST:
+    def may_show(self, block: Block) -> bool:
+        """Whether this block moves nothing: all that stands before it is there."""
+        if block.section == LAST or not self.in_order:
             return True
         first = min(self.growing, default=block.section)
         return block.section <= first and block.section not in self.late
@@ -2715,50 +2681,41 @@ class Transcript:
 def count_words(blocks: Iterable[Block]) -> str:
     """ "140 words": what is said in these blocks, without notices; "" if nothing is."""
     said = (b for b in blocks if b.kind == "message" and "notice" not in b.fields)
-    words = sum(len(str(block.text).split()) for block in said)
+    words = sum(len(block.text.split()) for block in said)
     return f"{words:,} word{'s' * (words != 1)}" if words else ""
 
 
 def fold_drafts(
-    transcript: Transcript, outcome: int, ranking: int, marks: Mapping[str, str]
-) -> Iterator[Block]:
+    transcript: Transcript, ours: Mapping[str, Block], marks: Mapping[str, str]
+) -> Iterator[tuple[Block, str]]:
     """Put the outcome, the conclusion and the ranking in front, and fold each draft in
-    a line with its mark; gives the blocks that now read otherwise."""
-    numbered = groupby(transcript.blocks, lambda block: block.section)
-    sections = {number: list(blocks) for number, blocks in numbered}
-    titles = {n: HEADING.search(str(of[0].text)) for n, of in sections.items()}
-    spoken = {n: title for n, title in titles.items() if title and title[1] in COLOURS}
-    conclusion = max(n for n in spoken if spoken[n][2].endswith(ROLE + CONCLUSION))
-    for number in dict.fromkeys((outcome, conclusion, ranking)):
-        for block in sections[number]:
+    a line with its mark; gives the blocks that now read otherwise, and how."""
+    # headings of speakers have the model; nobody speaks after the conclusion
+    *drafts, conclusion = (b for b in transcript.blocks if "model" in b.fields)
+    # two answers have no ranking
+    for first in filter(None, (ours["outcome"], conclusion, ours.get("ranking"))):
+        for block in transcript.of(first.section):
             fields = dict(block.fields)
             if "call_id" in fields:  # by which the page knows an item
                 fields["call_id"] += "_"
             moved = transcript.add(block.kind, block.speaker, **fields)
-            moved.text.append(str(block.text))
-            yield moved
+            yield moved, block.text
             block.kind, block.fields = "message", {"status": "completed"}
-            block.text.replace("")
-            yield block
-    for number in spoken.keys() - {conclusion}:
-        heading, *rest = sections[number]
-        said = [block for block in rest if block.kind == "message"]
-        words = count_words(said)
-        title = " ".join(spoken[number].groups())
+            yield block, ""
+    for heading in drafts:
+        said = [b for b in transcript.of(heading.section)[1:] if b.kind == "message"]
+        words, title = count_words(said), heading.text.partition("### ")[2]
         mark = marks.get(heading.speaker, "not ranked" if words else "")
         parts = (title, mark, words or "no answer")
-        texts = (str(block.text).strip() for block in said)
-        draft = "\n\n".join((f"### {title}", *texts))
-        heading.text.replace(render_fold(ROLE.join(filter(None, parts)), draft))
-        yield heading
+        draft = "\n\n".join((f"### {title}", *(block.text.strip() for block in said)))
+        yield heading, render_fold(ROLE.join(filter(None, parts)), draft)
         for block in said:
-            block.text.replace("")
-            yield block
+            yield block, ""
 
 
 def render_item(block: Block) -> Json:
     """A block as an item of a Responses-API output, as Open WebUI stores it."""
-    text, fields = str(block.text), {"status": "in_progress", **block.fields}
+    text, fields = block.text, {"status": "in_progress", **block.fields}
     content = [{"type": "output_text", "text": text}]
     item: Json = {"type": block.kind, "id": block.id, "speaker": block.speaker}
     match block.kind:
@@ -2781,7 +2738,7 @@ def render_checkpoint(transcript: Transcript, is_over: bool = False) -> list[Jso
     blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
     if not is_over:
         line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
-        line.text.append(_SAVED)
+        line.append(_SAVED)
         blocks.append(line)
     items = list(map(render_item, blocks))
     answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
@@ -2795,7 +2752,7 @@ def render_checkpoint(transcript: Transcript, is_over: bool = False) -> list[Jso
 
 def render_markdown(transcript: Transcript) -> str:
     """The transcript's headings and texts, as a client without a page reads them."""
-    texts = (str(block.text) for block in transcript.blocks if block.kind == "message")
+    texts = (block.text for block in transcript.blocks if block.kind == "message")
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
@@ -2807,7 +2764,7 @@ def plan_items(block: Block, place: int, only_grows: bool = False) -> Json | Non
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": place}
-    suffix, is_same = block.text.unsent(), block.sent_fields == block.fields
+    suffix, is_same = block.unsent(), block.sent_fields == block.fields
     is_same = is_same or only_grows and block.sent_fields is not None
     if is_same and suffix == "":
         return None
@@ -2825,7 +2782,7 @@ def plan_chunk(block: Block, place: int) -> Json | None:
     Reasoning goes out as `reasoning_content`; tool calls were ours to run and are not
     shown, because a client would take them for its own to run.
     """
-    suffix = block.text.unsent()
+    suffix = block.unsent()
     if not suffix or block.fields.get("passing"):
         return None
     if block.kind == "message":
@@ -3605,24 +3562,12 @@ def chat_sampling(body: Json, defaults: Json, own: Json) -> Json:
     }
 
 
-def _nobody_left(problems: Sequence[str]) -> ConversationError:
-    reasons = " ".join(problems) or "There is no chat model that you may use."
-    return ConversationError(
-        f"Nobody can take part in this conversation. {reasons} Choose participants "
-        "in the valves of this model, or ask an admin for access to models."
-    )
-
-
-def _choose_leader(
-    settings: Settings, seats: Sequence[Seat], cards: Cards
-) -> tuple[str, str]:
-    """The model that leads, and what is wrong with the one that should."""
-    first = seats[0].model_id if seats else ""
+def _find_leader(wanted: str, cards: Cards) -> tuple[str, str]:
+    """The id of the model that shall lead, if one is wanted, and what is wrong."""
     try:
-        wanted = settings.manager_model if seats else ""
-        return find_model(wanted, cards).id if wanted else first, ""
+        return find_model(wanted, cards).id if wanted else "", ""
     except ConversationError as error:
-        return first, str(error)
+        return "", str(error)
 
 
 def _tell_problems(
@@ -3650,44 +3595,45 @@ async def resolve_cast(
     """
     seats, problems = choose_seats(settings, cards)
     chairs = choose_chair(settings, cards, seats)
-    leader, misled = _choose_leader(settings, seats, cards)
+    leader, misled = _find_leader(settings.manager_model if seats else "", cards)
     asked = (*(seat.model_id for seat in (*seats, *chairs)), leader)
     wanted = dict.fromkeys(filter(None, asked))
     pipe_id = str((host.metadata.get("model") or {}).get("id") or body["model"])
     params, defaults = await host.model_params([*wanted, pipe_id])
-    readable = host.readable(settings, defaults, params.get(pipe_id, {}))
+    preset = params.get(pipe_id, {})
+    readable = host.readable(settings, defaults, preset)
     problems = _tell_problems(settings, problems, misled, readable)
+    chosen = chat_sampling(body, defaults, preset)
+    window = {name: chosen[name] for name in chosen if name == "num_ctx"}
+    own = {i: params.get(i, {}) | window for i in wanted}
     prepared = await asyncio.gather(
-        *(host.voice(cards[i], params.get(i, {}), defaults, settings) for i in wanted)
+        *(host.voice(cards[i], own[i], defaults, settings) for i in wanted)
     )
     voices = dict(zip(wanted, prepared, strict=True))
-    chosen = chat_sampling(body, defaults, params.get(pipe_id, {}))
-    window = {"window": chosen["num_ctx"]} if "num_ctx" in chosen else {}
-    usable = {
-        i: replace(v, **window) for i, v in voices.items() if isinstance(v, Voice)
-    }
+    usable = {i: voice for i, voice in voices.items() if isinstance(voice, Voice)}
     for seat in seats:
-        lost = (f"its model cannot be prepared: {voices[seat.model_id]}",)
-        found = usable[seat.model_id].problems if seat.model_id in usable else lost
+        voice = voices[seat.model_id]
+        lost = (f"its model cannot be prepared: {voice}",)
+        found = voice.problems if isinstance(voice, Voice) else lost
         problems += [f"{seat.alias}: {problem}." for problem in found]
     present = [seat for seat in seats if seat.model_id in usable]
     if not present:
-        raise _nobody_left(problems)
+        reasons = " ".join(problems) or "There is no chat model that you may use."
+        raise ConversationError(
+            f"Nobody can take part in this conversation. {reasons} Choose participants "
+            "in the valves of this model, or ask an admin for access to models."
+        )
     aliases = [seat.alias for seat in present]
     chairs = [seat for seat in chairs if seat.model_id in usable]
     participants = {}
     for colour, seat in zip(COLOURS, (*present, *chairs), strict=False):
         voice = usable[seat.model_id]
-        told = render_system(settings, seat, aliases, voice, system)
-        participants[seat.alias] = Participant(seat.alias, colour, told, voice)
-    return Cast(
-        participants,
-        usable.get(leader, usable[present[0].model_id]),
-        tuple(dict.fromkeys(problems)),
-        not (settings.team.strip() or settings.participants),
-        chosen,
-        "".join(seat.alias for seat in chairs),
-    )
+        prompt = render_system(settings, seat, aliases, voice, system)
+        participants[seat.alias] = Participant(seat.alias, colour, prompt, voice)
+    manager = usable.get(leader, usable[present[0].model_id])
+    told, chair = tuple(dict.fromkeys(problems)), "".join(s.alias for s in chairs)
+    by_default = not (settings.team.strip() or settings.participants)
+    return Cast(participants, manager, told, by_default, chosen, chair)
 
 
 # ======================================================================================
@@ -3695,6 +3641,7 @@ async def resolve_cast(
 # ======================================================================================
 
 
+@dataclass(slots=True)
 class Emitter:
     """Makes the client's copy of the transcript follow the real one, at its pace.
 
@@ -3702,38 +3649,29 @@ class Emitter:
     every `interval` seconds, and less often where an update costs the page more, the
     noted blocks are compared with what was sent, and per block nothing, the new suffix,
     or the block whole goes out: never the transcript.
-    A block the client does not have yet goes out at once. `in_order`: not before all
-    that stands above it, so that nothing moves. `flushes` counts them, and so many
-    items of the message stand `before` the transcript.
+    A block the client does not have yet goes out at once, if the transcript may show
+    it. So many items of the message stand `before` the transcript.
     """
 
-    def __init__(
-        self,
-        transcript: Transcript,
-        plan: Callable[[Block, int], Json | None],
-        interval: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.flushes = 0
-        self.before = 0
-        self.in_order = False
-        self._transcript = transcript
-        self._plan = plan
-        self._interval = interval
-        self._clock = clock
-        self._shown: set[Block] = set()  # also those that are held back
-        self._noted: set[Block] = set()
-        self._due = asyncio.Event()
-        self._nearly_due = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-        self._flushed_at = clock() - interval
-        self._cost = 1.0  # of the last flush, in intervals
-        self._closed = False
+    transcript: Transcript
+    plan: Callable[[Block, int], Json | None]
+    interval: float
+    clock: Callable[[], float] = time.monotonic
+    flushes: int = 0
+    before: int = 0
+    _shown: set[Block] = field(default_factory=set)  # also those that are held back
+    _noted: set[Block] = field(default_factory=set)
+    _due: asyncio.Event = field(default_factory=asyncio.Event)
+    _nearly_due: asyncio.Event = field(default_factory=asyncio.Event)
+    _timer: asyncio.TimerHandle | None = None
+    _flushed_at: float = float("-inf")
+    _cost: float = 1.0  # of the last flush, in intervals
+    _closed: bool = False
 
-    def emit_replace(self, block: Block, text: str | GrowingText) -> None:
-        """This block now reads `text`: its own growing text, or any other."""
-        if text is not block.text:
-            block.text.replace(str(text))
+    def emit_replace(self, block: Block, text: str | None = None) -> None:
+        """This block now reads `text`; without one, it has grown or changed."""
+        if text is not None:
+            block.replace(text)
         self._noted.add(block)
         if block not in self._shown:
             self._wake()
@@ -3746,10 +3684,6 @@ class Emitter:
         if self._timer:
             await self._nearly_due.wait()
 
-    def may_send(self, block: Block) -> bool:
-        """Whether it is held back no more."""
-        return not self.in_order or self._transcript.is_next(block)
-
     def nudge(self) -> None:
         """Something that was held back may go out now."""
         if self._noted:
@@ -3758,7 +3692,7 @@ class Emitter:
     def close(self) -> None:
         """Nothing more will come: `frames` ends after the last, exact frame."""
         self._closed = True
-        self.in_order = False
+        self.transcript.in_order = False
         self._wake()
 
     def flush(self) -> list[Json]:
@@ -3771,16 +3705,16 @@ class Emitter:
         # benchmarks, what the page is busy with: three blocks that grow at once, 5,000
         # characters of one, or a message of 60,000 cost one interval. The costliest
         # update waits for four: half a second is still seen to flow.
-        for block in self._transcript.blocks:
-            if block in noted and not self.may_send(block):
+        for block in self.transcript.blocks:
+            if block in noted and not self.transcript.may_show(block):
                 self._noted.add(block)
             elif block in noted:
-                events.append(self._plan(block, place))
+                events.append(self.plan(block, place))
                 block.mark_sent()
-                drawn += 0.3 + block.text.length / 5000
+                drawn += 0.3 + block.length / 5000
             if block.sent_fields is not None:
                 place += 1
-                whole += block.text.length / 60_000
+                whole += block.length / 60_000
         self._cost = min(max(drawn + whole, 1.0), 4.0)
         return list(filter(None, events))
 
@@ -3795,7 +3729,7 @@ class Emitter:
             if not self._due.is_set():
                 continue
             self._due.clear()
-            self._flushed_at = self._clock()
+            self._flushed_at = self.clock()
             for event in self.flush():
                 yield event
             if self._closed and not self._noted:
@@ -3804,7 +3738,7 @@ class Emitter:
     def _set_timer(self) -> None:
         """See to it that there is a flush as soon as the interval is over."""
         if self._timer is None:
-            wait = self._flushed_at + self._interval * self._cost - self._clock()
+            wait = self._flushed_at + self.interval * self._cost - self.clock()
             if wait > 0:
                 loop = asyncio.get_running_loop()
                 self._timer = loop.call_later(wait, self._wake)
@@ -3862,7 +3796,6 @@ class Screen:
     continued: bool  # there is a beginning of the reply, which the host keeps
     ours: dict[str, Block] = field(default_factory=dict)  # sections of ours, by key
     marks: dict[str, str] = field(default_factory=dict)  # of drafts, once they may fold
-    progress: Block | None = None
 
     def add_line(self, speaker: str, line: str, section: int, **fields: Any) -> Block:
         """A line of ours in a section."""
@@ -3873,31 +3806,26 @@ class Screen:
         self.emitter.emit_replace(block, gap + line)
         return block
 
-    def publish(self, key: str, text: str, **fields: Any) -> None:
+    def publish(self, key: str, text: str, section: int = 0, **fields: Any) -> None:
         """A section of ours; a later text with the same key takes its place."""
         block = self.ours.get(key)
         if block and (self.can_replace or block.section in self.transcript.growing):
             self.emitter.emit_replace(block, text)
         else:  # also where a client that can only append has the text before
-            section = self.transcript.open_section()
+            section = section or self.transcript.open_section()
             self.ours[key] = self.add_line("", text, section, **fields)
             if self.can_replace:
-                self.transcript.close_section(section)
+                self.close(section)
 
     def show_progress(self, text: str = "") -> None:
         """The last line, which is replaced in place; without a text it goes away."""
-        if self.progress and str(self.progress.text) != text:
-            self.emitter.emit_replace(self.progress, text)
-        elif text and self.can_replace and not self.progress:
-            self.progress = self.add_line("", text, LAST, passing=True)
+        if self.can_replace and (text or "progress" in self.ours):
+            self.publish("progress", text, LAST, passing=True)
 
     def fold(self) -> None:
         """The conclusion first; the drafts below it become one line each."""
-        outcome = self.ours["outcome"]
-        ranking = self.ours.get("ranking", outcome)  # two answers have none
-        ours = outcome.section, ranking.section
-        for block in fold_drafts(self.transcript, *ours, self.marks):
-            self.emitter.emit_replace(block, block.text)
+        for block, text in fold_drafts(self.transcript, self.ours, self.marks):
+            self.emitter.emit_replace(block, text)
 
     def notice(self, line: str) -> None:
         """A notice of ours, outside of all sections of speakers."""
@@ -3905,8 +3833,11 @@ class Screen:
 
     def fix(self) -> None:
         """What was published so far stays as it is: a client may have it."""
-        for block in self.ours.values():
-            self.transcript.close_section(block.section)
+        self.close(*(block.section for block in self.ours.values()))
+
+    def close(self, *sections: int) -> None:
+        """Nothing more comes into these; what stands below them may be seen."""
+        self.transcript.growing.difference_update(sections)
         self.emitter.nudge()
 
 
@@ -3970,17 +3901,6 @@ class Figures:
     streaming: float = 0.0
     streamed: int = 0
 
-    def count(self, begun: float, first: float | None, end: float, tokens: int) -> None:
-        """Add one model call; `first` is when its first token came, if it did."""
-        self.calls += 1
-        if first is None:
-            return
-        if self.first_token is None:
-            self.first_token = first - begun
-        if end - first > 0.2:  # s; a shorter reply came all at once
-            self.streaming += end - first
-            self.streamed += tokens
-
     def report(self) -> Json:
         """Usage, calls and speed, as far as they are known."""
         report: Json = {**self.usage, "calls": self.calls}
@@ -3999,26 +3919,29 @@ class Ledger:
     usage: Json = field(default_factory=dict)
     figures: dict[str, Figures] = field(default_factory=dict)
     turns: int = 0
+    calls: int = 0
     begun: float = field(default_factory=time.monotonic)
 
     def tokens(self) -> int:
         """How many tokens were used, as far as providers report them."""
         return int(self.usage.get("total_tokens", 0))
 
-    @property
-    def calls(self) -> int:
-        """How many model calls there were."""
-        return sum(figures.calls for figures in self.figures.values())
-
     def count_call(self, speaker: str, usage: Json, deadline: Deadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
         figures = self.figures.setdefault(speaker, Figures())
+        self.calls += 1
+        figures.calls += 1
         counted = self.add_usage({}, usage) if usage else {}
-        tokens = counted.get("output_tokens", 0)
-        figures.count(deadline.begun, deadline.first_at, deadline.now(), tokens)
         if counted:
             self.usage = self.add_usage(self.usage, counted)
             figures.usage = self.add_usage(figures.usage, counted)
+        if (first := deadline.first_at) is None:
+            return
+        if figures.first_token is None:
+            figures.first_token = first - deadline.begun
+        if (seconds := deadline.now() - first) > 0.2:  # a shorter one came all at once
+            figures.streaming += seconds
+            figures.streamed += counted.get("output_tokens", 0)
 
     def report(self) -> Json:
         """The usage of the run, with everybody's share and speed; {} if none came."""
@@ -4047,6 +3970,7 @@ class Deadline:
         self.now = time.monotonic  # as the loop's clock
         self.begun = self.heard_at = self.now()
         self.first_at: float | None = None
+        self.admitted_at: float | None = None  # its first call; until then it is queued
         self.dialog: asyncio.Timeout | None = None  # ends when it says something
         what = "it said nothing for" if silence else "it took longer than"
         self._reason = f"{what} {seconds:g} s"
@@ -4232,6 +4156,7 @@ class Reply:
 
 
 _SKIP, _GO_ON = "Skip it", "Go on with what is there"  # answers of the person
+_EMPTY = 204  # No Content
 MOST_FAILURES = 2  # in a row, after which a model is not asked again
 MOST_IN_ALL = 5_000_000  # characters of all replies
 # Of this process, for all runs: places at a connection, and runs going by ceiling.
@@ -4270,8 +4195,6 @@ class ModelCalls:
     ledger: Ledger
     emitter: Emitter
     busy: dict[str, str] = field(default_factory=dict)  # who is waited for, and why
-    # when a speaker's first call in a stage got its slot; until then it is queued
-    admitted: dict[tuple[int, str], float] = field(default_factory=dict)
     # stages in which some have answered and several have not -> `_GO_ON`, once said
     enough: dict[int, str] = field(default_factory=dict)
     _gates: dict[str, ConnectionGate] = field(default_factory=dict)
@@ -4332,14 +4255,13 @@ class ModelCalls:
             reply = begin()
             try:
                 await self._read(call, reply, streams)
-                if reply.text or reply.calls:
-                    self._failures[model_id] = 0
-                    return reply
-                failure = ModelFailure("it gave an empty answer, asked twice")
-                empty = True
+                if not (reply.text or reply.calls):
+                    raise ModelFailure("it gave an empty answer, asked twice", _EMPTY)
+                self._failures[model_id] = 0
+                return reply
             except ModelFailure as error:
-                failure, empty = error, False
-                failure.midway = reply.spoke
+                failure, empty = error, error.status == _EMPTY
+                failure.midway = reply.spoke and not empty
             pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
             patient = waited + pause <= self.settings.busy_patience
             rejected = "stream_options" in str(failure) and not failure.midway
@@ -4411,7 +4333,7 @@ class ModelCalls:
                     await held.enter_async_context(place)
             first = settings.first_token_timeout if streams else call.clock.seconds
             deadline = Deadline(first, settings.silence_timeout)
-            self.admitted.setdefault((call.stage, call.speaker), deadline.begun)
+            call.clock.admitted_at = call.clock.admitted_at or deadline.begun
             try:
                 yield deadline
             finally:
@@ -4479,8 +4401,8 @@ class Section:
     names: Mapping[str, str] = field(default_factory=dict)  # what it says for them
     number: int = 0  # its place, from when it has one
     task: asyncio.Task[Any] = field(init=False)
+    messages: list[Json] = field(default_factory=list)  # its replies, in its own view
     _reply: ShownReply | None = None  # until it is recorded
-    _messages: list[Json] = field(default_factory=list)
     _failure: str | None = None
     _unanswered: dict[str, Block] = field(default_factory=dict)
 
@@ -4488,15 +4410,13 @@ class Section:
         """It takes the next place; who is not announced is seen once it speaks."""
         if self.number:
             return
-        self.screen.fix()
-        self.number = self.screen.transcript.open_section()
-        blocks, alias = self.screen.transcript.blocks, self.participant.alias
-        first = all(block.fields.get("passing") for block in blocks)
-        rule = RULE if self.screen.continued or not first else ""
-        name = f"{alias}{ROLE}{self.role}" if self.role else alias
-        line = f"{rule}### {self.participant.colour} {name}"
-        model_id = self.participant.voice.model_id
-        self.screen.add_line(alias, line, self.number, model=model_id)
+        screen, me = self.screen, self.participant
+        screen.fix()
+        self.number = screen.transcript.open_section()
+        above = [b for b in screen.transcript.blocks if not b.fields.get("passing")]
+        line = RULE if screen.continued or above else ""
+        line += ROLE.join(filter(None, (f"### {me.colour} {me.alias}", self.role)))
+        screen.add_line(me.alias, line, self.number, model=me.voice.model_id)
 
     def add(self, kind: BlockKind, **fields: Any) -> Block:
         """A new block at the end of the section."""
@@ -4516,36 +4436,34 @@ class Section:
         self._unanswered[call_id] = card
         return card
 
-    def record(self, reply: Reply, results: Sequence[ToolResult]) -> list[Json]:
-        """What a reply and its tool results are in the participant's own view."""
+    def record(self, reply: Reply, results: Sequence[ToolResult]) -> None:
+        """Keep a reply and its tool results as the participant will read them."""
         message: Json = {"role": "assistant", "content": reply.text}
-        messages = [message]
+        self.messages.append(message)
         urls: list[str] = []
         for call, result in zip(reply.calls, results, strict=True):
             function = {"name": call.name, "arguments": echo_arguments(call.arguments)}
             made = {"id": call.id, "type": "function", "function": function}
             message.setdefault("tool_calls", []).append(made)
             answer = {"role": "tool", "tool_call_id": call.id, "content": result.text}
-            messages.append(answer)
+            self.messages.append(answer)
             urls += result.images
         if urls and self.participant.voice.sees:
             images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
             note = {"type": "text", "text": TOOL_IMAGES}
-            messages.append({"role": "user", "content": [note, *images]})
-        self._messages += messages
+            self.messages.append({"role": "user", "content": [note, *images]})
         self._reply = None
-        return messages
 
     def show_result(self, call_id: str, result: ToolResult) -> None:
         """A tool call has its answer."""
-        fields: Json = {"call_id": call_id}
-        fields["status"] = "failed" if result.failed else "completed"
+        status = "failed" if result.failed else "completed"
         card = self._unanswered.pop(call_id)
-        card.fields |= fields
-        self.screen.emitter.emit_replace(card, card.text)
+        card.fields["status"] = status
+        self.screen.emitter.emit_replace(card)
         given = {"files": result.files, "embeds": result.embeds}
         given["images"] = result.image_urls
-        fields |= {name: list(found) for name, found in given.items() if found}
+        fields: Json = {name: list(found) for name, found in given.items() if found}
+        fields |= {"call_id": call_id, "status": status}
         block = self.add("function_call_output", **fields)
         self.screen.emitter.emit_replace(block, result.text)
 
@@ -4554,7 +4472,7 @@ class Section:
         an answer, and a line says why, unless it is to be quiet."""
         self._failure = reason
         if self._reply and self._reply.text:
-            self._messages.append({"role": "assistant", "content": self._reply.text})
+            self.messages.append({"role": "assistant", "content": self._reply.text})
         for call_id in list(self._unanswered):
             self.show_result(call_id, ToolResult(f"Error: {reason}", True))
         if self.number or self.role != CONCLUSION:
@@ -4570,21 +4488,20 @@ class Section:
         self.show_heading()
         if self.screen.can_replace:
             self.screen.transcript.late.add(self.number)
-            self.screen.transcript.close_section(self.number)
-            self.screen.emitter.nudge()
+            self.screen.close(self.number)
 
-    def describe(self, asked: float | None, busy: str = "") -> str:
+    def describe(self, busy: str = "") -> str:
         """A line on how far it is, where nothing of it is seen yet or its model is
         `busy`; else nothing."""
         said = self.screen.transcript.of(self.number)[1:]  # below the heading
         is_done = self.task.done()
-        seen = self.screen.emitter.may_send(said[0]) if said else is_done
+        seen = self.screen.transcript.may_show(said[0]) if said else is_done
         if seen and not busy:
             return ""
         words = count_words(said)
         state = "done" if is_done else "writing" if words else "thinking"
         if not said:
-            state = "queued" if asked is None else "waiting"
+            state = "waiting" if self.clock.admitted_at else "queued"
         who = f"{self.participant.colour} {self.participant.alias}"
         return f"{who} · {busy or state}" + (f", {words}" if words else "")
 
@@ -4594,7 +4511,7 @@ class Section:
 
     def turn(self) -> Turn:
         """What is left of the section for the rest of the conversation."""
-        messages = list(self._messages)
+        messages = list(self.messages)
         said = [m["content"] for m in messages if m["role"] == "assistant"]
         if messages and messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": "(broke off)"})
@@ -4623,10 +4540,20 @@ class ShownReply(Reply):
         """Show one event."""
         match event:
             case TextDelta(text, kind):
-                self._add_text(kind, text)
+                if text and kind != self._kind:
+                    self._pause()
+                    self._kind = kind
+                self._show(self._guard.feed(self._names.feed(text)))
             case ToolCallDelta():
                 self._pause()
-                self._add_call_piece(event)
+                self.spoke = True
+                call = self._pieces.feed(event)
+                if call not in self._cards:
+                    self._cards[call] = self._section.add_card()
+                card = self._cards[call]
+                card.fields["name"] = call.name
+                card.append(event.arguments)
+                self._emit(card)
             case _:
                 super().apply(event)
 
@@ -4634,7 +4561,7 @@ class ShownReply(Reply):
         """Nothing more comes: its text, and its tool calls with ids of our own."""
         self._pause()
         # joined as the host joins the blocks of a message
-        self.text = "\n".join(str(block.text) for block in self._texts).strip()
+        self.text = "\n".join(block.text for block in self._texts).strip()
         for open_call, argument_texts in self._pieces.close():
             for arguments in argument_texts:
                 card = self._cards.pop(open_call, None) or self._section.add_card()
@@ -4643,12 +4570,6 @@ class ShownReply(Reply):
                 call_id = card.fields["call_id"]
                 self.calls.append(ToolCall(call_id, open_call.name, arguments))
 
-    def _add_text(self, kind: BlockKind, text: str) -> None:
-        if text and kind != self._kind:
-            self._pause()
-            self._kind = kind
-        self._show(self._guard.feed(self._names.feed(text)))
-
     def _show(self, text: str) -> None:
         if self._kind == "message" and not self._texts:
             text = text.lstrip()
@@ -4656,14 +4577,12 @@ class ShownReply(Reply):
             return
         self.spoke = True
         if self._open is None:
-            self._open, self._opened_at = (
-                self._section.add(self._kind),
-                time.monotonic(),
-            )
+            self._open = self._section.add(self._kind)
+            self._opened_at = time.monotonic()
             if self._kind == "message":
                 self._texts.append(self._open)
-        self._open.text.append(text)
-        self._emit(self._open, self._open.text)
+        self._open.append(text)
+        self._emit(self._open)
 
     def _pause(self) -> None:
         """The text pauses here: what comes later begins a block, and so a line."""
@@ -4673,17 +4592,7 @@ class ShownReply(Reply):
         if block is not None and block.kind == "reasoning":
             seconds = time.monotonic() - self._opened_at
             block.fields |= {"status": "completed", "duration": round(seconds, 1)}
-            self._emit(block, block.text)
-
-    def _add_call_piece(self, delta: ToolCallDelta) -> None:
-        self.spoke = True
-        call = self._pieces.feed(delta)
-        card = self._cards.get(call)
-        if card is None:
-            card = self._cards[call] = self._section.add_card()
-        card.fields["name"] = call.name
-        card.text.append(delta.arguments)
-        self._emit(card, card.text)
+            self._emit(block)
 
 
 # -- the run of a mode -----------------------------------------------------------------
@@ -4743,12 +4652,6 @@ class Run:
             await host.show_status(self._describe_end(reason), done=True)
             patience = 0 if was_cancelled() else self.settings.busy_patience
             await self.saver.finish(patience)
-
-    def go_on_after(self, items: list[Json] | None) -> None:
-        """The message has these items already, which are saved with the new ones."""
-        self.saver.before = items
-        if not self.host.can_replace:  # nor does the host count from the new ones
-            self.screen.emitter.before = len(items or ())
 
     async def _converse(self, mode: Mode) -> str:
         """From the first to the last word; gives why it ended."""
@@ -4833,14 +4736,11 @@ class Run:
         screen.fix()
 
     def _describe_end(self, reason: str) -> str:
-        ledger = self.ledger
+        ledger, turns = self.ledger, self.ledger.turns
         seconds = time.monotonic() - ledger.begun
-        plural = "" if ledger.turns == 1 else "s"
-        parts = [reason, f"{ledger.turns} turn{plural}", f"{seconds:.1f} s"]
+        parts = [reason, f"{turns} turn{'s' * (turns != 1)}", f"{seconds:.1f} s"]
         if ledger.usage:
             parts.append(f"{ledger.usage['total_tokens']:,} tokens")
-        if ledger.calls != ledger.turns:
-            parts.append(f"{ledger.calls} model calls")
         if self.cast.by_default:
             parts.append("choose who talks with the Valves button beside the input")
         return " · ".join(parts)
@@ -4856,10 +4756,8 @@ class Run:
         known = [k for k in _FIGURES if any(k in each for each in reports.values())]
         titles = " | ".join(_FIGURES[k][0] for k in known)
         lines = [f"| | {titles} |", "|---" * len(known) + "|---|"]
-        for alias, each in reports.items():
-            cells = (
-                _FIGURES[k][1].format(each[k]) if k in each else "–" for k in known
-            )
+        for alias, row in reports.items():
+            cells = [_FIGURES[k][1].format(row[k]) if k in row else "–" for k in known]
             lines.append(f"| {alias} | {' | '.join(cells)} |")
         return render_fold(line[2:], "\n".join(lines)) if known else line
 
@@ -4870,19 +4768,16 @@ class Run:
         who = ", ".join(step.aliases)
         if step.note:
             await self.host.show_status(f"{who} · {step.note}", done=True)
-        if len(step.aliases) > 1:
-            self.screen.show_progress(f"{PROGRESS}waiting for {who}")
         announced = len(step.aliases) == 1 or self.settings.all_at_once
         sections = {}
         for alias in step.aliases:
-            clock = Deadline(self.settings.turn_timeout)
+            call = self._call(alias, step.brief, stage, step.names)
             speaker = self.cast.participants[alias]
-            section = Section(self.screen, speaker, clock, step.role, step.names)
+            section = Section(self.screen, speaker, call.clock, step.role, step.names)
             # a chair's is shown once it says something
             if announced and step.role != CONCLUSION:
                 section.show_heading()
-            turn = self._take_turn(section, step.brief, stage)
-            section.task = self.tasks.create_task(turn)
+            section.task = self.tasks.create_task(self._take_turn(section, call))
             sections[alias] = section
         done = await self._wait_in_view(sections, "answered", stage, step.quorum)
         late = [section for alias, section in sections.items() if alias not in done]
@@ -4899,25 +4794,21 @@ class Run:
     async def _judge(self, step: Judge, stage: int) -> list[Ballot | str]:
         """Everybody's ballot, asked for at the same time, or why it was lost."""
         await self.host.show_status("Members judge each other", done=False)
-        self.screen.show_progress(f"{PROGRESS}the members judge each other")
         voters = {}
         for paper in step.papers:
-            speaker, clock = self.cast.participants[paper.voter], Deadline(0)
-            voter = voters[paper.voter] = Section(self.screen, speaker, clock)
-            ballot = self._cast_ballot(paper, step.read, stage)
+            call = self._call(paper.voter, paper.brief, stage, {})
+            speaker = self.cast.participants[paper.voter]
+            voter = voters[paper.voter] = Section(self.screen, speaker, call.clock)
+            ballot = self._cast_ballot(call, paper, step.read)
             voter.task = self.tasks.create_task(ballot)
         done = await self._wait_in_view(voters, "judged", stage)
         await end_tasks(*(voter.task for voter in voters.values()))
         return [done.get(who, "it was late") for who in voters]
 
     async def _cast_ballot(
-        self, paper: BallotPaper, read: Callable[..., Ballot | str], stage: int
+        self, call: ModelCall, paper: BallotPaper, read: Callable[..., Ballot | str]
     ) -> Ballot | str:
         """A voter's ballot: asked, and asked again with what was wrong."""
-        voter = self.cast.participants[paper.voter]
-        clock = Deadline(self.settings.turn_timeout)
-        prompt = self._prompt(voter, paper.brief, {})
-        call = ModelCall(voter.alias, voter.voice, prompt, clock, stage)
         for _ in range(2):
             try:
                 text = await self.models.text(call)
@@ -4959,87 +4850,65 @@ class Run:
             self.entries.append(Turn("", said))
         return said
 
-    def _prompt(
-        self, participant: Participant, brief: str, names: Mapping[str, str]
-    ) -> Prompt:
+    def _call(
+        self, alias: str, brief: str, stage: int, names: Mapping[str, str]
+    ) -> ModelCall:
         """What a participant is asked now; the cut is the same for all that have the
         same limit."""
         entries, everybody = list(self.entries), self.cast.participants
-        limit_of = self.models.limit_of
+        speaker, limit_of = everybody[alias], self.models.limit_of
 
         def prompt(limit: int) -> list[Json]:
-            own, heard = limit_of(participant.voice), entries
+            own, heard = limit_of(speaker.voice), entries
             if own < _ANY_LENGTH:
                 peers = [p for p in everybody.values() if limit_of(p.voice) == own]
                 fixed = max(tokens_of(f"{p.system}{p.voice.specs}") for p in peers)
                 room = limit - fixed - tokens_of(brief)
                 heard = shorten(entries, room, tuple(everybody))
-            return messages_for(participant, hide_speakers(heard, names), brief)
+            return messages_for(speaker, hide_speakers(heard, names), brief)
 
-        return prompt
+        clock = Deadline(self.settings.turn_timeout)
+        return ModelCall(alias, speaker.voice, prompt, clock, stage)
 
     async def _wait_in_view(
         self, sections: Mapping[str, Section], what: str, stage: int, quorum: int = 0
     ) -> Json:
         """What is there by name once the quorum is, or everybody is done or has had its
-        time since its call was let in; shows each second who of several is missing.
-        """
+        time since its call was let in; shows each second who is not seen yet, of one
+        alone only that its model is busy."""
         clock, limit = asyncio.get_running_loop().time, self.settings.answer_deadline
-        begun = clock()
-        done: Json = {}
-        there: dict[str, float] = {}  # who did not fail, and after how long
-        while pending := [s.task for s in sections.values() if not s.task.done()]:
-            one = asyncio.FIRST_COMPLETED
-            await asyncio.wait(pending, timeout=1, return_when=one)
-            now = clock()
+        begun, busy = clock(), self.models.busy
+        await asyncio.sleep(0)  # all begin, and are let in where there is room
+        while True:
+            now, waiting = clock(), [s for s in sections.values() if not s.task.done()]
             ended = {who: s.task for who, s in sections.items() if s.task.done()}
             done = {who: task.result() for who, task in ended.items()}
-            for who, result in done.items():
-                match result:
-                    case Turn(failure=None) | Ballot():
-                        there.setdefault(who, now - begun)
-            silent = [who for who in sections if who not in done]
-            since = {who: self.models.admitted.get((stage, who)) for who in silent}
-            late = all(at is not None and now - at > limit for at in since.values())
-            if (quorum and len(there) >= quorum) or (late and there):
-                break
-            if there and silent[1:]:
+            kept = [each for each in done.values() if not isinstance(each, str)]
+            there = sum(isinstance(each, Ballot) or not each.failure for each in kept)
+            since = [section.clock.admitted_at for section in waiting]
+            late = all(at is not None and now - at > limit for at in since)
+            if not waiting or (quorum and there >= quorum) or (late and there):
+                self.screen.show_progress()
+                return done
+            if there and waiting[1:]:
                 self.models.enough.setdefault(stage, "")
-            text = f"{len(there)} of {len(sections)} {what} · {now - begun:.1f} s"
-            text = self._describe_progress(text, sections, there, since)
-            self.screen.show_progress(text)
-        self.screen.show_progress()
-        return done
-
-    def _describe_progress(
-        self,
-        text: str,
-        sections: Mapping[str, Section],
-        there: Mapping[str, float],
-        since: Mapping[str, float | None],
-    ) -> str:
-        """Behind this text, who was fastest, and a line for each who is not seen yet;
-        of one alone only that its model is busy."""
-        busy = self.models.busy
-        if len(sections) == 1:
-            told = " · ".join(f"{who} · {why}" for who, why in busy.items())
-            return f"{PROGRESS}{told}" if busy else ""
-        for who in list(there)[:1]:
-            text += f" · fastest {who} {there[who]:.1f} s"
-        for who, section in sections.items():
-            line = section.describe(since.get(who), busy.get(who, ""))
-            text += f"\n> {line}" if line else ""
-        return f"{PROGRESS}{text}"
+            text = f"{PROGRESS}{there} of {len(sections)} {what} · {now - begun:.1f} s"
+            for who, section in sections.items():
+                line = section.describe(busy.get(who, ""))
+                text += f"\n> {line}" if line else ""
+            self.screen.show_progress(text if busy or len(sections) > 1 else "")
+            tasks, one = [s.task for s in waiting], asyncio.FIRST_COMPLETED
+            await asyncio.wait(tasks, timeout=1, return_when=one)
 
     # -- a turn ------------------------------------------------------------------------
 
-    async def _take_turn(self, section: Section, brief: str, stage: int) -> Turn:
+    async def _take_turn(self, section: Section, call: ModelCall) -> Turn:
         """One participant's turn; its failure is part of it, and however it ends every
         tool call has an answer: the host would run an open one."""
         failure: str | None = "it was ended by an internal error"
         try:
             async with section.clock.running():
-                await self._speak_until_done(section, brief, stage)
+                await self._speak_until_done(section, call)
             failure = None
         except ModelFailure as error:
             failure = str(error)
@@ -5049,20 +4918,16 @@ class Run:
                 section.fail("it was stopped" if stopped else failure, stopped)
             if section in self.late and not stopped:
                 self.late.remove(section)
-                late = "not counted: the others had gone on"
-                section.notice(f"{PROGRESS}{late}")
-            self.screen.transcript.close_section(section.number)
-            self.screen.emitter.nudge()
+                section.notice(f"{PROGRESS}not counted: the others had gone on")
+            self.screen.close(section.number)
             self.saver.due.set()
         self.ledger.turns += 1
         return section.turn()
 
-    async def _speak_until_done(self, section: Section, brief: str, stage: int) -> None:
+    async def _speak_until_done(self, section: Section, call: ModelCall) -> None:
         """Replies and tools, until there are no more; raises `ModelFailure`."""
-        participant, clock = section.participant, section.clock
-        alias, voice = participant.alias, participant.voice
-        prompt = self._prompt(participant, brief, section.names)
-        call = ModelCall(alias, voice, prompt, clock, stage, (), self.cast.parameters)
+        voice, chosen = call.voice, self.cast.parameters
+        call = replace(call, parameters=chosen, said=section.messages)
         if voice.legacy and voice.tools:
             runner = partial(self._run_legacy_tool, section)
             asked = self.models.messages(call)
@@ -5078,7 +4943,7 @@ class Run:
                 raise ModelFailure(f"it still called tools after {most} tool rounds")
             messages = self.models.messages(call) if reply.calls else []
             results = await self._run_tools(section, reply.calls, messages)
-            call = replace(call, said=[*call.said, *section.record(reply, results)])
+            section.record(reply, results)
             if not reply.calls:
                 break
 
@@ -5202,24 +5067,17 @@ class Pipe:
         except ConversationError as error:
             if host.in_chat:
                 raise
-            return _refuse(error, bool(body.get("stream")))
+            # the host would answer with status 200 and a shape of its own
+            told = {"error": {"message": str(error), "type": "invalid_request_error"}}
+            if body.get("stream"):
+                return reply_items(told)
+            text = iter([json.dumps(told, ensure_ascii=False)])
+            return StreamingResponse(text, 400, media_type="application/json")
         if not body.get("stream"):
             return await reply_whole(run, mode, body["model"])
         if host.in_chat:
             return stream_items(run, mode)
         return stream_chunks(run, mode, body["model"])
-
-
-def _refuse(
-    error: ConversationError, stream: bool
-) -> AsyncGenerator[Json, None] | StreamingResponse:
-    """An error as an API client reads it: a chunk of a stream, or an HTTP response;
-    the host would answer an exception with status 200 and a shape of its own."""
-    body = {"error": {"message": str(error), "type": "invalid_request_error"}}
-    if stream:
-        return reply_items(body)
-    text = iter([json.dumps(body, ensure_ascii=False)])
-    return StreamingResponse(text, status_code=400, media_type="application/json")
 
 
 def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
@@ -5238,7 +5096,8 @@ def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
 async def _prepare(
     host: Host, valves: Settings, user_settings: UserSettings | None, body: Json
 ) -> tuple[Run, Mode]:
-    """A run that is ready to go, with its mode; raises `ConversationError`."""
+    """A run that is ready to go, with its mode, or a vote on what was said before;
+    raises `ConversationError`."""
     mode_id = _choose_mode(body, user_settings)
     row = MODES[mode_id]
     try:
@@ -5267,26 +5126,22 @@ async def _prepare(
     problems = (*cast.problems, *filter(None, [commands.problem]))
     told = describe_table(mode_id, agenda, commands, cards)
     cast = replace(cast, problems=problems, told=told)
-    if row.drafts and not (settings.remember_drafts or commands.vote):
+    drafts = row.drafts and not commands.vote
+    if drafts and not settings.remember_drafts:
         entries = keep_conclusions(entries)
     log.info("conversation begins: %s, %d seats", mode_id, len(cast.participants))
-    drafts = row.drafts and not commands.vote
-    run = _make_run(host, settings, cast, entries, drafts)
-    if run.screen.continued and stored:
-        run.go_on_after(stored[-1].get("output"))
-    return run, _begin(run, row, agenda, commands.vote)
-
-
-def _begin(run: Run, row: ModeRow, agenda: Agenda, votes: bool) -> Mode:
-    """The mode of a run, or a vote on what was said before."""
-    entries, tokens_used = run.entries, run.ledger.tokens
     last = entries[-1].alias if entries and isinstance(entries[-1], Turn) else None
-    seed = run.screen.transcript.prefix
+    run = _make_run(host, settings, cast, entries, drafts)
+    if last is not None and stored:
+        run.saver.before = stored[-1].get("output")  # saved with the new items
+        if not host.can_replace:  # nor does the host count from the new ones
+            run.screen.emitter.before = len(run.saver.before or ())
+    seed, tokens_used = run.screen.transcript.prefix, run.ledger.tokens
     agenda = replace(agenda, last=last, seed=seed, tokens_used=tokens_used)
-    if votes:
+    if commands.vote:
         said = [e for e in entries if isinstance(e, Turn) and not e.concludes]
-        return put_to_vote(agenda, [turn for turn in said if turn.text])
-    return row.begin(agenda)
+        return run, put_to_vote(agenda, [turn for turn in said if turn.text])
+    return run, row.begin(agenda)
 
 
 def _make_run(
@@ -5294,13 +5149,13 @@ def _make_run(
 ) -> Run:
     """A run with an empty transcript, and the emitter its client needs."""
     continued = bool(entries) and isinstance(entries[-1], Turn)
-    transcript = Transcript(uuid4().hex[:8])
+    in_order = not (host.can_replace and settings.all_at_once)
+    transcript = Transcript(uuid4().hex[:8], in_order)
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
     items = partial(plan_items, only_grows=not host.can_replace)
     plan = items if host.in_chat else plan_chunk
     emitter = Emitter(transcript, plan, interval)
-    emitter.in_order = not (host.can_replace and settings.all_at_once)
     screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)
     models = ModelCalls(host, settings, ledger, emitter)
@@ -5316,8 +5171,7 @@ async def _answer_task(host: Host, settings: Settings, body: Json) -> str:
         if not seats:
             raise ConversationError("There is no participant to ask.")
         card = cards[seats[0].model_id]
-        tags = host.think_tags()
-        voice = Voice(card.id, connection=card.connection, think_tags=tags)
+        voice = Voice(card.id, connection=card.connection, think_tags=host.think_tags())
         clock = Deadline(settings.first_token_timeout)
         sampling = {name: body[name] for name in SAMPLING if name in body}
         call = ModelCall("task", voice, lambda _: body["messages"], clock)
@@ -5386,7 +5240,6 @@ async def reply_whole(run: Run, mode: Mode, model: str) -> Json:
 
 
 def _completion_head(kind: str, model: str) -> Json:
-    """What a completion and each of its chunks begin with."""
     completion_id, now = f"chatcmpl-{uuid4()}", int(time.time())
     return {"id": completion_id, "object": kind, "created": now, "model": model}
 

@@ -339,7 +339,7 @@ async def stop(page: OpenPage, council: Council) -> None:
     await page.wait_finished()
     council.server.wait_for(lambda server: server.in_flight == 0)
     await page.wait_status("Stopped · ")
-    assert "waiting for" not in await page.visible_reply_text()
+    assert "⏳" not in await page.visible_reply_text()
 
 
 async def seen_again(page: OpenPage) -> None:

@@ -285,8 +285,8 @@ NEVER_SPEAKS = (1, 1, 1, 1)
 ASKED_TWICE = (2, 2, 2, 2)
 GOES_WELL = (1, 1, 3, 3)
 """A turn, and a ballot that cannot be read, which is asked for once more."""
-BREAKS_OFF = (1, 1, 1, 2)
-"""A debate counts who has said something, and asks it for its vote."""
+BREAKS_OFF = (1, 1, 1, 1)
+"""Who broke off is judged nowhere, and asked for no ballot."""
 CALLS_A_TOOL = (2, 2, 3, 3)
 
 
@@ -728,7 +728,7 @@ def of_tools() -> list[Fault]:
             "tool-endless",
             "tool calls for ever, offered or not",
             endless,
-            (4, 4, 4, 5),
+            (4, 4, 4, 4),
             "it still called tools after 3 tool rounds",
             said="Once more.",
             card="done",

@@ -160,10 +160,9 @@ def make_run(
         for alias, colour in zip(aliases, mmc.COLOURS, strict=False)
     }
     settings = mmc.merge_settings(mmc.Settings(**fields), None)
-    transcript = mmc.Transcript("t")
+    transcript = mmc.Transcript("t", in_order=True)
     plan = mmc.plan_items if in_chat else mmc.plan_chunk
     emitter = mmc.Emitter(transcript, plan, 0.0)
-    emitter.in_order = True
     ledger = mmc.Ledger(host.add_usage)
     run = mmc.Run(
         host,

@@ -83,7 +83,7 @@ def test_older_turns_go_from_the_middle_and_a_line_says_how_many() -> None:
         f"({gone} earlier turns were {LEFT_OUT}",
         *(f"Turn {at}" for at in range(gone, 60)),
     ]
-    assert 1800 < sum(map(mmc._size, shorter)) <= 3000
+    assert 1800 < sum(map(mmc.tokens_of, shorter)) <= 3000
 
 
 def test_the_last_round_the_question_and_last_turns_stay_however_little_room() -> None:
@@ -342,7 +342,8 @@ async def test_ballots_and_the_manager_keep_to_the_ceiling() -> None:
     run, host = long_run(
         text("?"), text('{"ranking": ["A"]}'), text("Bob"), max_prompt=3000
     )
-    ballot = await run._cast_ballot(paper, mmc.read_ranking, 1)
+    async with run.tasks:
+        (ballot,) = await run._judge(mmc.Judge((paper,), mmc.read_ranking), 1)
     assert isinstance(ballot, mmc.Ballot)
     assert await run._ask_manager(mmc.AskManager(ALIASES, "Cat"), 2) == "Bob"
     assert max(sizes(host)) <= 3000

@@ -39,7 +39,7 @@ async def converse(run: mmc.Run, rounds: int = 1) -> str:
 
 def shown(run: mmc.Run) -> str:
     """All text of the message."""
-    return "\n".join(str(block.text) for block in run.screen.transcript.blocks)
+    return "\n".join(block.text for block in run.screen.transcript.blocks)
 
 
 # -- how many run at a time ------------------------------------------------------------
@@ -139,7 +139,7 @@ async def test_a_reply_that_never_ends_is_ended_with_a_line(kind: str) -> None:
     )
     assert "Elms." in shown(run)
     assert len(host.payloads) == 2
-    said = sum(block.text.length for block in run.screen.transcript.blocks)
+    said = sum(block.length for block in run.screen.transcript.blocks)
     assert said < mmc.MOST_SAID + 2 * len(LONG)
 
 

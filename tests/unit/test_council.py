@@ -1222,8 +1222,11 @@ def transcript_of(*sections: Sequence[tuple[Any, str]]) -> mmc.Transcript:
         number = transcript.open_section()
         for kind, text in blocks:
             fields = {"call_id": "c1"} if kind.startswith("function") else {}
+            heading = mmc.HEADING.search(text)
+            if heading and heading[1] in mmc.COLOURS:
+                fields["model"] = "oak-1"
             speaker = text.rpartition("### 🔵 ")[2][:3] if "🔵" in text else ""
-            transcript.add(kind, speaker, number, **fields).text.append(text)
+            transcript.add(kind, speaker, number, **fields).append(text)
     return transcript
 
 
@@ -1233,7 +1236,7 @@ def folded(transcript: mmc.Transcript, **marks: str) -> list[Json]:
     server: Output = []
     emitter = mmc.Emitter(transcript, mmc.plan_items, 0.0)
     for block in transcript.blocks:
-        emitter.emit_replace(block, block.text)
+        emitter.emit_replace(block)
 
     def send() -> None:
         nonlocal page, server
@@ -1242,12 +1245,12 @@ def folded(transcript: mmc.Transcript, **marks: str) -> list[Json]:
             server = reduce_by_index(server, event)
 
     send()
-    outcome, ranking = (
-        next(b.section for b in transcript.blocks if sign in str(b.text))
-        for sign in "🏁🏆"
-    )
-    for block in mmc.fold_drafts(transcript, outcome, ranking, marks):
-        emitter.emit_replace(block, block.text)
+    ours = {
+        name: next(b for b in transcript.blocks if sign in b.text)
+        for name, sign in (("outcome", "🏁"), ("ranking", "🏆"))
+    }
+    for block, text in mmc.fold_drafts(transcript, ours, marks):
+        emitter.emit_replace(block, text)
     send()
     assert page == server == list(map(mmc.render_item, transcript.blocks))
     return [item for item in page if item["type"] != "message" or text_in(item)]
@@ -1522,9 +1525,8 @@ class Table:
     """Sections in which several speak at once, as a run would fill them."""
 
     def __init__(self, plan: Callable[..., Json | None], in_order: bool) -> None:
-        self.transcript = mmc.Transcript("t")
+        self.transcript = mmc.Transcript("t", in_order)
         self.emitter = mmc.Emitter(self.transcript, plan, 0.0)
-        self.emitter.in_order = in_order
         self.open: list[int] = []
         self.last: dict[int, mmc.Block] = {}
         self.progress: mmc.Block | None = None
@@ -1538,12 +1540,12 @@ class Table:
         section = self.open[which % len(self.open)]
         if verb == "grow":
             block = self.last[section]
-            block.text.append(text)
-            self.emitter.emit_replace(block, block.text)
+            block.append(text)
+            self.emitter.emit_replace(block)
         elif verb in ("close", "late"):
             self.open.remove(section)
             self.transcript.late |= {section} if verb == "late" else set()
-            self.transcript.close_section(section)
+            self.transcript.growing.discard(section)
             self.emitter.nudge()
         elif verb == "progress":
             self.progress = self.progress or self.transcript.add(
@@ -1651,59 +1653,64 @@ def test_a_client_that_can_only_append_reads_the_sections_in_order(
     assert content.strip() == mmc.render_markdown(table.transcript)
     reasoning = "".join(chunk.get("reasoning_content", "") for chunk in chunks)
     assert reasoning == "".join(
-        str(block.text)
-        for block in table.transcript.blocks
-        if block.kind == "reasoning"
+        block.text for block in table.transcript.blocks if block.kind == "reasoning"
     )
     assert table.emitter.flush() == []
 
 
 def test_a_late_block_of_an_early_section_goes_before_the_later_ones() -> None:
-    transcript = mmc.Transcript("t")
+    transcript = mmc.Transcript("t", in_order=True)
     first, second = transcript.open_section(), transcript.open_section()
     one = transcript.add("message", "Ann", first)
     two = transcript.add("message", "Bob", second)
     three = transcript.add("reasoning", "Ann", first)
     assert transcript.blocks == [one, three, two]
-    assert transcript.is_next(one) and not transcript.is_next(two)
-    transcript.close_section(first)
-    assert transcript.is_next(two)
+    assert transcript.may_show(one) and not transcript.may_show(two)
+    transcript.growing.discard(first)
+    assert transcript.may_show(two)
 
 
 def test_what_only_passes_by_never_reaches_an_api_client() -> None:
     transcript = mmc.Transcript("t")
     block = transcript.add("message", "", passing=True)
-    block.text.append("> ⏳ waiting for Ann")
+    block.append("> ⏳ waiting for Ann")
     assert mmc.plan_chunk(block, 0) is None
 
 
 # -- figures ---------------------------------------------------------------------------
 
 
+def count_call(ledger: mmc.Ledger, who: str, times: Sequence[Any], out: int) -> None:
+    """A call that began, said its first token and ended at these times."""
+    clock = mmc.Deadline(600.0)
+    clock.begun, clock.first_at = times[:2]
+    clock.now = lambda: times[2]
+    counts = {"input_tokens": 750, "output_tokens": out} if out else {}
+    ledger.count_call(who, counts, clock)
+
+
 def test_figures_have_the_first_token_of_all_and_the_time_of_answering() -> None:
-    figures = mmc.Figures()
-    figures.count(10.0, None, 11.0, 0)
-    figures.count(20.0, 20.5, 22.5, 60)
-    figures.count(30.0, 30.1, 31.1, 30)
-    figures.count(40.0, 40.1, 40.2, 500)  # a ballot that came all at once
-    assert figures == mmc.Figures(calls=4, first_token=0.5, streaming=3.0, streamed=90)
+    run, _ = make_run()
+    count_call(run.ledger, "Ann", (10.0, None, 11.0), 0)
+    count_call(run.ledger, "Ann", (20.0, 20.5, 22.5), 60)
+    count_call(run.ledger, "Ann", (30.0, 30.1, 31.1), 30)
+    count_call(run.ledger, "Ann", (40.0, 40.1, 40.2), 500)  # a ballot, all at once
+    (figures,) = run.ledger.figures.values()
+    assert (figures.calls, figures.first_token) == (4, 0.5)
+    assert (figures.streaming, figures.streamed) == (3.0, 90)
+    assert run.ledger.calls == 4
 
 
 def test_the_closing_line_and_the_usage_say_the_same() -> None:
     run, _ = make_run()
-    counts = {"input_tokens": 1500, "output_tokens": 90}
-    total = {**counts, "total_tokens": 1590}
-    ann = mmc.Figures(usage=counts)
-    ann.count(0.0, 0.25, 1.25, 40)
-    ann.count(2.0, 2.5, 3.75, 50)  # a ballot
-    bob = mmc.Figures()
-    bob.count(0.0, None, 1.0, 0)
-    run.ledger.usage = total
-    run.ledger.figures |= {"Ann": ann, "Bob": bob}
+    count_call(run.ledger, "Ann", (0.0, 0.25, 1.25), 40)
+    count_call(run.ledger, "Ann", (2.0, 2.5, 3.75), 50)  # a ballot
+    count_call(run.ledger, "Bob", (0.0, None, 1.0), 0)
     assert run.ledger.report()["participants"] == {
         "Ann": {
             "input_tokens": 1500,
             "output_tokens": 90,
+            "total_tokens": 1590,
             "calls": 2,
             "first_token_seconds": 0.25,
             "tokens_per_second": 40.0,
@@ -1725,7 +1732,7 @@ def test_the_closing_line_says_what_it_cost_where_the_provider_does() -> None:
         "cost": 0.01234,
     }
     run.ledger.figures["Ann"] = mmc.Figures(calls=2, usage=counts)
-    run.ledger.usage = counts
+    run.ledger.usage, run.ledger.calls = counts, 2
     shown = run._describe_figures()
     assert shown == mmc.render_fold(
         "⏱️ 2 model calls · 10 tokens · cost 0.0123",
@@ -1758,29 +1765,30 @@ async def test_the_last_line_says_how_far_everybody_is_who_is_not_seen_yet() -> 
     ann, bob, cat, dan = sections.values()
 
     def line() -> str:
-        assert run.screen.progress
-        return re.sub(r"\d\.\d", "1.0", str(run.screen.progress.text))
+        return re.sub(r"\d\.\d", "1.0", run.screen.ours["progress"].text)
 
-    run.models.admitted |= {(1, "Ann"): 1.0, (1, "Bob"): 1.0, (1, "Dan"): 1.0}
+    for section in (ann, bob, dan):
+        section.clock.admitted_at = 1.0
     ann.begin_reply().apply(mmc.TextDelta("Oaks."))
     bob.begin_reply().apply(mmc.TextDelta("Hm.", "reasoning"))
     reply = dan.begin_reply()
     reply.apply(mmc.TextDelta("Elms it is."))
     ends["Dan"].set()
     waiting = asyncio.create_task(run._wait_in_view(sections, "answered", 1))
-    while not run.screen.progress:
+    while "progress" not in run.screen.ours:
         await asyncio.sleep(0)
     assert line() == (
-        "> ⏳ 1 of 4 answered · 1.0 s · fastest Dan 1.0 s\n> 🔴 Bob · thinking\n"
+        "> ⏳ 1 of 4 answered · 1.0 s\n> 🔴 Bob · thinking\n"
         "> 🟢 Cat · queued\n> 🟠 Dan · done, 3 words"
     )
-    assert dan.describe(1.0) and not ann.describe(1.0)
-    assert cat.describe(1.0) == "🟢 Cat · waiting"
+    assert dan.describe() and not ann.describe()
+    cat.clock.admitted_at = 1.0
+    assert cat.describe() == "🟢 Cat · waiting"
     reply = bob.begin_reply()
     reply.apply(mmc.TextDelta("Firs."))
-    assert bob.describe(1.0) == "🔴 Bob · writing, 1 word"
-    run.screen.transcript.close_section(ann.number)
-    assert not bob.describe(1.0) and dan.describe(1.0)
+    assert bob.describe() == "🔴 Bob · writing, 1 word"
+    run.screen.close(ann.number)
+    assert not bob.describe() and dan.describe()
     for end in ends.values():
         end.set()
     assert list(await waiting) == list(sections)

@@ -68,7 +68,7 @@ def growing_text(pieces: Sequence[str]) -> None:
     """A block that is flushed at every hundredth piece."""
     block = mmc.Transcript("t").add("message", "Ann")
     for number, piece in enumerate(pieces):
-        block.text.append(piece)
+        block.append(piece)
         if number % 100 == 0:
             mmc.plan_items(block, 0)
             block.mark_sent()

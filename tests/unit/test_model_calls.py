@@ -522,11 +522,12 @@ async def test_a_member_that_is_queued_is_not_late() -> None:
         sections[name] = section
     waiting = asyncio.create_task(run._wait_in_view(sections, "answered", 1))
     long_ago = asyncio.get_running_loop().time() - 60
-    run.models.admitted |= {(1, "Ann"): long_ago, (1, "Cat"): long_ago}
+    for name in ("Ann", "Cat"):
+        sections[name].clock.admitted_at = long_ago
     done["Ann"].set()
     await turns_of_the_loop()
     assert not waiting.done()  # Bob has not been asked yet
-    run.models.admitted |= {(0, "Bob"): long_ago, (1, "Bob"): long_ago}
+    sections["Bob"].clock.admitted_at = long_ago
     done["Cat"].set()
     await turns_of_the_loop()
     assert waiting.done()

@@ -52,8 +52,8 @@ def emitter_of(
 
 
 def grow(emitter: mmc.Emitter, block: mmc.Block, piece: str) -> None:
-    block.text.append(piece)
-    emitter.emit_replace(block, block.text)
+    block.append(piece)
+    emitter.emit_replace(block)
 
 
 async def test_the_first_character_goes_out_at_once() -> None:
@@ -72,7 +72,7 @@ async def test_a_thousand_calls_between_two_flushes_are_one_event() -> None:
     await soon(anext(frames))
     for _ in range(1000):
         grow(emitter, block, "a")
-        emitter.emit_replace(block, str(block.text))
+        emitter.emit_replace(block)
     emitter.close()
     (event,) = await rest_of(frames)
     assert event["delta"] == "a" * 1000
@@ -239,10 +239,9 @@ async def test_whatever_the_rhythm_the_page_ends_with_the_transcript(
 async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece() -> (
     None
 ):
-    transcript = mmc.Transcript("t")
+    transcript = mmc.Transcript("t", in_order=True)
     first, second = transcript.open_section(), transcript.open_section()
     emitter = mmc.Emitter(transcript, mmc.plan_chunk, 60.0, HandTurnedClock())
-    emitter.in_order = True
     transcript.add("message", "Ann", first)
     held = transcript.add("message", "Bob", second)
     frame = asyncio.ensure_future(anext(emitter.frames()))
@@ -251,7 +250,7 @@ async def test_a_block_that_is_held_back_does_not_wake_the_frames_at_each_piece(
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     assert emitter.flushes == 1
-    transcript.close_section(first)
+    transcript.growing.discard(first)
     emitter.nudge()
     assert await soon(frame) == {"content": "aaaaa"}
 
@@ -344,9 +343,7 @@ def items_of(run: mmc.Run) -> list[Json]:
 
 
 def texts_of(run: mmc.Run, kind: str = "message") -> list[str]:
-    return [
-        str(block.text) for block in run.screen.transcript.blocks if block.kind == kind
-    ]
+    return [block.text for block in run.screen.transcript.blocks if block.kind == kind]
 
 
 def test_a_section_begins_with_its_heading_and_ends_as_a_turn() -> None:
@@ -498,7 +495,8 @@ def test_what_a_participant_records_is_what_a_provider_expects() -> None:
     section = section_of(run)
     calls = [mmc.ToolCall("a", "look", '{"n": 1}'), mmc.ToolCall("b", "now", "")]
     results = [mmc.ToolResult("tall", images=("data:,x",)), mmc.ToolResult("noon")]
-    messages = section.record(said("Let me look.", *calls), results)
+    section.record(said("Let me look.", *calls), results)
+    messages = section.messages
     assert [message["role"] for message in messages] == [
         "assistant",
         "tool",
@@ -520,8 +518,9 @@ def test_arguments_that_are_no_json_object_are_not_sent_back(arguments: str) -> 
     run, _ = make_run()
     made = mmc.ToolCall("a", "look", arguments)
     result = mmc.ToolResult("Error: no", True)
-    messages = section_of(run).record(said("", made), [result])
-    sent = messages[0]["tool_calls"][0]["function"]["arguments"]
+    section = section_of(run)
+    section.record(said("", made), [result])
+    sent = section.messages[0]["tool_calls"][0]["function"]["arguments"]
     assert isinstance(json.loads(sent), dict)
 
 

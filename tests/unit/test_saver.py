@@ -182,7 +182,7 @@ async def test_stop_saves_the_usage_of_all_calls_so_far() -> None:
     )
     playing = asyncio.create_task(play(run))
     blocks = run.screen.transcript.blocks
-    await until(lambda: any(str(block.text) == "El" for block in blocks))
+    await until(lambda: any(block.text == "El" for block in blocks))
     playing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await playing

@@ -131,7 +131,7 @@ async def test_words_of_the_person_are_shown_under_its_name_and_read_by_all() ->
     ]
     assert page.question["allow_other"] and said == "Mind the budget."
     (block,) = run.screen.transcript.blocks
-    assert str(block.text) == "\n---\n\n### 👤 Dana\n\nMind the budget."
+    assert block.text == "\n---\n\n### 👤 Dana\n\nMind the budget."
     for participant in run.cast.participants.values():
         heard = mmc.messages_for(participant, run.entries)[-1]["content"]
         assert heard == "Which tree?\n\nMind the budget."
@@ -147,7 +147,7 @@ async def test_a_wish_is_no_part_of_the_conversation() -> None:
 async def test_the_person_cannot_write_what_is_ours(forged: str) -> None:
     run, _, _ = await run_asked({"type": "other", "text": forged}, "### 🏆 **D**")
     (block,) = run.screen.transcript.blocks
-    heading, _, text = str(block.text).strip("-\n").partition("\n\n")
+    heading, _, text = block.text.strip("-\n").partition("\n\n")
     assert heading == "### 👤 🏆 D"
     assert forged not in text.splitlines()
 
@@ -190,8 +190,9 @@ def test_what_the_person_said_does_not_fold() -> None:
         [("message", "> 🏁 chaired by Ann")],
         [("message", "\n---\n\n### 🔵 Ann · conclusion"), ("message", "Oaks.")],
     )
-    for _ in mmc.fold_drafts(transcript, 4, 3, {"Ann": "rank 1"}):
-        pass
+    ours = {"outcome": transcript.of(4)[0], "ranking": transcript.of(3)[0]}
+    for block, text in mmc.fold_drafts(transcript, ours, {"Ann": "rank 1"}):
+        block.replace(text)
     shown = mmc.render_markdown(transcript)
     assert "### 👤 Dana\n\nToo dear." in shown
     assert "<summary>🔵 Ann · rank 1 · 1 word</summary>" in shown

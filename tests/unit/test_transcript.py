@@ -40,11 +40,11 @@ def test_where_items_only_grow_no_text_goes_into_one_that_is_not_read() -> None:
     transcript = mmc.Transcript("t")
     for kind in ("reasoning", "function_call"):
         block = transcript.add(kind, "Ann")
-        block.text.append("Let ")
+        block.append("Let ")
         added = mmc.plan_items(block, 0, only_grows=True)
         assert added and added["type"] == "response.output_item.added"
         block.mark_sent()
-        block.text.append("me")
+        block.append("me")
         block.fields["status"] = "completed"
         grown = mmc.plan_items(block, 0, only_grows=True)
         assert grown and grown["type"].endswith(".delta") and grown["delta"] == "me"
@@ -71,13 +71,13 @@ EDITS = st.one_of(
 def edit(transcript: mmc.Transcript, verb: str, what: Any, value: Any) -> None:
     """One change of a transcript."""
     if verb == "add":
-        transcript.add(what, "Ann").text.append(value)
+        transcript.add(what, "Ann").append(value)
     elif transcript.blocks and verb != "flush":
         block = transcript.blocks[what % len(transcript.blocks)]
         if verb == "append":
-            block.text.append(value)
+            block.append(value)
         elif verb == "replace":
-            block.text.replace(value)
+            block.replace(value)
         else:
             block.fields |= value
 
@@ -126,7 +126,7 @@ def test_a_page_that_applies_every_event_has_exactly_the_transcript(
 def test_the_items_of_each_kind_are_the_hosts() -> None:
     transcript = mmc.Transcript("t")
     for kind in KINDS:
-        transcript.add(kind, "Ann").text.append(kind)
+        transcript.add(kind, "Ann").append(kind)
     transcript.blocks[1].fields |= {"status": "completed", "duration": 1.5}
     text = {"type": "output_text", "text": "message"}
     assert list(map(mmc.render_item, transcript.blocks)) == [
@@ -168,7 +168,7 @@ def test_an_item_once_rendered_does_not_change_with_its_block() -> None:
     transcript = mmc.Transcript("t")
     block = transcript.add("message", "Ann", status="in_progress")
     item = mmc.render_item(block)
-    block.text.append("more")
+    block.append("more")
     block.fields["status"] = "completed"
     assert item["status"] == "in_progress"
     assert item["content"][0]["text"] == ""
@@ -187,10 +187,10 @@ def test_a_block_that_grew_sends_its_suffix(
 ) -> None:
     transcript, client = mmc.Transcript("t"), Client()
     block = transcript.add(kind, "Ann")
-    block.text.append("Oaks ")
+    block.append("Oaks ")
     client.follow(block)
-    block.text.append("grow ")
-    block.text.append("slowly.")
+    block.append("grow ")
+    block.append("slowly.")
     expected = {
         "type": delta_type,
         "item_id": "t_0",
@@ -205,9 +205,9 @@ def test_a_text_that_is_said_again_whole_sends_only_what_is_new() -> None:
     transcript, client = mmc.Transcript("t"), Client()
     block = transcript.add("message", "Ann")
     for text in ("Oaks", "Oaks grow", "Oaks grow", "Oaks grow slowly"):
-        block.text.replace(text)
+        block.replace(text)
         client.follow(block)
-    block.text.replace("Oaks grow slowly.")
+    block.replace("Oaks grow slowly.")
     event = client.follow(block)
     assert event is not None
     assert event["delta"] == "."
@@ -237,7 +237,7 @@ def test_an_api_client_that_appends_has_the_texts_in_their_order(
         for kind, words in said:
             block = transcript.add(kind, "Ann")
             for word in words:
-                block.text.append(word)
+                block.append(word)
                 yield
 
     chunks = chunks_of(transcript, steps())
@@ -256,7 +256,7 @@ def test_an_api_client_that_appends_has_the_texts_in_their_order(
 def test_an_api_client_never_sees_tool_calls() -> None:
     transcript = mmc.Transcript("t")
     for kind in ("function_call", "function_call_output"):
-        transcript.add(kind, "Ann").text.append("{}")
+        transcript.add(kind, "Ann").append("{}")
     assert chunks_of(transcript, iter([None])) == []
 
 
@@ -271,7 +271,7 @@ def test_markdown_is_the_headings_and_texts_with_blank_lines_between() -> None:
         ("message", "\n### 🔴 Bob"),
     ]
     for kind, text in said:
-        transcript.add(kind, "Ann").text.append(text)
+        transcript.add(kind, "Ann").append(text)
     assert mmc.render_markdown(transcript) == "### 🔵 Ann\n\nOaks.\n\n### 🔴 Bob"
 
 
@@ -284,9 +284,9 @@ def test_the_ids_of_blocks_begin_with_the_runs_own_prefix() -> None:
 def test_a_text_that_grows_reads_as_what_was_last_said(
     pieces: list[str], replaced: str
 ) -> None:
-    text = mmc.GrowingText()
+    block = mmc.Transcript("t").add("message", "Ann")
     for piece in pieces:
-        text.append(piece)
-    assert str(text) == "".join(pieces)
-    text.replace(replaced)
-    assert str(text) == replaced
+        block.append(piece)
+    assert block.text == "".join(pieces)
+    block.replace(replaced)
+    assert block.text == replaced
