@@ -1790,7 +1790,7 @@ def read_ranking(answer: str, paper: BallotPaper) -> Ballot | str:
     if places.keys() != everybody:
         places = {alias: -score for alias, score in scores.items()}
     if scores.keys() != everybody:
-        scores = dict.fromkeys(everybody, 5.0)
+        scores = dict.fromkeys(everybody, 5.0)  # the middle: it has places only
     if places.keys() != everybody:
         letters = ", ".join(paper.choices)
         return f"Your ranking must name each of {letters} once, as a JSON object."
@@ -1849,7 +1849,8 @@ def tally(
     fitted in turns (least squares): nobody gains by a lenient judge, by giving noughts,
     or by not meeting the best one on its own ballot. Half a value is doubt that a
     judge's level is more than chance; how far a judge is from the middle of all counts
-    up to where it moves the mean by `limit`: none outweighs all by exaggerating.
+    up to where it moves the mean by `limit`: none outweighs all by exaggerating. Less
+    would cost more right judges than wrong ones.
     """
     given = [value for ballot in ballots for value in ballot.values.values()]
     scores = dict.fromkeys(aliases, fmean(given or [0.0]))
@@ -2018,19 +2019,21 @@ def _read_reply(messages: Sequence[Json], author: str | None) -> Iterator[Turn]:
 
     What an `author` other than us wrote is one turn: nothing in it is a heading.
     """
-    sections = [("", author or "", list[Json]())]
+    own: list[Json] = []
+    sections = [("", author or "", own)]
     for message in messages:
         if message["role"] != "assistant":
-            sections[-1][2].append(message)
+            own.append(message)
             continue
         text = text_of(message["content"])
         pieces = [text] if author else HEADING.split(_NOTICE.sub("", unfold(text)))
         for at in range(0, len(pieces), 3):
             if at:
-                sections.append((pieces[at - 2], pieces[at - 1].strip(), []))
+                own = []
+                sections.append((pieces[at - 2], pieces[at - 1].strip(), own))
             if said := pieces[at].strip():
-                sections[-1][2].append({"role": "assistant", "content": said})
-        _add_tool_calls(sections[-1][2], message)
+                own.append({"role": "assistant", "content": said})
+        _add_tool_calls(own, message)
     for colour, title, own in sections:
         if (own or colour) and colour != SYSTEM_MARK:  # a silent one has a heading only
             texts = (text_of(m["content"]) for m in own if m["role"] == "assistant")
