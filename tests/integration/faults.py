@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import repeat
 from typing import Literal
@@ -127,7 +127,7 @@ class Fault:
     seat: Seat = "one"
     limit: float = 15.0
     heavy: bool = False
-    marks: tuple[pytest.MarkDecorator, ...] = ()
+    marks: tuple[pytest.MarkDecorator, ...] = field(default=(), compare=False)
 
     @property
     def model(self) -> str:
