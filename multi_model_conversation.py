@@ -616,12 +616,12 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class AskManager:
-    """Step: ask the manager who is next. Answer: its text, or its failure."""
+    """Step: ask the manager who is next. Answer: who, "" where it ends it, and why; or
+    as what failed, "" where it could not be read."""
 
     candidates: tuple[str, ...]
     last: str | None
-    problem: str = ""
-    wrong_answer: str = ""
+    everybody: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -1520,8 +1520,9 @@ def managed(agenda: Agenda) -> Mode:
     turns, wish = list[Turn](), GO_ON
     while _goes_on(agenda, turns, wish, len(turns) // len(aliases)):
         able = _still_able(agenda, turns, last)
-        step = AskManager(tuple(a for a in able if a != last) or tuple(able), last)
-        last, reason = yield from _choose_speaker(step, aliases)
+        others = tuple(alias for alias in able if alias != last)
+        step = AskManager(others or tuple(able), last, aliases)
+        last, reason = yield from _choose_speaker(step)
         if not last:
             ended = f"The manager ended it: {reason or 'no reason given'}"
             yield Publish("outcome", OUTCOME + ended)
@@ -1532,35 +1533,27 @@ def managed(agenda: Agenda) -> Mode:
     return (yield from _finish(agenda, turns, wish))
 
 
-def _choose_speaker(
-    step: AskManager, everybody: Sequence[str]
-) -> Steps[tuple[str, str]]:
-    """Who speaks next, "" where the manager ends it, and why. It is asked twice, then
-    the next in order speaks, and a line says why."""
+def _choose_speaker(step: AskManager) -> Steps[tuple[str, str]]:
+    """Who speaks next, "" where the manager ends it, and why; where it says nothing
+    that helps, the next in order, and a line says so."""
     first, *others = step.candidates
+    found: tuple[str, str] | str = ""
     # it may end it rather than let one alone go on, but not before anybody has spoken
-    tries = 2 if others else int(step.last is not None)
-    problem = ""
-    for _ in range(tries):
-        answer: str | ModelFailure = yield step
-        if isinstance(answer, ModelFailure):
-            problem = f"failed: {plain_line(answer).rstrip('.')}"
-            break
-        found = _read_choice(answer, step, everybody)
-        if not isinstance(found, str):
-            return found
-        step = replace(step, problem=found, wrong_answer=answer)
-        problem = "named nobody who may speak now"
+    if others or step.last is not None:
+        found = yield step
+    if not isinstance(found, str):
+        return found
     if not others:
         return first, "the only one left"
+    problem = "named nobody who may speak now"
+    if found:
+        problem = f"failed: {plain_line(found).rstrip('.')}"
     text = f"{NOTICE}The manager {problem}. So the next in order speaks."
     yield Publish(f"manager {problem}", text)
     return first, "next in order"
 
 
-def _read_choice(
-    answer: str, step: AskManager, everybody: Sequence[str]
-) -> tuple[str, str] | str:
+def read_choice(answer: str, step: AskManager) -> tuple[str, str] | str:
     """The manager's answer, JSON or a bare name -> its choice, or what is wrong."""
     verdict = _find_object(answer, "next", "done")
     reason = plain_line(verdict.get("reason") or "", 200).rstrip(".")
@@ -1569,7 +1562,7 @@ def _read_choice(
         return unspoken if step.last is None else ("", reason)
     # among all names: "Ann Lee", who may not speak now, is not "Ann", who may
     named = plain_line(verdict.get("next") or "") if verdict else answer
-    found = _find_names(named, everybody)
+    found = _find_names(named, step.everybody)
     if len(found) == 1 and found[0] in step.candidates:
         return found[0], reason
     listed = json.dumps(step.candidates, ensure_ascii=False)
@@ -2216,18 +2209,14 @@ def _without_images(message: Json) -> Json:
 def messages_for_manager(
     settings: Settings, entries: Sequence[Entry], step: AskManager
 ) -> list[Json]:
-    """What the manager is asked; a wrong answer comes back with what was wrong."""
+    """What the manager is asked."""
     values = {
         "history": "\n\n".join(map(render_entry, entries)),
         "last_speaker": step.last or "nobody yet",
         "participant_list": json.dumps(list(step.candidates), ensure_ascii=False),
     }
     prompt = fill_template(settings.manager_prompt, values)
-    messages = [{"role": "user", "content": prompt}]
-    if step.problem:
-        messages.append({"role": "assistant", "content": step.wrong_answer})
-        messages.append({"role": "user", "content": step.problem})
-    return messages
+    return [{"role": "user", "content": prompt}]
 
 
 def last_question(entries: Sequence[Entry]) -> str:
@@ -2628,12 +2617,6 @@ class Block:
         self.sent_fields = dict(self.fields)
 
 
-_SAVED = (
-    f"{PROGRESS}This is what was saved while the conversation went on. If nothing "
-    "follows, the server went down: *Continue Response*, or ask on."
-)
-
-
 LAST = sys.maxsize  # the section that stands below all others
 
 
@@ -2691,17 +2674,19 @@ def count_words(blocks: Iterable[Block]) -> str:
 def fold_drafts(
     transcript: Transcript, ours: Mapping[str, Block], marks: Mapping[str, str]
 ) -> Iterator[tuple[Block, str]]:
-    """Put the outcome, the conclusion and the ranking in front, and fold each draft in
-    a line with its mark; gives the blocks that now read otherwise, and how."""
+    """Put the outcome, the conclusion and the ranking before the drafts, and fold each
+    of these in a line with its mark; gives the blocks that now read otherwise, and how.
+    """
     # headings of speakers have the model; nobody speaks after the conclusion
     *drafts, conclusion = (b for b in transcript.blocks if "model" in b.fields)
+    place = drafts[0].section - 1  # behind our lines on what was understood
     # two answers have no ranking
     for first in filter(None, (ours["outcome"], conclusion, ours.get("ranking"))):
         for block in transcript.of(first.section):
             fields = dict(block.fields)
             if "call_id" in fields:  # by which the page knows an item
                 fields["call_id"] += "_"
-            moved = transcript.add(block.kind, block.speaker, **fields)
+            moved = transcript.add(block.kind, block.speaker, place, **fields)
             yield moved, block.text
             block.kind, block.fields = "message", {"status": "completed"}
             yield block, ""
@@ -2741,7 +2726,10 @@ def render_checkpoint(transcript: Transcript, is_over: bool = False) -> list[Jso
     blocks = [b for b in transcript.blocks if not b.fields.get("passing")]
     if not is_over:
         line = Block("message", f"{transcript.prefix}_saved", "", 0, {})
-        line.append(_SAVED)
+        line.append(
+            f"{PROGRESS}This is what was saved while the conversation went on. If "
+            "nothing follows, the server went down: *Continue Response*, or ask on."
+        )
         blocks.append(line)
     items = list(map(render_item, blocks))
     answered = {i["call_id"] for i in items if i["type"] == "function_call_output"}
@@ -3894,36 +3882,18 @@ class Saver:
 
 
 @dataclass(slots=True)
-class Figures:
-    """One speaker's model calls: how many, the usage of all, the seconds to the first
-    token of the first, and of those that streamed the seconds after it and tokens."""
-
-    calls: int = 0
-    usage: Json = field(default_factory=dict)
-    first_token: float | None = None
-    streaming: float = 0.0
-    streamed: int = 0
-
-    def report(self) -> Json:
-        """Usage, calls and speed, as far as they are known."""
-        report: Json = {**self.usage, "calls": self.calls}
-        if self.first_token is not None:
-            report["first_token_seconds"] = round(self.first_token, 3)
-        if self.streamed:
-            report["tokens_per_second"] = round(self.streamed / self.streaming, 1)
-        return report
-
-
-@dataclass(slots=True)
 class Ledger:
     """What a run cost: turns, and each speaker's model calls, tokens and times."""
 
     add_usage: Callable[[Json, Json], Json]  # the host's way to add up usage
     usage: Json = field(default_factory=dict)
-    figures: dict[str, Figures] = field(default_factory=dict)
+    # each speaker's usage, calls and, as far as they are known, times
+    shares: dict[str, Json] = field(default_factory=dict)
     turns: int = 0
     calls: int = 0
     begun: float = field(default_factory=time.monotonic)
+    # of calls that streamed: the tokens, and the seconds after the first one
+    _streamed: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def tokens(self) -> int:
         """How many tokens were used, as far as providers report them."""
@@ -3931,24 +3901,25 @@ class Ledger:
 
     def count_call(self, speaker: str, usage: Json, deadline: Deadline) -> None:
         """Add one model call, finished or not, with the last usage it reported."""
-        figures = self.figures.setdefault(speaker, Figures())
+        share = self.shares.setdefault(speaker, {"calls": 0})
         self.calls += 1
-        figures.calls += 1
+        share["calls"] += 1
         counted = self.add_usage({}, usage) if usage else {}
         if counted:
             self.usage = self.add_usage(self.usage, counted)
-            figures.usage = self.add_usage(figures.usage, counted)
+            share |= self.add_usage(share, counted)
         if (first := deadline.first_at) is None:
             return
-        if figures.first_token is None:
-            figures.first_token = first - deadline.begun
+        share.setdefault("first_token_seconds", round(first - deadline.begun, 3))
         if (seconds := deadline.now() - first) > 0.2:  # a shorter one came all at once
-            figures.streaming += seconds
-            figures.streamed += counted.get("output_tokens", 0)
+            tokens, before = self._streamed.get(speaker, (0, 0.0))
+            tokens, seconds = tokens + counted.get("output_tokens", 0), before + seconds
+            self._streamed[speaker] = tokens, seconds
+            share |= {"tokens_per_second": round(tokens / seconds, 1)} if tokens else {}
 
     def report(self) -> Json:
         """The usage of the run, with everybody's share and speed; {} if none came."""
-        shares = {who: f.report() for who, f in self.figures.items() if f.usage}
+        shares = {who: dict(share) for who, share in self.shares.items()}
         whole = {**self.usage, "calls": self.calls, "participants": shares}
         return whole if self.usage else {}
 
@@ -4112,14 +4083,13 @@ def build_payload(settings: Settings, call: ModelCall, streams: bool) -> Json:
 
 class Reply:
     """What one model call says: `take` takes its events, and `end` is called once,
-    also where it broke off. `spoke`: it must not be asked for again."""
+    also where it broke off."""
 
     def __init__(self) -> None:
         self.text = ""
         self.calls: list[ToolCall] = []
         self.sources: list[Json] = []
         self.usage: Json = {}  # the last report of the call counts
-        self.spoke = False
         self.size = 0  # characters, of reasoning and arguments too
         self.said = 0  # of text alone
         self._parts: list[str] = []
@@ -4132,7 +4102,7 @@ class Reply:
                     event = replace(event, text=text[:room])
                 self.size += len(text)
             case ToolCallDelta():
-                self.size += len(event.name) + len(event.arguments)
+                self.size += 1 + len(event.name) + len(event.arguments)
             case SourceFound(source):
                 self.size += len(str(source))
         self.apply(event)
@@ -4143,11 +4113,8 @@ class Reply:
         """Note what it says."""
         match event:
             case TextDelta(text, "message"):
-                self.spoke = True
                 self.said += len(text)
                 self._parts.append(text)
-            case TextDelta() | ToolCallDelta():
-                self.spoke = True
             case UsageReport(usage):
                 self.usage |= usage
             case SourceFound(source):
@@ -4264,7 +4231,7 @@ class ModelCalls:
                 return reply
             except ModelFailure as error:
                 failure, empty = error, error.status == _EMPTY
-                failure.midway = reply.spoke and not empty
+                failure.midway = reply.size > 0 and not empty
             pause = max(failure.retry_after, waited, 1.0)  # s, so few tries
             patient = waited + pause <= self.settings.busy_patience
             rejected = "stream_options" in str(failure) and not failure.midway
@@ -4549,7 +4516,6 @@ class ShownReply(Reply):
                 self._show(self._guard.feed(self._names.feed(text)))
             case ToolCallDelta():
                 self._pause()
-                self.spoke = True
                 call = self._pieces.feed(event)
                 if call not in self._cards:
                     self._cards[call] = self._section.add_card()
@@ -4578,7 +4544,6 @@ class ShownReply(Reply):
             text = text.lstrip()
         if not text:
             return
-        self.spoke = True
         if self._open is None:
             self._open = self._section.add(self._kind)
             self._opened_at = time.monotonic()
@@ -4649,7 +4614,7 @@ class Run:
             reason = "Ended by an internal error, see the server's log"
             self.screen.notice(reason)
         finally:
-            self._show_end(reason)
+            self._show_end()
             self.screen.emitter.close()
             log.info("conversation ended: %d turns", self.ledger.turns)
             await host.show_status(self._describe_end(reason), done=True)
@@ -4726,7 +4691,7 @@ class Run:
                     result = None
         return f"Ended after {limit:,.0f} s, the time of a conversation"
 
-    def _show_end(self, reason: str) -> None:
+    def _show_end(self) -> None:
         """Put away what was only for the time being, and show what is now known."""
         screen, shows = self.screen, self.settings.show_figures
         screen.show_progress()
@@ -4754,12 +4719,11 @@ class Run:
         line = f"{FIGURES}{ledger.calls} model call{'s' * (ledger.calls != 1)}"
         line += f" · {ledger.tokens():,} tokens" if usage else ""
         line += f" · cost {usage['cost']:.4f}" if "cost" in usage else ""
-        everybody = dict.fromkeys((*self.cast.participants, *ledger.figures))
-        reports = {a: ledger.figures.get(a, Figures()).report() for a in everybody}
-        known = [k for k in _FIGURES if any(k in each for each in reports.values())]
+        shares = dict.fromkeys(self.cast.participants, Json()) | ledger.shares
+        known = [k for k in _FIGURES if any(k in share for share in shares.values())]
         titles = " | ".join(_FIGURES[k][0] for k in known)
         lines = [f"| | {titles} |", "|---" * len(known) + "|---|"]
-        for alias, row in reports.items():
+        for alias, row in shares.items():
             cells = [_FIGURES[k][1].format(row[k]) if k in row else "–" for k in known]
             lines.append(f"| {alias} | {' | '.join(cells)} |")
         return render_fold(line[2:], "\n".join(lines)) if known else line
@@ -4802,31 +4766,33 @@ class Run:
             call = self._call(paper.voter, paper.brief, stage, {})
             speaker = self.cast.participants[paper.voter]
             voter = voters[paper.voter] = Section(self.screen, speaker, call.clock)
-            ballot = self._cast_ballot(call, paper, step.read)
+            ballot = self._ask_twice(call, partial(step.read, paper=paper))
             voter.task = self.tasks.create_task(ballot)
         done = await self._wait_in_view(voters, "judged", stage)
         await end_tasks(*(voter.task for voter in voters.values()))
-        return [done.get(who, "it was late") for who in voters]
+        given = (done.get(who, "it was late") for who in voters)
+        return [ballot or "it could not be read" for ballot in given]
 
-    async def _cast_ballot(
-        self, call: ModelCall, paper: BallotPaper, read: Callable[..., Ballot | str]
-    ) -> Ballot | str:
-        """A voter's ballot: asked, and asked again with what was wrong."""
+    async def _ask_twice(
+        self, call: ModelCall, read: Callable[[str], Result | str]
+    ) -> Result | str:
+        """What is read from an answer, asked for again with what was wrong; or why the
+        model failed, or "" where neither could be read."""
         for _ in range(2):
             try:
                 text = await self.models.text(call)
             except ModelFailure as failure:
                 return str(failure)
-            ballot = read(text, paper)
-            if isinstance(ballot, Ballot):
-                return ballot
+            found = read(text)
+            if not isinstance(found, str):
+                return found
             answer = {"role": "assistant", "content": text}
-            problem = {"role": "user", "content": ballot}
+            problem = {"role": "user", "content": found}
             call = replace(call, said=[answer, problem])
-        return "it could not be read"
+        return ""
 
-    async def _ask_manager(self, step: AskManager, stage: int) -> str | ModelFailure:
-        """The manager's answer, cut where it is plainly no JSON, or its failure."""
+    async def _ask_manager(self, step: AskManager, stage: int) -> tuple[str, str] | str:
+        """The manager's choice, from an answer cut where it is plainly no JSON."""
         settings, aliases = self.settings, tuple(self.cast.participants)
 
         def prompt(limit: int) -> list[Json]:
@@ -4835,11 +4801,9 @@ class Run:
             return messages_for_manager(settings, heard, step)
 
         clock = Deadline(settings.turn_timeout)
-        try:
-            call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
-            return await self.models.text(replace(call, enough=_MANAGER_READ))
-        except ModelFailure as failure:
-            return failure
+        call = ModelCall("Manager", self.cast.manager, prompt, clock, stage)
+        call = replace(call, enough=_MANAGER_READ)
+        return await self._ask_twice(call, partial(read_choice, step=step))
 
     async def _ask_person(self) -> str:
         """What the person wants; words of its own are shown, and read by all."""
@@ -5084,16 +5048,10 @@ class Pipe:
 
 
 def _choose_mode(body: Json, user_settings: UserSettings | None) -> str:
-    """The id of the mode that was picked, or a `ConversationError`."""
-    mode_id: str = body["model"].partition(".")[2]
-    if not mode_id:  # then as the switch of v2 was set
-        is_managed = getattr(user_settings, "UseGroupChatManager", False)
-        return "manager" if is_managed else "round_robin"
-    if mode_id not in MODES:
-        names = " or ".join(row.name for row in MODES.values())
-        mode_id = plain_line(mode_id)
-        raise ConversationError(f'There is no mode "{mode_id}": choose {names}')
-    return mode_id
+    """The id of the mode that was picked; without one as the switch of v2 was set."""
+    is_managed = getattr(user_settings, "UseGroupChatManager", False)
+    usual = "manager" if is_managed else "round_robin"
+    return body["model"].partition(".")[2] or usual
 
 
 async def _prepare(

@@ -340,16 +340,21 @@ async def test_an_ollama_models_own_window_is_known_beforehand() -> None:
 async def test_ballots_and_the_manager_keep_to_the_ceiling() -> None:
     paper = mmc.BallotPaper("Ann", "Choose. " + "ash " * 200, {"A": "Bob"})
     run, host = long_run(
-        text("?"), text('{"ranking": ["A"]}'), text("Bob"), max_prompt=3000
+        *(text("?"), text('{"ranking": ["A"]}'), text("?"), text("Bob")),
+        max_prompt=3000,
     )
     async with run.tasks:
         (ballot,) = await run._judge(mmc.Judge((paper,), mmc.read_ranking), 1)
     assert isinstance(ballot, mmc.Ballot)
-    assert await run._ask_manager(mmc.AskManager(ALIASES, "Cat"), 2) == "Bob"
+    step = mmc.AskManager(ALIASES, "Cat", ALIASES)
+    assert await run._ask_manager(step, 2) == ("Bob", "")
     assert max(sizes(host)) <= 3000
     for payload in host.payloads:
         assert "earlier turns were left out here" in str(payload["messages"])
-    assert host.payloads[1]["messages"][-2]["content"] == "?"
+    for payload in host.payloads[1::2]:  # a wrong answer, and what is wrong with it
+        wrong, why = payload["messages"][-2:]
+        assert wrong == {"role": "assistant", "content": "?"}
+        assert why["role"] == "user" and why["content"].startswith("Your ")
 
 
 async def test_a_long_tool_result_is_cut_where_the_ceiling_is_low() -> None:

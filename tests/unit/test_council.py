@@ -1260,7 +1260,7 @@ def text_in(item: Json) -> str:
     return str(item["content"][0]["text"])
 
 
-def test_the_conclusion_moves_to_the_front_with_everything_of_it() -> None:
+def test_the_conclusion_moves_before_the_drafts_with_everything_of_it() -> None:
     transcript = transcript_of(
         [("message", "> ⚠️ Team line 2: no.")],
         [("message", "### 🔵 Ann"), ("reasoning", "Hm."), ("message", "Oaks & elms.")],
@@ -1279,19 +1279,19 @@ def test_the_conclusion_moves_to_the_front_with_everything_of_it() -> None:
         block.speaker = {2: "Ann", 3: "Bob", 6: "Bob"}.get(block.section, "")
     items = folded(transcript, Ann="rank 2", Bob="rank 1")
     assert [item["type"] for item in items] == [
-        *("message", "message", "function_call", "function_call_output"),
-        *("message", "message", "message", "message", "reasoning"),
+        *("message", "message", "message", "function_call", "function_call_output"),
+        *("message", "message", "message", "reasoning"),
         *("message", "message"),
     ]
-    assert [item["speaker"] for item in items[1:5]] == ["Bob"] * 4
-    assert {item["call_id"] for item in items[2:4]} == {"c1_"}
+    assert [item["speaker"] for item in items[2:6]] == ["Bob"] * 4
+    assert {item["call_id"] for item in items[3:5]} == {"c1_"}
     texts = [text_in(item) for item in items if item["type"] == "message"]
     assert [text.strip() for text in texts] == [
+        "> ⚠️ Team line 2: no.",
         "> 🏁 chaired by Bob",
         "---\n\n### 🔴 Bob · conclusion",
         "Firs it is.",
         "---\n\n### 🏆 Ranking\n\n| Bob |",
-        "> ⚠️ Team line 2: no.",
         mmc.render_fold("🔵 Ann · rank 2 · 3 words", "### 🔵 Ann\n\nOaks & elms."),
         mmc.render_fold(
             "🔴 Bob · opening · rank 1 · 1 word", "### 🔴 Bob · opening\n\nFirs."
@@ -1695,9 +1695,10 @@ def test_figures_have_the_first_token_of_all_and_the_time_of_answering() -> None
     count_call(run.ledger, "Ann", (20.0, 20.5, 22.5), 60)
     count_call(run.ledger, "Ann", (30.0, 30.1, 31.1), 30)
     count_call(run.ledger, "Ann", (40.0, 40.1, 40.2), 500)  # a ballot, all at once
-    (figures,) = run.ledger.figures.values()
-    assert (figures.calls, figures.first_token) == (4, 0.5)
-    assert (figures.streaming, figures.streamed) == (3.0, 90)
+    (share,) = run.ledger.shares.values()
+    assert (share["calls"], share["first_token_seconds"]) == (4, 0.5)
+    assert share["tokens_per_second"] == 30.0
+    assert share["output_tokens"] == 590
     assert run.ledger.calls == 4
 
 
@@ -1714,7 +1715,8 @@ def test_the_closing_line_and_the_usage_say_the_same() -> None:
             "calls": 2,
             "first_token_seconds": 0.25,
             "tokens_per_second": 40.0,
-        }
+        },
+        "Bob": {"calls": 1},
     }
     assert run._describe_figures() == mmc.render_fold(
         "⏱️ 3 model calls · 1,590 tokens",
@@ -1731,7 +1733,7 @@ def test_the_closing_line_says_what_it_cost_where_the_provider_does() -> None:
         "total_tokens": 10,
         "cost": 0.01234,
     }
-    run.ledger.figures["Ann"] = mmc.Figures(calls=2, usage=counts)
+    run.ledger.shares["Ann"] = counts
     run.ledger.usage, run.ledger.calls = counts, 2
     shown = run._describe_figures()
     assert shown == mmc.render_fold(

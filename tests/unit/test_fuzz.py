@@ -313,9 +313,9 @@ def ballots(text: str, verdict: Any) -> None:
 
 
 def manager_choices(text: str, verdict: Any) -> None:
-    step = mmc.AskManager(("Ann", "Bob (2)"), "Ann")
+    step = mmc.AskManager(("Ann", "Bob (2)"), "Ann", ("Ann", "Bob (2)", "C"))
     for answer in (text, json.dumps(verdict), text + json.dumps(verdict)):
-        found = mmc._read_choice(answer, step, ("Ann", "Bob (2)", "C"))
+        found = mmc.read_choice(answer, step)
         if not isinstance(found, str):
             assert found[0] in ("", *step.candidates)
             check_plain(found[1], 200)
@@ -332,7 +332,7 @@ def histories(messages: list[Json], chain: list[Json]) -> None:
             sent = mmc.messages_for(ann, asked)
             json.dumps(sent)
             assert sent[-1]["role"] == "user"
-        step = mmc.AskManager(("Ann",), None)
+        step = mmc.AskManager(("Ann",), None, ("Ann",))
         mmc.messages_for_manager(mmc.Settings(), asked, step)
         mmc.last_question(asked)
 

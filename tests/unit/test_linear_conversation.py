@@ -24,10 +24,8 @@ SETTINGS = mmc.Settings(manager_prompt="{history}{last_speaker}")
 
 
 def manager(answer: str) -> None:
-    settings = mmc.Settings(rounds=3)
-    mode = mmc.managed(mmc.Agenda(("Ann", "Bob", "Cat"), "", settings, "Ann"))
-    next(mode)
-    mode.send(answer)
+    aliases = ("Ann", "Bob", "Cat")
+    mmc.read_choice(answer, mmc.AskManager(aliases, "Ann", aliases))
 
 
 def arguments(text: str) -> None:
@@ -48,7 +46,9 @@ def history(text: str) -> None:
     for alias in ("Ann", "Bob"):
         person = mmc.Participant(alias, "🔵", "", mmc.Voice("oak-1", sees=False))
         mmc.messages_for(person, entries)
-    mmc.messages_for_manager(SETTINGS, entries, mmc.AskManager(("Ann",), None))
+    mmc.messages_for_manager(
+        SETTINGS, entries, mmc.AskManager(("Ann",), None, ("Ann",))
+    )
 
 
 def team(text: str) -> None:

@@ -25,7 +25,7 @@ class Seated(Room):
         if isinstance(step, mmc.AskPerson):
             return self.says.pop(0) if self.says else mmc.GO_ON
         if isinstance(step, mmc.AskManager):
-            return json.dumps({"next": step.candidates[0]})
+            return step.candidates[0], ""
         return super().perform(step)
 
     @property
