@@ -27,7 +27,7 @@ from benchmarks import plots
 from benchmarks.__main__ import DOCS, machine
 from benchmarks.measure import NO_POLLING, percentile, scripted_models
 from tests.conftest import FUNCTION, FUNCTION_ID, FUNCTION_NAME
-from tests.integration.crowd import LEAD, Crowd, Plan, ask_all
+from tests.integration.crowd import LEAD, REFUSED, Crowd, Plan, ask_all
 from tests.integration.document import write_part
 from tests.integration.faults import (
     FAULTS,
@@ -92,6 +92,7 @@ class Soak:
     work: asyncio.Event = field(default_factory=asyncio.Event)
     done: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+    refused: int = 0
     samples: list[Sample] = field(default_factory=list)
     busy: int = 0
 
@@ -146,6 +147,9 @@ class Soak:
                     await play(self, page)
                 self.done[kind] += 1
             except (TimeoutError, AssertionError) as error:
+                if REFUSED in str(error):
+                    self.refused += 1
+                    continue
                 self.problems.append(f"{time.strftime('%X')} {kind}: {error!r}")
             finally:
                 self.busy -= 1
@@ -261,7 +265,7 @@ def soak_table(soak: Soak) -> str:
     lines = [
         f"{last.conversations} conversations in {last.minute:.0f} minutes, "
         f"{WORKERS} at a time: {kinds}. {len(soak.problems)} were not as they should "
-        "be.",
+        f"be, and {soak.refused} questions were not stored by Open WebUI.",
         "",
         "| at rest | first sample | last sample | last third over the second | limit |",
         "|--|--|--|--|--|",
@@ -289,7 +293,8 @@ def crowd_table(ours: Crowd, native: Crowd, memory: tuple[float, float]) -> str:
     def cells(crowd: Crowd) -> list[str]:
         words = crowd.first_words or [0.0]
         return [
-            str(CROWD - len({p.split(":")[0] for p in crowd.problems})),
+            str(CROWD - crowd.refused - len({p.split(":")[0] for p in crowd.problems})),
+            str(crowd.refused),
             str(crowd.most),
             f"{median(words) * 1000:,.0f} ms",
             f"{percentile(words, 0.95) * 1000:,.0f} ms",
@@ -300,6 +305,7 @@ def crowd_table(ours: Crowd, native: Crowd, memory: tuple[float, float]) -> str:
 
     names = [
         "whole, and without a foreign word",
+        "questions that Open WebUI could not store",
         "most at the same time",
         "first word, median",
         "first word, 95th percentile",

@@ -29,6 +29,9 @@ from tests.integration.talk import (
 from tests.stack.page import Call, Page
 
 STOPS = 20
+ENDS = 12.0
+"""Seconds after which what was stopped has ended, also on a busy machine; a run that
+knows nothing of it goes on for 18 s."""
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -121,7 +124,7 @@ async def test_no_stop_through_another_replica_is_lost(
                 await reply.wait_for(lambda r: len(r.text) > 200)
             await second.stop(reply)
             try:
-                await reply.wait_idle(timeout=5)
+                await reply.wait_idle(timeout=ENDS)
             except TimeoutError:
                 return False
             return True
@@ -129,7 +132,6 @@ async def test_no_stop_through_another_replica_is_lost(
         async with asyncio.timeout(90):
             ended = await asyncio.gather(*(stopped() for _ in range(STOPS)))
         assert ended.count(False) == 0
-        # a lost run would go on for 18 s
         await reached(lambda: talk.models.wait_for(lambda m: m.in_flight == 0, 8))
 
 

@@ -829,7 +829,7 @@ class Page:
             detail = answer.json() if answer.content else answer.reason_phrase
             set_error(reply.message, detail)
         else:
-            accepted = answer.json()
+            accepted = answer.json() or {}  # null: what it began was ended
             reply.chat.id = accepted.get("chat_id") or reply.chat.id
             await self._join(reply.chat)
         reply.notice()
