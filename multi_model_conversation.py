@@ -2747,15 +2747,16 @@ def render_markdown(transcript: Transcript) -> str:
     return "\n\n".join(text.strip() for text in texts if text.strip())
 
 
-def plan_items(block: Block, place: int) -> Json | None:
+def plan_items(block: Block, place: int, only_grows: bool = False) -> Json | None:
     """The one event that brings a page's copy of a block up to date, if any is needed.
 
-    So many items has the page before it.
+    So many items has the page before it. What `only_grows` reads no item anew.
     Source: Responses API streaming events, as `handle_responses_streaming_event` and
     the page's `applyResponseStreamEvent` reduce them.
     """
     event: Json = {"output_index": place}
     suffix, is_same = block.unsent(), block.sent_fields == block.fields
+    is_same = is_same or only_grows and block.sent_fields is not None
     if is_same and suffix == "":
         return None
     if is_same and suffix and block.kind in _DELTA_TYPES:
@@ -3388,8 +3389,9 @@ class Host:
 
 
 def own_function_id() -> str:
-    """The id under which this file is installed, from the name of its module."""
-    found = re.fullmatch(r"function_(.+)_[0-9a-f]{32}", __name__)
+    """The id under which this file is installed, from the name of its module, which
+    has a number behind it from 0.12."""
+    found = re.fullmatch(r"function_(.+?)(_[0-9a-f]{32})?", __name__)
     return found[1] if found else __name__
 
 
@@ -5112,7 +5114,8 @@ def _make_run(
     transcript = Transcript(uuid4().hex[:8], in_order)
     # the host sends a continued reply whole at every update
     interval = max(settings.flush_interval / 1000, 0.25 if continued else 0.0)
-    plan = plan_items if host.in_chat else plan_chunk
+    items = partial(plan_items, only_grows=not host.can_replace)
+    plan = items if host.in_chat else plan_chunk
     emitter = Emitter(transcript, plan, interval)
     screen = Screen(transcript, emitter, host.can_replace, continued)
     ledger = Ledger(host.add_usage)

@@ -8,10 +8,12 @@ from tests.browser.scene import MANAGER, Scene
 from tests.integration.talk import in_rounds
 from tests.stack.browser import REPLY
 from tests.stack.models import ModelServer
+from tests.versions import REPLACES
 
 QUESTION = "Should we sail to Skye on Sunday, or wait for calmer weather?"
 
 
+@REPLACES
 async def test_three_participants_are_seen_while_they_speak(
     scene: Scene, sailor: str, model_server: ModelServer
 ) -> None:

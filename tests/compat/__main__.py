@@ -1,8 +1,8 @@
 """`make compat VERSIONS="0.11.0 0.12.4"`: the tests against these Open WebUI.
 
-Each version has an environment of its own, which is made once and kept in the user's
-cache. Only the server runs in it; the tests run in ours. What came of it becomes a row
-of `docs/compatibility.md`; rows of other versions stay as they are.
+Each version other than ours has an environment of its own, which is made once and kept
+in the user's cache. Only the server runs in it; the tests run in ours. What came of it
+becomes a row of `docs/compatibility.md`; rows of other versions stay as they are.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "compatibility.md"
 INTEGRATION = "tests/integration"
 SMOKE = "tests/browser/test_conversation.py"
+TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadfile")  # as `make test` does
 SUITE_TIMEOUT = 3600.0
 """Seconds one suite may take against one version."""
 
@@ -35,6 +37,8 @@ def cache() -> Path:
 
 def environment_of(version: str) -> Path:
     """The folder of a version's environment, for our version of Python."""
+    if version == metadata.version("open-webui"):
+        return Path(sys.prefix)  # our own
     python = f"py{sys.version_info.major}.{sys.version_info.minor}"
     return cache() / f"open-webui-{version}-{python}"
 
@@ -66,8 +70,18 @@ def package_in(folder: Path) -> Package:
 
 
 def run_suite(program: Path, tests: str, report: Path) -> Outcome:
-    """Run tests against a server; its results, the names of what failed included."""
-    command = [sys.executable, "-m", "pytest", "-q", *tests.split()]
+    """Run tests against a server, two files at a time; what failed once more, alone."""
+    files = tests.split()
+    first = run_once(program, [*files, *TWO_AT_A_TIME], report)
+    if not first.failed:
+        return first
+    again = [*files, "--last-failed", "--last-failed-no-failures=none"]
+    return first.then(run_once(program, again, report))
+
+
+def run_once(program: Path, arguments: list[str], report: Path) -> Outcome:
+    """One run of pytest; its results, the names of what failed included."""
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
     environment = {**os.environ, "MMC_OPEN_WEBUI": str(program)}
     report.unlink(missing_ok=True)
     began = time.monotonic()

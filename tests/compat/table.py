@@ -1,9 +1,10 @@
 """What came of the tests against a version, and its row in the document."""
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from tests.versions import version_key
 
 BEGIN, END = "<!-- rows: make compat -->", "<!-- end of rows -->"
 HEAD = """\
@@ -19,10 +20,25 @@ class Outcome:
     skipped: int = 0
     failed: tuple[str, ...] = ()
     seconds: float = 0.0
+    again: int = 0
+    """How many of those that passed did so only when they were run again."""
+
+    def then(self, second: "Outcome") -> "Outcome":
+        """With a run of just those that failed; itself where that ran others."""
+        if second.passed + len(second.failed) != len(self.failed):
+            return self
+        return replace(
+            self,
+            passed=self.passed + second.passed,
+            failed=second.failed,
+            seconds=self.seconds + second.seconds,
+            again=second.passed,
+        )
 
     def cell(self) -> str:
         """For the table."""
-        parts = [f"{self.passed} passed"]
+        again = f" ({self.again} of them when run again)" if self.again else ""
+        parts = [f"{self.passed} passed{again}"]
         parts += [f"**{len(self.failed)} failed**"] if self.failed else []
         parts += [f"{self.skipped} skipped"] if self.skipped else []
         return f"{', '.join(parts)} in {self.seconds:.0f} s"
@@ -65,20 +81,19 @@ class Row:
         return "\n  ".join((self.line(), *self.done_without, *bad))
 
 
-def version_key(version: str) -> list[int]:
-    """Sorts 0.9 before 0.12."""
-    return [int(part) for part in re.findall(r"\d+", version)]
+def row_key(line: str) -> tuple[list[int], list[int]]:
+    """What a row is about: an Open WebUI in a Python. Sorts 0.9 before 0.12."""
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    return version_key(cells[0]), version_key(cells[-2])
 
 
 def with_rows(text: str, rows: Iterable[Row]) -> str:
-    """The document with these rows in place of those of the same versions."""
+    """The document with these rows in place of those about the same."""
     before, _, rest = text.partition(BEGIN)
     table, _, after = rest.partition(END)
-    lines = {}
-    for line in table.strip().splitlines()[2:]:
-        lines[line.split("|")[1].strip()] = line
-    lines.update((row.version, row.line()) for row in rows)
-    in_order = [lines[version] for version in sorted(lines, key=version_key)]
+    lines = [*table.strip().splitlines()[2:], *(row.line() for row in rows)]
+    last = {str(row_key(line)): line for line in lines}
+    in_order = sorted(last.values(), key=row_key)
     return "\n".join((f"{before}{BEGIN}", HEAD, *in_order, f"{END}{after}"))
 
 

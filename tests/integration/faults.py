@@ -11,10 +11,12 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import repeat
 from typing import Literal
+
+import pytest
 
 from tests.stack.behaviours import manager, refuses, says, with_tasks
 from tests.stack.prompts import (
@@ -41,6 +43,7 @@ from tests.stack.scripts import (
     Text,
     ToolCall,
 )
+from tests.versions import LONG_LINES, PASSES_RETRY_AFTER
 
 MODES = ("round_robin", "manager", "council", "debate")
 
@@ -124,6 +127,7 @@ class Fault:
     seat: Seat = "one"
     limit: float = 15.0
     heavy: bool = False
+    marks: tuple[pytest.MarkDecorator, ...] = field(default=(), compare=False)
 
     @property
     def model(self) -> str:
@@ -281,8 +285,8 @@ NEVER_SPEAKS = (1, 1, 1, 1)
 ASKED_TWICE = (2, 2, 2, 2)
 GOES_WELL = (1, 1, 3, 3)
 """A turn, and a ballot that cannot be read, which is asked for once more."""
-BREAKS_OFF = (1, 1, 1, 2)
-"""A debate counts who has said something, and asks it for its vote."""
+BREAKS_OFF = (1, 1, 1, 1)
+"""Who broke off is judged nowhere, and asked for no ballot."""
 CALLS_A_TOOL = (2, 2, 3, 3)
 
 
@@ -358,7 +362,8 @@ def busy() -> list[Fault]:
 
     def fault(name: str, what: str, calls: int, code: int = 429, **more: str) -> Fault:
         behaviour = refuses(code, said, **more)
-        return Fault(name, what, behaviour, (calls,) * 4, said, limit=20)
+        marks = (PASSES_RETRY_AFTER,) if calls == 1 else ()
+        return Fault(name, what, behaviour, (calls,) * 4, said, limit=20, marks=marks)
 
     well = at_turns(plays(WELL))
     return [
@@ -645,6 +650,7 @@ def odd() -> list[Fault]:
             said="leaf leaf",
             limit=60,
             heavy=True,
+            marks=(LONG_LINES,),
         ),
         Fault(
             "many-chunks",
@@ -663,6 +669,7 @@ def odd() -> list[Fault]:
             "one piece of its answer has over 32 MB",
             limit=60,
             heavy=True,
+            marks=(LONG_LINES,),
         ),
     ]
 
@@ -721,7 +728,7 @@ def of_tools() -> list[Fault]:
             "tool-endless",
             "tool calls for ever, offered or not",
             endless,
-            (4, 4, 4, 5),
+            (4, 4, 4, 4),
             "it still called tools after 3 tool rounds",
             said="Once more.",
             card="done",

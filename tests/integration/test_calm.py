@@ -15,6 +15,7 @@ from tests.integration.test_council import (
     start,
 )
 from tests.stack.scripts import Gate, Headers, Status, Text
+from tests.versions import REPLACES
 
 __all__ = ["seats"]  # the models of the seats, a fixture for this module too
 
@@ -26,6 +27,7 @@ def drafts_stay_open(talk: Talk) -> None:
     talk.admin_sets()
 
 
+@REPLACES
 async def test_who_speaks_first_stands_first_and_the_others_have_a_line(
     talk: Talk,
 ) -> None:
@@ -57,6 +59,7 @@ async def test_who_speaks_first_stands_first_and_the_others_have_a_line(
     assert "⏳" not in reply.text
 
 
+@REPLACES
 async def test_stop_shows_and_stores_all_that_was_said_behind_the_first(
     talk: Talk,
 ) -> None:
@@ -86,6 +89,7 @@ async def test_stop_shows_and_stores_all_that_was_said_behind_the_first(
     assert "writing" not in reply.text and "⚠️" not in reply.text
 
 
+@REPLACES
 async def test_what_a_late_member_still_says_moves_nothing_before_the_end(
     talk: Talk,
 ) -> None:

@@ -20,6 +20,7 @@ from tests.integration.talk import (
 from tests.stack.host import Account, OpenWebUI
 from tests.stack.page import Page, Reply
 from tests.stack.structured_output import get_output_text
+from tests.versions import SHARES
 
 QUESTION = "Which tree?"
 SAVED = "This is what was saved"
@@ -80,6 +81,7 @@ async def share(host: OpenWebUI, reply: Reply, guest: Account) -> None:
     host.request("POST", f"/api/v1/chats/shared/{chat_id}/access/update", form)
 
 
+@SHARES
 async def test_a_guest_in_a_chat_leaves_it_alone_until_the_end(
     talk: Talk, host: OpenWebUI, admin: Account
 ) -> None:

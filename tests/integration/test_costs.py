@@ -6,6 +6,7 @@ import pytest
 
 from tests.integration.talk import MANAGER, ROUND_ROBIN, Talk, reached
 from tests.stack.host import Counts, difference
+from tests.versions import SMALL_EVENTS
 
 TEAM = [f"P{number} | {model}" for number, model in enumerate(["toolie", "alice"] * 2)]
 TEAM.append("P4 | carol")
@@ -54,6 +55,7 @@ async def test_writes_do_not_grow_with_tokens(talk: Talk) -> None:
     assert abs(many.writes - few.writes) <= one_checkpoint
 
 
+@SMALL_EVENTS
 async def test_a_long_answer_reaches_the_page_in_few_small_events(talk: Talk) -> None:
     talk.add_model("tokens-2000-0")
     talk.seat("Ann | tokens-2000-0", "Ben | tokens-2000-0")

@@ -51,6 +51,7 @@ from tests.stack.scripts import (
     ToolCall,
 )
 from tests.stack.structured_output import Output
+from tests.versions import CARDS, PASSES_RETRY_AFTER, RELOADS, REPLACES
 
 COUNCIL = f"{FUNCTION_ID}.council"
 DEBATE = f"{FUNCTION_ID}.debate"
@@ -244,6 +245,7 @@ async def test_the_chair_reads_no_names_and_the_page_shows_no_letters(
     assert concluded.splitlines()[0] == "Ann is right, Ben, Dee are not."
 
 
+@REPLACES
 async def test_four_sections_stream_at_once_in_the_order_of_the_seats(
     talk: Talk,
 ) -> None:
@@ -312,6 +314,7 @@ async def test_reasoning_and_tools_stay_in_their_members_section(
     assert "Hm, a fir." not in str([seen.text for seen in talk.models.turns()])
 
 
+@RELOADS
 async def test_a_page_that_is_reloaded_in_the_middle_sees_the_rest(talk: Talk) -> None:
     held = [Text("The fir "), Gate("held"), Text("it is.")]
     gather(talk, 3, Cy=odd("Cy", answer=held))
@@ -438,6 +441,7 @@ async def test_when_the_chair_fails_the_next_best_takes_over(
     assert not lines(reply, "> ⚠️")
 
 
+@REPLACES
 async def test_a_chair_that_only_reasons_and_fails_is_replaced_too(talk: Talk) -> None:
     thinks = [Reasoning("Let me see."), Fail("It broke.")]
     gather(talk, 3, Ben=odd("Ben", conclusion=thinks))
@@ -452,6 +456,7 @@ async def test_a_chair_that_only_reasons_and_fails_is_replaced_too(talk: Talk) -
     )
 
 
+@REPLACES
 async def test_when_no_chair_can_conclude_the_answers_stay(talk: Talk) -> None:
     broken = [Status(500, {"error": {"message": "No chair."}})]
     gather(talk, 2, **{n: odd(n, conclusion=broken) for n in ("Ann", "Ben")})
@@ -540,6 +545,7 @@ async def test_with_no_valid_ballot_the_first_seat_concludes(talk: Talk) -> None
 # -- the quorum ------------------------------------------------------------------------
 
 
+@REPLACES
 async def test_a_quorum_does_not_wait_and_late_answers_are_shown_and_marked(
     talk: Talk,
 ) -> None:
@@ -563,6 +569,7 @@ async def test_a_quorum_does_not_wait_and_late_answers_are_shown_and_marked(
     assert list(dict(sections(reply.output)))[1] == seat_of("Ben")
 
 
+@REPLACES
 async def test_at_the_deadline_those_who_have_answered_go_on(talk: Talk) -> None:
     gather(talk, 3)
     talk.admin_sets(answer_deadline=0.5)
@@ -634,6 +641,7 @@ def skips_ben(call: Call) -> str:
     return "Skip it" if title_of(call) == "Skip Ben?" else "Wait"
 
 
+@CARDS
 async def test_a_card_closes_by_itself_when_the_member_speaks(talk: Talk) -> None:
     gather(talk, 3)
     talk.admin_sets(skip_after=1)
@@ -689,6 +697,7 @@ async def test_skipping_frees_the_connection_and_only_that_one(talk: Talk) -> No
     await talk.freed(model("Ben"))
 
 
+@REPLACES
 async def test_a_council_goes_on_with_what_is_there(talk: Talk) -> None:
     silent = {name: odd(name, answer=[Headers(), Silence()]) for name in ("Cy", "Dee")}
     gather(talk, 5, **silent)
@@ -778,6 +787,7 @@ async def stop(talk: Talk, page: Page, reply: Reply, *held: str) -> None:
     assert sections(stored["output"]) == sections(reply.output)
 
 
+@REPLACES
 async def test_stop_while_all_answer(talk: Talk) -> None:
     held = [Text("Half a "), Gate("held"), Text("tree.")]
     gather(
@@ -813,7 +823,7 @@ async def test_stop_while_all_review(talk: Talk) -> None:
     assert not of_stage(talk, "conclusion")
 
 
-@pytest.mark.parametrize("said", ["", "In the "])
+@pytest.mark.parametrize("said", [pytest.param("", marks=REPLACES), "In the "])
 async def test_stop_while_the_chair_concludes(talk: Talk, said: str) -> None:
     held = [*([Text(said)] if said else []), Gate("held"), Text("end.")]
     gather(talk, 3, Ben=odd("Ben", conclusion=held))
@@ -864,6 +874,7 @@ def progress(reply: Reply) -> list[tuple[float, str]]:
     return found
 
 
+@REPLACES
 async def test_progress_is_replaced_in_place_each_second_and_with_each_answer(
     talk: Talk,
 ) -> None:
@@ -885,6 +896,7 @@ async def test_progress_is_replaced_in_place_each_second_and_with_each_answer(
     assert not lines(reply, "> ⏳")
 
 
+@REPLACES
 async def test_waiting_writes_nothing_to_the_database(talk: Talk) -> None:
     gather(talk, 3)
     async with talk.page() as page:
@@ -1000,7 +1012,10 @@ async def test_so_many_members_of_a_connection_answer_at_once(
     assert talk.models.max_in_flight == (at_once or 4)
 
 
-@pytest.mark.parametrize(("retry_after", "pause"), [(1.4, 1.4), (0.1, 1), (None, 1)])
+@pytest.mark.parametrize(
+    ("retry_after", "pause"),
+    [pytest.param(1.4, 1.4, marks=PASSES_RETRY_AFTER), (0.1, 1), (None, 1)],
+)
 async def test_a_busy_model_is_waited_for(
     talk: Talk, retry_after: float | None, pause: float
 ) -> None:
@@ -1340,6 +1355,7 @@ async def test_a_chair_that_may_not_be_used_is_as_one_that_is_not_there(
     assert not talk.models.turns("secret")
 
 
+@REPLACES
 async def test_a_chair_from_outside_that_fails_gives_way(talk: Talk) -> None:
     gather(talk, 2)
     broken = [Status(500, {"error": {"message": "No chair."}})]
@@ -1358,6 +1374,7 @@ def shown_order(reply: Reply) -> list[str]:
     return ["".join(found) for found in re.findall(pattern, reply.text)]
 
 
+@REPLACES
 async def test_the_conclusion_stands_first_and_each_draft_in_a_line(
     talk: Talk, garden: str
 ) -> None:
@@ -1392,6 +1409,7 @@ async def test_the_conclusion_stands_first_and_each_draft_in_a_line(
     assert reply.text.count("Let me look.") == 2
 
 
+@REPLACES
 @pytest.mark.parametrize("mode", [COUNCIL, DEBATE])
 async def test_a_second_question_after_a_folded_reply_knows_every_speaker(
     talk: Talk, mode: str
@@ -1422,6 +1440,7 @@ async def test_a_second_question_after_a_folded_reply_knows_every_speaker(
     assert said[0].startswith("The oak it is: Which tree lasts")
 
 
+@REPLACES
 async def test_without_streaming_drafts_fold_too(talk: Talk) -> None:
     gather(talk, 2)
     talk.admin_sets(fold_drafts=True, show_figures="never")

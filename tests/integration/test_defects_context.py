@@ -31,6 +31,7 @@ from tests.stack.behaviours import says, speaker, with_tasks
 from tests.stack.host import Json
 from tests.stack.page import Reply
 from tests.stack.scripts import Body, Script, Status
+from tests.versions import PREFERS_THE_CHATS
 
 QUESTION = "Should we plant oaks or birches?"
 PIXEL = (
@@ -178,6 +179,7 @@ async def temperatures(
     return [seen.body.get("temperature") for seen in (ann, ben)]
 
 
+@PREFERS_THE_CHATS
 async def test_the_chat_goes_before_the_valve_and_the_valve_before_the_model(
     talk: Talk,
 ) -> None:
@@ -196,6 +198,7 @@ async def test_the_chat_goes_before_the_valve_and_the_valve_before_the_model(
         assert await temperatures(talk) == [0.1, 0.3]
 
 
+@PREFERS_THE_CHATS
 async def test_parameters_of_the_teams_own_model_are_not_the_chats(talk: Talk) -> None:
     own, team = {"temperature": 0.1}, {"temperature": 0.7}
     with (

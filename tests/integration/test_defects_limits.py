@@ -56,6 +56,7 @@ from tests.stack.scripts import (
     Style,
     Text,
 )
+from tests.versions import APPROVES, REPLACES
 
 RANKING = "🏆 Ranking"
 BROKEN = [Status(500, {"error": {"message": "The shed burns."}})]
@@ -72,6 +73,7 @@ def in_pieces(text: str, pause: float) -> list[Step]:
 # -- 6: approval, also for models that use tools by prompt -----------------------------
 
 
+@APPROVES
 @pytest.mark.parametrize("allowed", [True, False])
 async def test_a_legacy_models_tool_runs_only_if_the_user_says_yes(
     talk: Talk, garden: str, allowed: bool
@@ -196,6 +198,7 @@ async def test_members_that_wait_for_their_turn_are_not_late(talk: Talk) -> None
     assert talk.models.max_in_flight == 1
 
 
+@REPLACES
 async def test_members_that_wait_for_their_turn_say_so(talk: Talk) -> None:
     gather_locally(talk, *NAMES[:3])
     async with talk.page() as page:

@@ -17,6 +17,7 @@ from tests.stack.browser import Browser
 from tests.stack.demo import COUNCIL, ROOT
 from tests.stack.demo_council import BREAKS_OFF
 from tests.stack.host import Api, free_port
+from tests.versions import REPLACES
 
 QUESTION = "Should our small team rewrite the old billing system?"
 
@@ -84,6 +85,7 @@ async def ask(browser: Browser, url: str, status: str, model: str | None = None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@REPLACES
 async def test_the_demo_opens_ready_to_type_and_leaves_nothing_behind(
     demo: subprocess.Popen[str], browser: Browser
 ) -> None:

@@ -284,7 +284,11 @@ def complaints(case: Case, outcome: Outcome) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.mark[1:-1])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=case.fault.marks) for case in CASES],
+    ids=lambda case: case.mark[1:-1],
+)
 async def test_a_fault_costs_its_own_place_and_nothing_else(
     play: Play, case: Case
 ) -> None:

@@ -4,6 +4,7 @@ from tests.conftest import FUNCTION_ID
 from tests.integration.talk import MANAGER, Talk, headings, last_status, question_of
 from tests.stack.prompts import last_user_text
 from tests.stack.scripts import Body, Script, Text
+from tests.versions import REPLACES
 
 TEAM = ("Ann | alice", "Ben | bob", "Cy | carol")
 
@@ -94,6 +95,7 @@ async def test_names_are_matched_whole(talk: Talk) -> None:
     assert headings(reply) == ["🔴 Anna", "🔵 Ann", "🔴 Anna"]
 
 
+@REPLACES
 async def test_a_failing_manager_means_the_next_in_order(talk: Talk) -> None:
     talk.seat(*TEAM, manager_model="fails-500")
     reply = await talk.ask("Oaks or birches?", MANAGER)

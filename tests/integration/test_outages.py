@@ -21,6 +21,7 @@ from tests.stack.host import OpenWebUI
 from tests.stack.page import Page, Reply
 from tests.stack.prompts import stage_of
 from tests.stack.scripts import Behaviour, Body, Gate, Script, Text
+from tests.versions import RELOADS, SMALL_EVENTS
 
 QUESTION = "Which tree?"
 BEFORE = "First of all, "
@@ -46,6 +47,7 @@ async def opened(page: Page, reply: Reply) -> Reply:
     return page.reply(reply.id)
 
 
+@RELOADS
 @pytest.mark.parametrize(
     ("mode", "late"), [("round_robin", "answer elm"), ("council", "conclusion")]
 )
@@ -94,6 +96,7 @@ def longest_gap(reply: Reply) -> float:
     return max(later - at for at, later in zip(times, times[1:], strict=False))
 
 
+@SMALL_EVENTS
 async def test_a_locked_database_holds_nothing_up_and_all_is_stored_in_the_end(
     talk: Talk, host: OpenWebUI
 ) -> None:

@@ -20,6 +20,7 @@ from tests.integration.talk import (
 )
 from tests.stack.host import Json, OpenWebUI
 from tests.stack.page import error_text
+from tests.versions import PREFERS_THE_CHATS
 
 QUESTION = "Should we plant oaks or birches?"
 
@@ -305,6 +306,7 @@ async def test_a_chats_system_prompt_reaches_everybody(talk: Talk) -> None:
         assert [m["role"] for m in sent].count("system") == 1
 
 
+@PREFERS_THE_CHATS
 @pytest.mark.parametrize("valve", [None, 0.9])
 async def test_a_models_own_parameters_stay_unless_the_valve_is_set(
     talk: Talk, valve: float | None

@@ -15,10 +15,12 @@ from tests.integration.talk import (
 from tests.integration.test_council import COUNCIL, gather, model, of_stage
 from tests.integration.test_council import seats as seats  # a model for each seat
 from tests.stack.page import Call
+from tests.versions import CARDS, REPLACES, TELLS_TASKS
 
 QUESTION = "Which tree lasts?"
 
 
+@CARDS
 async def test_what_the_person_adds_is_read_now_and_in_the_next_question(
     talk: Talk,
 ) -> None:
@@ -42,6 +44,7 @@ async def test_what_the_person_adds_is_read_now_and_in_the_next_question(
         assert "/join" not in seen.text and name not in seen.text
 
 
+@REPLACES
 async def test_a_vote_asks_for_no_new_answers(talk: Talk) -> None:
     gather(talk, 3)
     async with talk.page() as page:
@@ -56,7 +59,7 @@ async def test_a_vote_asks_for_no_new_answers(talk: Talk) -> None:
     assert headings(second) == ["🔴 Ben · conclusion", "🏆 Votes"]
 
 
-@pytest.mark.parametrize("temporary", [False, True])
+@pytest.mark.parametrize("temporary", [False, pytest.param(True, marks=TELLS_TASKS)])
 async def test_follow_ups_of_ours_stand_behind_the_hosts(
     talk: Talk, temporary: bool
 ) -> None:

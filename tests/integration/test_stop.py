@@ -15,6 +15,7 @@ from tests.integration.talk import (
 )
 from tests.stack.host import Account, OpenWebUI
 from tests.stack.page import Page, Reply
+from tests.versions import REPLACES
 
 QUESTION = "Should we plant oaks or birches?"
 
@@ -60,6 +61,7 @@ async def test_the_question_after_stop_finds_what_was_said(talk: Talk) -> None:
     assert '<message from="Ben">\nBob here. On' in sent and "⚠️" not in sent
 
 
+@REPLACES
 async def test_stop_while_a_model_reasons(talk: Talk) -> None:
     talk.seat("Ann | thinker", "Ben | bob")
     with talk.models.hold("thinker", after=3) as hold:

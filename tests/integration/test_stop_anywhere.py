@@ -26,6 +26,7 @@ from tests.stack.host import Counts, OpenWebUI
 from tests.stack.page import Page, Reply
 from tests.stack.scripts import Behaviour, Body, Reasoning, Script, ToolCall, Usage
 from tests.stack.waiting import wait_until
+from tests.versions import ENDS_ITEMS
 
 STOPS = int(os.environ.get("STOPS", "4"))
 """How often each mode is stopped; 50 for the figures in docs/reliability.md."""
@@ -76,6 +77,7 @@ def works(word: str) -> Behaviour:
     return behave
 
 
+@ENDS_ITEMS
 @pytest.mark.parametrize("mode", MODES)
 async def test_stop_at_any_moment(
     talk: Talk, host: OpenWebUI, garden: str, mode: str

@@ -21,6 +21,7 @@ from tests.stack.host import Json
 from tests.stack.page import Call, Reply
 from tests.stack.prompts import offered_tools, text_of
 from tests.stack.scripts import Body, Script, Text, ToolCall
+from tests.versions import APPROVES, KEEPS_BOTH
 
 
 def tool_messages(messages: list[Json]) -> list[str]:
@@ -212,6 +213,7 @@ async def test_a_tool_knows_the_user_and_the_conversation(
     assert results(reply) == ["Uma User, 2 messages"]
 
 
+@KEEPS_BOTH
 async def test_what_tools_show_reaches_the_page(talk: Talk, garden: str) -> None:
     def uses_all(body: Body) -> Script:
         if any(message["role"] == "tool" for message in body["messages"]):
@@ -247,6 +249,7 @@ async def test_what_tools_show_reaches_the_page(talk: Talk, garden: str) -> None
 ASKS = {"chat.tool_permissions.enable": True}
 
 
+@APPROVES
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
@@ -276,6 +279,7 @@ async def test_a_call_runs_only_if_the_user_says_yes(
     assert tool_messages(talk.models.turns("toolie")[-1].messages) == [expected]
 
 
+@APPROVES
 async def test_stop_takes_an_unanswered_question_back(talk: Talk, garden: str) -> None:
     async def never(call: Call) -> None:
         await asyncio.Event().wait()

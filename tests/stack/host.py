@@ -12,18 +12,18 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Literal, Self
 from uuid import uuid4
 
 import httpx
 
 from tests.stack.waiting import wait_until
+from tests.versions import program, server_version
 
 Json = dict[str, Any]
 
@@ -149,11 +149,9 @@ class ServerProcess:
     def __init__(self, data_dir: Path, environment: Mapping[str, str], port: int):
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = data_dir / "server.log"
-        installed = Path(sys.executable).parent / "open-webui"
-        program = os.environ.get("MMC_OPEN_WEBUI", installed)  # or another version's
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [str(program), "serve", "--host", "127.0.0.1", "--port", str(port)],
+                [str(program()), "serve", "--host", "127.0.0.1", "--port", str(port)],
                 cwd=data_dir,
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
@@ -316,8 +314,11 @@ class Api:
     ) -> list[Json]:
         """The models this account may choose from.
 
-        The host remembers for a second what connections list; `refresh` asks them.
+        The host remembers for a second what connections list; `refresh` asks them,
+        but with 0.11.0 only when that second is over.
         """
+        if refresh and server_version() == "0.11.0":
+            sleep(1.1)
         path = f"/api/models{'?refresh=true' if refresh else ''}"
         found: list[Json] = self.request("GET", path, account=account)["data"]
         return found

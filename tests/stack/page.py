@@ -496,6 +496,7 @@ class Page:
             socketio_path="/ws/socket.io",
             transports=["websocket"],
             auth=token,
+            wait_timeout=20,  # s; one is the usual, and a busy server needs more
         )
         # Who has had nothing to answer for 30 s is given up by the library; the server
         # asks every 25 s, under load later, and a browser waits for 45 s.

@@ -90,6 +90,7 @@ WITH_FALLBACK = (
     "open_webui.utils.middleware.CITATION_TOOL_NAMES",
     "open_webui.utils.middleware.store_tool_result_image",
     "request.state.model_id",
+    "the event request:user_input",
     "the metadata regeneration_message_id",
 )
 """What 0.11.0 does not have yet, and the plugin does without there."""
@@ -359,13 +360,13 @@ def _events_missing(host: Package) -> Iterator[str]:
         if event not in known and not in_general:
             yield f"the event {event} is gone"
     yield from (f"the item {name} is gone" for name in ITEM_TYPES if name not in known)
-    asked = {f'==="{name}"' for name in PAGE_EVENTS}
-    asked |= {f'"{name}"' for name in VALVE_INPUTS}
+    asked = {f'==="{name}"': f"the event {name}" for name in PAGE_EVENTS}
+    asked |= {f'"{name}"': f"the input {name}" for name in VALVE_INPUTS}
     for script in host.page():
-        asked = {name for name in asked if name not in script}
+        asked = {code: name for code, name in asked.items() if code not in script}
         if not asked:
             return
-    yield from (f"the page knows no {name} any more" for name in sorted(asked))
+    yield from (f"{name} is gone" for name in asked.values())
 
 
 def missing(host: Package) -> list[str]:

@@ -91,9 +91,12 @@ def test_the_access_check_is_never_switched_off() -> None:
     assert '"bypass_filter":True' not in SOURCE.replace(" ", "")
 
 
+@pytest.mark.parametrize("number", ["", "_" + "0123456789abcdef" * 2])
 @pytest.mark.parametrize("function_id", ["x", "multi_model_conversation"])
-def test_it_loads_under_the_name_the_host_gives_it(function_id: str) -> None:
-    module = load(f"function_{function_id}_{'0123456789abcdef' * 2}")
+def test_it_loads_under_the_name_the_host_gives_it(
+    function_id: str, number: str
+) -> None:
+    module = load(f"function_{function_id}{number}")
     pipe = module.Pipe()
     assert [entry["id"] for entry in pipe.pipes()] == [
         "round_robin",

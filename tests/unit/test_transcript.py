@@ -36,6 +36,23 @@ class Client:
         return event
 
 
+def test_where_items_only_grow_no_text_goes_into_one_that_is_not_read() -> None:
+    transcript = mmc.Transcript("t")
+    for kind in ("reasoning", "function_call"):
+        block = transcript.add(kind, "Ann")
+        block.append("Let ")
+        added = mmc.plan_items(block, 0, only_grows=True)
+        assert added and added["type"] == "response.output_item.added"
+        block.mark_sent()
+        block.append("me")
+        block.fields["status"] = "completed"
+        grown = mmc.plan_items(block, 0, only_grows=True)
+        assert grown and grown["type"].endswith(".delta") and grown["delta"] == "me"
+        block.mark_sent()
+        block.fields["status"] = "failed"
+        assert mmc.plan_items(block, 0, only_grows=True) is None
+
+
 TEXTS = st.text("ab \n木", max_size=4)
 FIELDS = st.dictionaries(
     st.sampled_from(["status", "name", "duration", "files"]),
