@@ -2678,8 +2678,9 @@ def fold_drafts(
     of these in a line with its mark; gives the blocks that now read otherwise, and how.
     """
     # headings of speakers have the model; nobody speaks after the conclusion
-    *drafts, conclusion = (b for b in transcript.blocks if "model" in b.fields)
-    place = drafts[0].section - 1  # behind our lines on what was understood
+    headings = [b for b in transcript.blocks if "model" in b.fields]
+    *drafts, conclusion = headings
+    place = headings[0].section - 1  # behind our lines on what was understood
     # two answers have no ranking
     for first in filter(None, (ours["outcome"], conclusion, ours.get("ranking"))):
         for block in transcript.of(first.section):

@@ -1305,6 +1305,22 @@ def test_the_conclusion_moves_before_the_drafts_with_everything_of_it() -> None:
     ]
 
 
+def test_a_conclusion_without_drafts_stands_before_its_votes() -> None:
+    transcript = transcript_of(
+        [("message", "> 💬 In this chat: Ann")],
+        [("message", "### 🏆 Votes")],
+        [("message", "> 🏁 chaired by Ann")],
+        [("message", "### 🔵 Ann · conclusion"), ("message", "Oaks it is.")],
+    )
+    assert [text_in(item) for item in folded(transcript)] == [
+        "> 💬 In this chat: Ann",
+        "> 🏁 chaired by Ann",
+        "### 🔵 Ann · conclusion",
+        "Oaks it is.",
+        "### 🏆 Votes",
+    ]
+
+
 def test_of_two_chairs_the_one_that_spoke_last_has_concluded() -> None:
     transcript = transcript_of(
         [("message", "### 🔵 Ann"), ("message", "Oaks.")],
