@@ -56,7 +56,7 @@ FIGURES: dict[str, Figure] = {
     "first_word": Figure(5, "first word of a participant, the same", "ms", None),
     "growth_cpu": Figure(6, "CPU a token, last quarter over first", "x", 1.1),
     "growth_bytes": Figure(6, "bytes a token, last quarter over first", "x", 1.1),
-    "writes_tokens": Figure(7, "database writes a turn more, 8 x the tokens", "", 0.1),
+    "writes_tokens": Figure(7, "database writes a turn more, 8 x the tokens", "", 0.05),
     "writes_turn": Figure(7, "database writes a turn beyond native's 7", "", 2.5),
     "written_bytes": Figure(7, "bytes written for each byte of text more", "x", None),
     "lookups": Figure(8, "look-ups more in 20 rounds than in 1", "", 0),

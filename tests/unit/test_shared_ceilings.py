@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -163,17 +164,21 @@ async def test_calls_of_all_workers_wait_for_each_other_in_order(
 ) -> None:
     let_in: list[str] = []
     leave = [asyncio.Event() for _ in range(4)]
+
+    def is_queued(at: int) -> bool:
+        return bool(server.client.zcard(KEY) > at)
+
+    def is_let_in(at: int) -> bool:
+        return len(let_in) > at
+
     async with asyncio.TaskGroup() as group:
         for at in range(4):
             name = f"call {at}"
             group.create_task(workers[at % 2].calls(let_in, name, leave[at]))
-            await wait_until_async(
-                lambda: server.client.zcard(KEY) > at,  # noqa: B023
-                5,
-                "it stands in the queue",
-            )
+            queued = partial(is_queued, at)
+            await wait_until_async(queued, 5, "it stands in the queue")
         for at in range(4):
-            await wait_until_async(lambda: len(let_in) > at, 5, "it is let in")  # noqa: B023
+            await wait_until_async(partial(is_let_in, at), 5, "it is let in")
             assert let_in == [f"call {each}" for each in range(at + 1)]
             leave[at].set()
     assert server.client.zcard(KEY) == 0
